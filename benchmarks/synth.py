@@ -1,0 +1,116 @@
+"""Writes synthetic checkpoints: tensor names, shapes and dtypes of a real model, random bytes, sharded with an index.
+
+    python benchmarks/synth.py OUT --model llama-3-8b --layers 4
+
+Random bytes, never zeros: zeros can be compressed or left out by file systems and virtual disks, and then measure
+nothing. The size is scaled by the number of layers; every tensor keeps its real shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from architectures import ARCHITECTURES, Architecture, Entry
+
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+PIECE = 16 << 20
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Bytes of a tensor."""
+    return math.prod(entry[2]) * DTYPE_BYTES[entry[1]]
+
+
+def layers_for(architecture: Architecture, gigabytes: float) -> int:
+    """The least number of layers that makes the checkpoint at least this large (10^9 bytes), or all."""
+    for layers in range(1, architecture.layers):
+        if sum(map(entry_bytes, architecture.entries(layers))) >= gigabytes * 1e9:
+            return layers
+    return architecture.layers
+
+
+def write_checkpoint(folder: Path, architecture: Architecture, layers: int, shards: int, seed: int = 0) -> int:
+    """Write the shards and, for more than one, their index; returns the bytes of all tensors.
+
+    A checkpoint of the same shape that is already there is left as it is.
+    """
+    entries = architecture.entries(layers)
+    total = sum(map(entry_bytes, entries))
+    recipe = json.dumps({"entries": len(entries), "bytes": total, "shards": shards, "seed": seed})
+    done = folder / "synth.json"
+    if done.exists() and done.read_text() == recipe:
+        return total
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
+    parts = list(_split(entries, total / shards))
+    for number, part in enumerate(parts, 1):
+        name = f"{architecture.file_stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+        if len(parts) == 1:
+            name = f"{architecture.file_stem}.safetensors"
+        _write_file(folder / name, part, random)
+        weight_map.update({entry[0]: name for entry in part})
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{architecture.file_stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    done.write_text(recipe)
+    return total
+
+
+def _split(entries: list[Entry], target: float) -> Iterator[list[Entry]]:
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        part.append(entry)
+        size += entry_bytes(entry)
+        if size >= target:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _write_file(path: Path, entries: list[Entry], random: np.random.Generator) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in entries:
+        end = offset + entry_bytes((name, dtype, shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        while offset > 0:
+            piece = min(PIECE, offset)
+            file.write(random.bytes(piece))
+            offset -= piece
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="llama-3-8b")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--layers", type=int, help="layers to write (default: all of the real model)")
+    size.add_argument("--gigabytes", type=float, help="write as many layers as make at least this size")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    architecture = ARCHITECTURES[options.model]
+    layers = options.layers or architecture.layers
+    if options.gigabytes:
+        layers = layers_for(architecture, options.gigabytes)
+    total = write_checkpoint(options.out, architecture, layers, options.shards, options.seed)
+    print(f"{options.out}: {len(architecture.entries(layers))} tensors, {layers} layers, {total / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+#include "pipeline/checkpoint_file.h"
+
+#include <pybind11/stl.h>
+
+#include "bindings/register.h"
+#include "io/residency.h"
+
+namespace py = pybind11;
+
+namespace weightload {
+namespace {
+
+py::object metadata(const CheckpointFile& file) {
+  if (!file.header().has_metadata) return py::none();
+  py::dict pairs;
+  for (const auto& [key, value] : file.header().metadata) pairs[py::str(key)] = py::str(value);
+  return pairs;
+}
+
+py::list names(const CheckpointFile& file) {
+  const auto& tensors = file.header().tensors;
+  py::list list(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) list[i] = py::str(tensors[i].name);
+  return list;
+}
+
+py::list tensors(const CheckpointFile& file) {
+  py::list list;
+  for (const TensorInfo& tensor : file.header().tensors) {
+    const std::string_view dtype = dtype_name(tensor.dtype);
+    list.append(py::make_tuple(tensor.name, py::str(dtype.data(), dtype.size()),
+                               py::tuple(py::cast(tensor.shape)), tensor.bytes.begin, tensor.bytes.end));
+  }
+  return list;
+}
+
+// Reads everything once, to learn whether every byte can be read.
+uint64_t read_all(const CheckpointFile& file) {
+  constexpr uint64_t kPiece = 1 << 20;
+  const std::unique_ptr<char[]> scratch(new char[kPiece]);
+  for (uint64_t at = 0; at < file.size(); at += kPiece)
+    file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
+  return file.size();
+}
+
+std::optional<uint64_t> resident_bytes(const std::string& path) {
+  const auto file = File::open(path);
+  return cached_bytes(*file, {0, file->size()});
+}
+
+}  // namespace
+
+void register_checkpoint_file(py::module_& module) {
+  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>>(
+      module, "CheckpointFile", "An open safetensors file with its validated header.")
+      .def_property_readonly("path",
+                             [](const CheckpointFile& file) {
+                               const std::string& path = file.path();
+                               return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(
+                                   path.data(), static_cast<Py_ssize_t>(path.size())));
+                             })
+      .def_property_readonly("size", &CheckpointFile::size, "bytes, header included")
+      .def_property_readonly("data_begin",
+                             [](const CheckpointFile& file) { return file.header().data_begin; })
+      .def_property_readonly("metadata", metadata, "dict of str to str, or None where the header has none")
+      .def("__len__", [](const CheckpointFile& file) { return file.header().tensors.size(); })
+      .def("names", names, "tensor names by offset")
+      .def("tensors", tensors,
+           "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
+      .def("read_all", read_all, py::call_guard<py::gil_scoped_release>(),
+           "Reads every byte once and returns their number.");
+
+  module.def(
+      "open_files",
+      [](const std::vector<std::string>& paths, unsigned threads) {
+        py::gil_scoped_release release;
+        std::vector<std::shared_ptr<CheckpointFile>> files;
+        for (auto& file : CheckpointFile::open_all(paths, threads))
+          files.push_back(std::const_pointer_cast<CheckpointFile>(file));
+        return files;
+      },
+      py::arg("paths"), py::arg("threads"));
+
+  // keep_alive: the file reads from the bytes object, which never moves or changes.
+  module.def(
+      "from_bytes",
+      [](const py::bytes& data) {
+        char* start = nullptr;
+        Py_ssize_t size = 0;
+        if (PyBytes_AsStringAndSize(data.ptr(), &start, &size) != 0) throw py::error_already_set();
+        py::gil_scoped_release release;
+        return std::const_pointer_cast<CheckpointFile>(
+            CheckpointFile::from_memory(start, static_cast<uint64_t>(size)));
+      },
+      py::arg("data"), py::keep_alive<0, 1>());
+
+  module.def("resident_bytes", &resident_bytes, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+             "Bytes of the file in the page cache, or None where the kernel does not tell.");
+}
+
+}  // namespace weightload

@@ -1,0 +1,12 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace weightload {
+
+// One noun a file; module.cpp calls them all.
+void register_errors(pybind11::module_& module);
+void register_checkpoint_file(pybind11::module_& module);
+void register_host_loader(pybind11::module_& module);
+void register_fault_hook(pybind11::module_& module);
+
+}  // namespace weightload

@@ -1,0 +1,35 @@
+#pragma once
+#include <memory>
+#include <string>
+
+#include "base/unique_fd.h"
+#include "io/byte_source.h"
+
+namespace weightload {
+
+// A regular file, opened once for reading. Everything later (header, residency, mapping, reads) goes through
+// this descriptor, so a file that is replaced under its name keeps giving the bytes of the one that was
+// opened.
+class File final : public ByteSource {
+ public:
+  // Throws Error{open} with errno, or the header rule NotARegularFile for directories, devices, FIFOs and
+  // sockets. Opening a FIFO does not wait for a writer.
+  static std::shared_ptr<const File> open(const std::string& path);
+
+  // pread until `count` bytes have come: short reads are continued, EINTR is retried, any other error and an
+  // early end of the file throw Error{read} with the offset.
+  void read(uint64_t offset, void* destination, size_t count) const override;
+
+  const std::string& path() const override { return path_; }
+  uint64_t size() const override { return size_; }
+  int fd() const { return fd_.get(); }
+
+ private:
+  File(std::string path, UniqueFd fd, uint64_t size);
+
+  std::string path_;
+  UniqueFd fd_;
+  uint64_t size_;
+};
+
+}  // namespace weightload

@@ -1,0 +1,102 @@
+#include "io/ordered_pool.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace weightload {
+
+OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work)
+    : ends_(std::move(ends)),
+      window_bytes_(window_bytes),
+      work_(std::move(work)),
+      ended_(ends_.size(), false) {
+  const size_t count = std::min<size_t>(std::max(threads, 1u), ends_.size());
+  threads_.reserve(count);
+  try {
+    for (size_t i = 0; i < count; ++i) threads_.emplace_back([this] { run(); });
+  } catch (...) {
+    // The system is out of threads. Those that started are enough, unless there are none.
+    if (threads_.empty()) throw;
+  }
+}
+
+OrderedPool::~OrderedPool() { join(); }
+
+void OrderedPool::advance(size_t first, size_t last) {
+  if (last <= needed_.load(std::memory_order_relaxed)) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    position_ = first;
+    needed_.store(last, std::memory_order_relaxed);
+  }
+  room_.notify_all();
+}
+
+bool OrderedPool::wait(size_t task, std::chrono::milliseconds patience) {
+  if (is_done(task)) return true;
+  std::unique_lock<std::mutex> lock(mutex_);
+  // An error counts once everything before it is done, so that the lowest one is the one that is thrown.
+  const auto failed = [&] { return failure_ && failed_task_ <= task && done_.load() == failed_task_; };
+  progress_.wait_for(lock, patience, [&] { return is_done(task) || failed() || stopped_; });
+  if (is_done(task)) return true;
+  if (failed()) std::rethrow_exception(failure_);
+  return false;
+}
+
+void OrderedPool::stop() noexcept {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+  }
+  room_.notify_all();
+  progress_.notify_all();
+}
+
+void OrderedPool::join() noexcept {
+  stop();
+  for (std::thread& thread : threads_) {
+    if (thread.joinable()) thread.join();
+  }
+}
+
+bool OrderedPool::may_start(size_t task) const {
+  const size_t needed = needed_.load(std::memory_order_relaxed);
+  return task <= needed || ends_[task - 1] - ends_[needed] < window_bytes_;
+}
+
+void OrderedPool::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });
+    if (stopped_ || failure_ || next_ == ends_.size()) return;
+    const size_t task = next_++;
+    const size_t position = position_;
+    // Others must see that nothing is left to wait for.
+    if (next_ == ends_.size()) room_.notify_all();
+    lock.unlock();
+    std::exception_ptr failure;
+    try {
+      work_(task, position);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    lock.lock();
+    if (failure) {
+      if (task < failed_task_) {
+        failed_task_ = task;
+        failure_ = std::move(failure);
+      }
+      room_.notify_all();
+      progress_.notify_all();
+      continue;
+    }
+    ended_[task] = true;
+    size_t done = done_.load(std::memory_order_relaxed);
+    if (task != done) continue;
+    while (done < ended_.size() && ended_[done]) ++done;
+    done_.store(done, std::memory_order_release);
+    progress_.notify_all();
+  }
+}
+
+}  // namespace weightload

@@ -1,0 +1,76 @@
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace weightload {
+
+// Threads that work through numbered tasks in order, a bounded distance ahead of one consumer.
+//
+// Tasks start in order and may end out of order; the consumer sees them as done in order. The window counts
+// bytes: a task may start once less than `window_bytes` lie between what the consumer needs and the task. The
+// first task that fails (lowest number, not earliest in time) ends the work; the consumer gets its exception
+// when it waits for that task or a later one, and still gets everything before it.
+//
+// One consumer thread at a time may call advance() and wait(); stop() may be called from anywhere.
+class OrderedPool {
+ public:
+  // `position` is the consumer's: tasks before it are behind the consumer, so that work which only pays ahead
+  // of it can be left out.
+  using Work = std::function<void(size_t task, size_t position)>;
+
+  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads.
+  OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work);
+  ~OrderedPool();  // stops and joins
+
+  OrderedPool(const OrderedPool&) = delete;
+  OrderedPool& operator=(const OrderedPool&) = delete;
+
+  // The consumer needs tasks `first` to `last` next, and none before them any more. Cheap when `last` has not
+  // grown.
+  void advance(size_t first, size_t last);
+
+  // True once tasks 0 .. task are done. No lock, no wait.
+  bool is_done(size_t task) const { return done_.load(std::memory_order_acquire) > task; }
+
+  // Waits for tasks 0 .. task, at most `patience`: returns is_done(task). Rethrows the exception of the task
+  // that failed among them. Returns false at once when stopped.
+  bool wait(size_t task, std::chrono::milliseconds patience);
+
+  // No further task starts; those in hand end as they would. Waiters wake. Does not wait for the threads.
+  void stop() noexcept;
+
+  // stop(), then waits for the threads to end: as long as the tasks in hand take.
+  void join() noexcept;
+
+ private:
+  void run();
+  bool may_start(size_t task) const;  // with mutex_ held
+
+  const std::vector<uint64_t> ends_;
+  const uint64_t window_bytes_;
+  const Work work_;
+
+  std::mutex mutex_;
+  std::condition_variable room_;      // workers wait: the consumer has moved, or stop
+  std::condition_variable progress_;  // the consumer waits: done_ has grown, an error, or stop
+  std::vector<bool> ended_;           // by task, guarded by mutex_
+  size_t next_ = 0;                   // guarded by mutex_
+  bool stopped_ = false;              // guarded by mutex_
+  size_t failed_task_ = SIZE_MAX;     // guarded by mutex_
+  std::exception_ptr failure_;        // guarded by mutex_
+  size_t position_ = 0;               // guarded by mutex_: `first` and
+  std::atomic<size_t> needed_{0};     // `last` of advance(), written by the consumer with mutex_ held
+  std::atomic<size_t> done_{0};       // tasks 0 .. done_-1 are done, written with mutex_ held
+
+  std::vector<std::thread> threads_;  // last: they use everything above
+};
+
+}  // namespace weightload

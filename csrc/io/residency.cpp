@@ -1,0 +1,71 @@
+#include "io/residency.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace weightload {
+namespace {
+
+constexpr long kCachestat = 451;  // the system call's number on every architecture; absent from older headers
+
+struct CachestatRange {
+  uint64_t offset;
+  uint64_t length;
+};
+struct Cachestat {
+  uint64_t cached, dirty, writeback, evicted, recently_evicted;
+};
+
+uint64_t page_bytes() {
+  static const uint64_t bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+// The bytes of `range` in `pages` of the pages around it: exact when all or none are cached.
+uint64_t clip(uint64_t pages, ByteRange range) { return std::min(range.size(), pages * page_bytes()); }
+
+// mincore answers "all cached" to those who may not know (mm/mincore.c, can_do_mincore).
+bool may_ask_mincore(const File& file) {
+  struct stat status;
+  if (::fstat(file.fd(), &status) != 0) return false;
+  return ::geteuid() == 0 || status.st_uid == ::geteuid() ||
+         ::faccessat(AT_FDCWD, ("/proc/self/fd/" + std::to_string(file.fd())).c_str(), W_OK, AT_EACCESS) == 0;
+}
+
+}  // namespace
+
+std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange range) {
+  if (range.empty()) return 0;
+  CachestatRange asked{range.begin, range.size()};
+  Cachestat answer{};
+  if (::syscall(kCachestat, file.fd(), &asked, &answer, 0) != 0) return std::nullopt;
+  return clip(answer.cached, range);
+}
+
+std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range) {
+  if (range.empty()) return 0;
+  if (!may_ask_mincore(file)) return std::nullopt;
+  const uint64_t begin = round_down(range.begin, page_bytes());
+  const size_t length = static_cast<size_t>(range.end - begin);
+  void* mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
+  if (mapping == MAP_FAILED) return std::nullopt;
+  std::vector<unsigned char> pages((length + page_bytes() - 1) / page_bytes());
+  const bool answered = ::mincore(mapping, length, pages.data()) == 0;
+  ::munmap(mapping, length);
+  if (!answered) return std::nullopt;
+  const auto cached = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+  return clip(static_cast<uint64_t>(cached), range);
+}
+
+std::optional<uint64_t> cached_bytes(const File& file, ByteRange range) {
+  const auto answer = cached_bytes_by_cachestat(file, range);
+  return answer ? answer : cached_bytes_by_mincore(file, range);
+}
+
+}  // namespace weightload

@@ -1,0 +1,59 @@
+#include "pipeline/checkpoint_file.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/error.h"
+#include "io/memory_source.h"
+#include "io/ordered_pool.h"
+
+namespace weightload {
+namespace {
+
+// One read gets the length and, of most files, the whole header.
+constexpr uint64_t kFirstRead = 64 << 10;
+
+Header read_header(const ByteSource& source) {
+  std::string bytes(std::min(kFirstRead, source.size()), '\0');
+  source.read(0, bytes.data(), bytes.size());
+  const uint64_t length = check_header_length(bytes, source.size(), source.path());
+  const uint64_t have = bytes.size();
+  bytes.resize(kLengthBytes + length);
+  if (bytes.size() > have) source.read(have, bytes.data() + have, bytes.size() - have);
+  return parse_header(std::string_view(bytes).substr(kLengthBytes), source.size(), source.path());
+}
+
+}  // namespace
+
+CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source)
+    : source_(std::move(source)), header_(read_header(*source_)) {}
+
+std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& path) {
+  auto file = File::open(path);
+  std::shared_ptr<CheckpointFile> opened(new CheckpointFile(file));
+  opened->file_ = std::move(file);
+  return opened;
+}
+
+CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, unsigned threads) {
+  CheckpointFiles files(paths.size());
+  if (paths.size() == 1 || threads <= 1) {
+    for (size_t i = 0; i < paths.size(); ++i) files[i] = open(paths[i]);
+    return files;
+  }
+  // One task a file, all allowed to start: order matters for which error is thrown, not for the work.
+  std::vector<uint64_t> ends(paths.size());
+  for (size_t i = 0; i < ends.size(); ++i) ends[i] = i + 1;
+  OrderedPool pool(ends, threads, std::numeric_limits<uint64_t>::max(),
+                   [&](size_t i, size_t) { files[i] = open(paths[i]); });
+  while (!paths.empty() && !pool.wait(paths.size() - 1, std::chrono::seconds(3600))) {
+  }
+  return files;
+}
+
+std::shared_ptr<const CheckpointFile> CheckpointFile::from_memory(const void* data, uint64_t size) {
+  return std::shared_ptr<const CheckpointFile>(
+      new CheckpointFile(std::make_shared<MemorySource>(data, size)));
+}
+
+}  // namespace weightload

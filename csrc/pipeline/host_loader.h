@@ -1,0 +1,114 @@
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "io/ordered_pool.h"
+#include "memory/host_memory.h"
+#include "pipeline/checkpoint_file.h"
+#include "plan/layout.h"
+#include "plan/read_plan.h"
+
+namespace weightload {
+
+struct HostLoaderOptions {
+  // Views of the mapped files, or private memory. Bytes in memory, and tensors that lie misaligned in their
+  // file, always get private memory.
+  bool map = true;
+
+  unsigned threads = 2;
+
+  // How far, in bytes, reading may run ahead of the consumer. Bounds the private memory that no tensor owns
+  // yet, and what an early exit has read in vain. Too small starves the threads: at least threads *
+  // task_bytes.
+  uint64_t window_bytes = 256ull << 20;
+  uint64_t task_bytes = 4ull << 20;
+  uint64_t block_bytes = 64ull << 20;
+
+  // Mapped files: false leaves the reading to page faults.
+  bool read_ahead = true;
+};
+
+// A tensor ready to be used. The pointers into the header are valid while the loader (or its files) lives;
+// the memory lives as long as `memory` is held.
+struct HostTensor {
+  const CheckpointFile* file = nullptr;
+  const TensorInfo* info = nullptr;
+  char* data = nullptr;  // null for an empty tensor
+  HostMemoryRef memory;
+};
+
+// Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
+// while threads bring the bytes in ahead of the consumer.
+//
+// A mapped tensor is handed out when its pages have been read, unless its file was wholly in the page cache
+// at the start: then nothing can fail and nothing needs to be waited for, and the threads only fill page
+// tables ahead of the consumer. A tensor in private memory is handed out when it is complete.
+class HostLoader {
+ public:
+  // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
+  // occur twice, on files that cannot be mapped, and when no thread can be started.
+  HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection,
+             const HostLoaderOptions& options);
+  ~HostLoader();
+
+  enum class Step : uint8_t { tensor, not_ready, end };
+
+  // The next tensor, if it comes within `patience`. Throws what the reading threads threw, and after fork()
+  // in the child, which has none of the threads. One thread at a time.
+  Step next(HostTensor& tensor, std::chrono::milliseconds patience);
+
+  // Makes a next() that waits in another thread return not_ready soon, and no further reading start.
+  void interrupt() noexcept;
+
+  // Stops and joins the threads and lets go of the files. Tensors handed out stay valid.
+  void close() noexcept;
+
+  // True in a child forked after construction: it has none of the threads and can only let go.
+  bool forked() const;
+
+  uint64_t total_bytes() const { return total_bytes_; }
+  size_t tensor_count() const { return tensors_.size(); }
+
+ private:
+  struct Tensor {
+    uint32_t file;
+    uint32_t index;           // in the file's header
+    uint32_t first_task = 0;  // its bytes are read by tasks first_task to last_task
+    uint32_t last_task = 0;
+    bool wait = true;  // false: its file was in the page cache, or nothing is read ahead
+  };
+
+  void refuse_duplicates() const;
+  void plan(const std::vector<std::vector<uint32_t>>& selection, const HostLoaderOptions& options);
+  void map_files();
+  void find_tasks();
+  void find_waits(bool read_ahead);
+  void start(const HostLoaderOptions& options);
+  void work(size_t task, size_t position);
+  char* block_memory(uint32_t block);
+  void unmap_passed_files(uint32_t current_file);
+
+  CheckpointFiles files_;
+  std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
+  std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
+  std::vector<Tensor> tensors_;
+  Layout layout_;
+  ReadPlan reads_;
+  uint64_t total_bytes_ = 0;
+
+  std::mutex allocating_;              // guards the elements of blocks_ until their tasks are done
+  std::vector<HostMemoryRef> blocks_;  // private blocks; allocated by the first thread that needs one
+
+  size_t next_ = 0;
+  uint32_t first_mapped_file_ = 0;  // maps of files before this one have been let go
+  bool page_in_ = true;
+  uint32_t fork_generation_;
+  std::atomic<bool> interrupted_{false};
+  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
+};
+
+}  // namespace weightload

@@ -1,0 +1,58 @@
+#include "plan/read_plan.h"
+
+#include <algorithm>
+
+namespace weightload {
+namespace {
+
+constexpr uint64_t kStripeAlignment = 256;
+
+// Cuts the part of `run` that lies in `share` (offsets in the block) into tasks.
+void add_tasks(const CopyRun& run, ByteRange share, uint64_t task_bytes, std::vector<ReadTask>& tasks) {
+  const ByteRange in_block{run.block_offset, run.block_offset + run.bytes.size()};
+  const uint64_t begin = std::max(in_block.begin, share.begin);
+  const uint64_t end = std::min(in_block.end, share.end);
+  if (begin >= end) return;
+  uint64_t position = run.bytes.begin + (begin - in_block.begin);
+  const uint64_t stop = run.bytes.begin + (end - in_block.begin);
+  while (position < stop) {
+    const uint64_t cut = std::min(stop, (position / task_bytes + 1) * task_bytes);
+    tasks.push_back({run.file, {position, cut}, run.block, run.block_offset + (position - run.bytes.begin)});
+    position = cut;
+  }
+}
+
+}  // namespace
+
+uint64_t stripe_bytes(uint64_t block_bytes, uint32_t ranks) {
+  return round_up((block_bytes + ranks - 1) / ranks, kStripeAlignment);
+}
+
+ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options) {
+  switch (options.strategy) {
+    case Strategy::independent:
+      return {0, block_bytes};
+    case Strategy::broadcast:
+      return {0, options.rank == options.root ? block_bytes : 0};
+    case Strategy::striped: {
+      const uint64_t stripe = stripe_bytes(block_bytes, options.ranks);
+      return {std::min(block_bytes, stripe * options.rank),
+              std::min(block_bytes, stripe * (options.rank + 1))};
+    }
+  }
+  return {0, 0};
+}
+
+ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options) {
+  ReadPlan plan;
+  plan.block_ends.reserve(layout.blocks.size());
+  for (const Block& block : layout.blocks) {
+    const ByteRange share = rank_share(block.bytes, options);
+    for (uint32_t r = block.first_run; r < block.last_run; ++r)
+      add_tasks(layout.runs[r], share, options.task_bytes, plan.tasks);
+    plan.block_ends.push_back(static_cast<uint32_t>(plan.tasks.size()));
+  }
+  return plan;
+}
+
+}  // namespace weightload

@@ -1,0 +1,94 @@
+"""Builds weightload's C++ extension against the torch that is installed in the target environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+OLDEST_TORCH = (2, 8)
+INSTALL_TORCH = "pip install 'torch>=2.8'"
+
+
+def stop(sentence: str) -> None:
+    raise SystemExit(f"\nweightload: {sentence}\n")
+
+
+def find_torch() -> None:
+    """Make the target environment's torch importable.
+
+    Under pip's build isolation the interpreter is the target's but its site-packages are hidden: pip sets PYTHONPATH
+    to a private directory whose sitecustomize removes them. The same interpreter started without these variables
+    sees what the target environment sees, whatever kind of environment it is.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        return
+    hidden = {"PYTHONPATH", "PYTHONNOUSERSITE"}
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    probe = (
+        "import importlib.util as u, sys; s = u.find_spec('torch'); "
+        "print('\\n'.join(sys.path) if s and s.origin else '')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, cwd="/", capture_output=True, text=True, check=False
+    ).stdout.split("\n")
+    # Behind everything the build environment has, so that its setuptools and ninja stay in front.
+    sys.path.extend(entry for entry in answer if entry and entry not in sys.path)
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("torch") is None:
+        stop(
+            "it is compiled against the torch of the environment it is installed into, and there is none; "
+            f"run: {INSTALL_TORCH} && pip install weightload"
+        )
+
+
+find_torch()
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths  # noqa: E402
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    stop(f"torch {torch.__version__} is installed, and 2.8 is the oldest supported; run: {INSTALL_TORCH}")
+
+
+def json_include() -> str:
+    """The directory of nlohmann/json.hpp, from the nlohmann-json package."""
+    spec = importlib.util.find_spec("nlohmann_json")
+    if spec is None or not spec.submodule_search_locations:
+        stop("nlohmann-json's headers are missing; run: pip install nlohmann-json")
+        raise AssertionError
+    return str(Path(spec.submodule_search_locations[0]) / "include")
+
+
+class BuildAgainstTorch(BuildExtension):  # type: ignore[misc]
+    """Records which torch the extension was compiled against, for the check at import."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "weightload" if self.inplace else Path(self.build_lib) / "weightload"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.py").write_text(
+            f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+        )
+
+
+def extension() -> CppExtension:
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    flags = ["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    if os.environ.get("WEIGHTLOAD_WERROR") == "1":
+        # -isystem: warnings of other people's headers are not ours to mend.
+        flags += ["-Werror", "-Wpedantic", "-Wconversion"]
+        flags += [f"-isystem{path}" for path in [*include_paths(), json_include()]]
+    return CppExtension(
+        "weightload._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc"), json_include()],
+        extra_compile_args={"cxx": flags},
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildAgainstTorch})

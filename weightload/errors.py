@@ -1,0 +1,152 @@
+"""Public exceptions, and the table from the core's errors to them.
+
+All derive from ``safetensors.SafetensorError``, so ``except`` clauses written for safetensors keep working. A file
+that cannot be opened raises what ``open()`` would raise: ``FileNotFoundError``, ``PermissionError``, ....
+"""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+
+
+class WeightLoadError(SafetensorError):  # type: ignore[misc]
+    """Base of everything weightload raises about a checkpoint.
+
+    Attributes, each ``None`` where it is not known or does not apply:
+        filename: the file.
+        tensor: the tensor's name.
+        offset: bytes from the start of the file.
+        errno: the operating system's error number.
+    """
+
+    filename: str | None = None
+    tensor: str | None = None
+    offset: int | None = None
+    errno: int | None = None
+
+
+class CheckpointError(WeightLoadError):
+    """The files of a checkpoint do not fit together: a bad index, missing shards, an ambiguous directory."""
+
+
+class HeaderError(WeightLoadError):
+    """A file breaks a rule of the safetensors format. Its subclasses name the rules."""
+
+
+class TensorError(WeightLoadError):
+    """One tensor cannot be handed out: torch lacks its dtype or cannot hold its shape."""
+
+
+class ReadError(WeightLoadError, OSError):
+    """Bytes could not be read. ``errno`` is the system's; it is ``None`` when the file ended early."""
+
+
+class OutOfMemoryError(WeightLoadError, MemoryError):
+    """Memory for a tensor could not be had."""
+
+
+class HeaderTooSmall(HeaderError):
+    """The file is shorter than the 8 bytes of its header's length."""
+
+
+class HeaderTooLarge(HeaderError):
+    """The header claims more than 100,000,000 bytes."""
+
+
+class InvalidHeaderLength(HeaderError):
+    """The header claims more bytes than the file has."""
+
+
+class InvalidHeader(HeaderError):
+    """The header is not UTF-8."""
+
+
+class InvalidHeaderDeserialization(HeaderError):
+    """The header is not JSON, or not a map."""
+
+
+class InvalidTensorEntry(HeaderError):
+    """A tensor's entry lacks a field, or has one of the wrong type."""
+
+
+class InvalidMetadata(HeaderError):
+    """``__metadata__`` is not a map of strings to strings."""
+
+
+class UnknownDtype(HeaderError):
+    """A dtype that is none of the 22 of safetensors 0.8."""
+
+
+class DuplicateField(HeaderError):
+    """A field occurs twice."""
+
+
+class DuplicateTensor(HeaderError):
+    """A tensor's name occurs twice, in one file or in two files of one checkpoint."""
+
+
+class NestingTooDeep(HeaderError):
+    """More than 127 levels of JSON."""
+
+
+class InvalidOffset(HeaderError):
+    """A tensor's bytes overlap others, leave a gap, or end before they begin."""
+
+
+class TensorInvalidInfo(HeaderError):
+    """A tensor's dtype and shape call for another number of bytes than its offsets give."""
+
+
+class ValidationOverflow(HeaderError):
+    """A tensor's size does not fit 64 bits."""
+
+
+class MisalignedSlice(HeaderError):
+    """A tensor of a packed dtype ends inside a byte."""
+
+
+class MetadataIncompleteBuffer(HeaderError):
+    """The file has more or fewer bytes than its tensors."""
+
+
+class NotARegularFile(HeaderError):
+    """A directory, device, FIFO or socket."""
+
+
+class GitLfsPointer(HeaderError):
+    """A Git LFS pointer in place of the file; `git lfs pull` fetches it."""
+
+
+class HtmlPage(HeaderError):
+    """A web page, as a failed download leaves it, in place of the file."""
+
+
+_RULES: dict[str, type[HeaderError]] = {rule.__name__: rule for rule in HeaderError.__subclasses__()}
+_KINDS: dict[str, type[WeightLoadError]] = {
+    "header": HeaderError,
+    "tensor": TensorError,
+    "read": ReadError,
+    "memory": OutOfMemoryError,
+    "usage": WeightLoadError,
+}
+
+
+def from_core(
+    kind: str, rule: str, message: str, filename: str, tensor: str, offset: int | None, errno: int
+) -> BaseException:
+    """Make the exception for an error of the C++ core (called by its bindings)."""
+    if kind == "open":
+        # OSError picks the subclass that belongs to the number.
+        return OSError(errno, _system_text(errno), filename)
+    error = _RULES.get(rule, _KINDS[kind])(message)
+    error.filename = filename or None
+    error.tensor = tensor or None
+    error.offset = offset
+    error.errno = errno or None
+    return error
+
+
+def _system_text(errno: int) -> str:
+    import os
+
+    return os.strerror(errno)

@@ -1,0 +1,48 @@
+"""A tqdm bar over a load, in bytes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from weightload.distributed import global_rank
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightload.iterator import WeightIterator
+
+# A load that is over before a person could read the bar shows none.
+SECONDS_BEFORE_THE_BAR = 1.0
+
+
+def wanted(show_progress: bool | None) -> bool:
+    """Whether to show a bar: on rank 0 only; by default only where stderr is a terminal."""
+    if global_rank() != 0:
+        return False
+    return sys.stderr.isatty() if show_progress is None else show_progress
+
+
+def with_bar(weights: WeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same items; leaving early closes the load.
+
+    Args:
+        weights: the load.
+        always: show the bar from the start, not only once the load has lasted a second.
+    """
+    from tqdm.auto import tqdm
+
+    bar = tqdm(
+        total=weights.total_bytes,
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        delay=0 if always else SECONDS_BEFORE_THE_BAR,
+        file=sys.stderr,
+    )
+    with weights, bar:
+        for name, tensor in weights:
+            bar.update(tensor.untyped_storage().nbytes())
+            yield name, tensor
