@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = (2, 8)
@@ -64,7 +64,7 @@ def json_include() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "include")
 
 
-class BuildAgainstTorch(BuildExtension):  # type: ignore[misc]
+class BuildAgainstTorch(BuildExtension):
     """Records which torch the extension was compiled against, for the check at import."""
 
     def run(self) -> None:
@@ -76,19 +76,20 @@ class BuildAgainstTorch(BuildExtension):  # type: ignore[misc]
         )
 
 
-def extension() -> CppExtension:
+def extension() -> Extension:
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     flags = ["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if os.environ.get("WEIGHTLOAD_WERROR") == "1":
         # -isystem: warnings of other people's headers are not ours to mend.
         flags += ["-Werror", "-Wpedantic", "-Wconversion"]
         flags += [f"-isystem{path}" for path in [*include_paths(), json_include()]]
-    return CppExtension(
+    made: Extension = CppExtension(  # type: ignore[no-untyped-call]
         "weightload._C",
         sources,
         include_dirs=[str(ROOT / "csrc"), json_include()],
         extra_compile_args={"cxx": flags},
     )
+    return made
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildAgainstTorch})

@@ -136,7 +136,16 @@ def _hunyuan_layer(index: int) -> Iterator[Entry]:
         prefix = f"transformer_blocks.{index // 3}"
         for name in ("norm1.linear", "norm1_context.linear"):
             yield from _linear(f"{prefix}.{name}", dtype, 6 * dim, dim)
-        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
+        for name in (
+            "to_q",
+            "to_k",
+            "to_v",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_out.0",
+            "to_add_out",
+        ):
             yield from _linear(f"{prefix}.attn.{name}", dtype, dim, dim)
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             yield f"{prefix}.attn.{name}.weight", dtype, (128,)

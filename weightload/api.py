@@ -29,7 +29,8 @@ def load_file(
     """
     require_cpu(device)
     files = open_files([filename])
-    return dict(WeightIterator(files, None, backend=backend, read_ahead=files[0].size <= available_memory() // 2))
+    read_ahead = files[0].size <= available_memory() // 2
+    return dict(WeightIterator(files, None, backend=backend, read_ahead=read_ahead))
 
 
 def load(data: bytes) -> dict[str, torch.Tensor]:

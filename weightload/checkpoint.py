@@ -16,7 +16,9 @@ CANONICAL_STEMS = ("model", "diffusion_pytorch_model")
 
 # Files that lie beside a model's weights and are not part of them: adapters, and the original-format copy that some
 # publishers ship next to the sharded one.
-EXTRAS = re.compile(r"^(consolidated|adapter_model|pytorch_lora_weights|optimizer|scheduler|scaler|rng_state)\b|lora", re.I)
+EXTRAS = re.compile(
+    r"^(consolidated|adapter_model|pytorch_lora_weights|optimizer|scheduler|scaler|rng_state)\b|lora", re.I
+)
 
 _SHARD = re.compile(r"^(?P<stem>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>.*)$")
 
@@ -48,6 +50,19 @@ def resolve_safetensors_files(
         DuplicateTensor: a tensor occurs in two files.
         HeaderError: a file breaks a rule of the format.
     """
+    found, promised = find_files(model_path, subfolder, variant)
+    if len(found) > 1 or promised:
+        check_contents(found, promised)
+    return [str(path) for path in found]
+
+
+def find_files(
+    model_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    subfolder: str | None = None,
+    variant: str | None = None,
+) -> tuple[list[Path], dict[str, Path]]:
+    """The files by their names alone, none of them opened, and the shard of every tensor that an index names."""
+    promised: dict[str, Path] = {}
     if isinstance(model_path, (str, os.PathLike)):
         path = Path(model_path, subfolder) if subfolder else Path(model_path)
         if path.is_dir():
@@ -55,16 +70,14 @@ def resolve_safetensors_files(
         elif is_index(path.name):
             found, promised = read_index(path)
         else:
-            found, promised = [path], {}
+            found = [path]
     else:
         if subfolder or variant:
             raise ValueError("subfolder and variant go with a directory, not with a list of files")
-        found, promised = [Path(item) for item in model_path], {}
+        found = [Path(item) for item in model_path]
     for path in found:
         _require_file(path)
-    if len(found) > 1 or promised:
-        _check_contents(found, promised)
-    return [str(path) for path in found]
+    return found, promised
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -110,8 +123,8 @@ def _choose_files(names: list[str], folder: Path, variant: str | None) -> list[s
         which = f" of variant {variant!r}" if variant else ""
         raise FileNotFoundError(2, f"No safetensors files{which} in the directory", str(folder))
     canonical = {stem: stem for stem in families if stem in CANONICAL_STEMS}
-    stem = _the_one(canonical, folder, "model")
-    chosen = families[stem] if stem else [name for family in families.values() for name in family]
+    model = _the_one(canonical, folder, "model")
+    chosen = families[model] if model else [name for family in families.values() for name in family]
     chosen = _prefer_whole_file(chosen)
     _require_all_shards(chosen, folder)
     return sorted(chosen, key=natural_key)
@@ -144,7 +157,9 @@ def _split_variant(stem: str, variant: str | None, others: list[str]) -> tuple[s
     base, dot, ending = stem.rpartition(".")
     if not dot:
         return stem, None
-    known = base in CANONICAL_STEMS or any(other.startswith(base + ".") and not other.startswith(stem) for other in others)
+    known = base in CANONICAL_STEMS or any(
+        other.startswith(base + ".") and not other.startswith(stem) for other in others
+    )
     return (base, ending) if ending == variant or known else (stem, None)
 
 
@@ -169,13 +184,15 @@ def _require_all_shards(names: list[str], folder: Path) -> None:
             raise FileNotFoundError(2, f"Shard missing ({len(missing)} of {int(count)})", str(folder / name))
 
 
-def _check_contents(files: list[Path], promised: dict[str, Path]) -> None:
+def check_contents(files: list[Path], promised: dict[str, Path]) -> None:
     """Refuse tensors that occur in two files, and shards without the tensors that the index promises of them."""
     from weightload.iterator import open_files
 
     owner: dict[str, Path] = {}
-    for path, opened in zip(files, open_files(files), strict=True):
-        for name in opened.names():
+    # Only the names are kept: an exception's traceback would keep open files open.
+    names_of_files = [file.names() for file in open_files(files)]
+    for path, names in zip(files, names_of_files, strict=True):
+        for name in names:
             if name in owner:
                 error = DuplicateTensor(f"{path}: tensor `{name}` is in {owner[name]} too")
                 error.filename, error.tensor = str(path), name

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from weightload import _C, __version__
-from weightload.checkpoint import resolve_safetensors_files
+from weightload.checkpoint import check_contents, find_files, resolve_safetensors_files
 from weightload.iterator import open_files
 
 OK, BROKEN, UNUSABLE = 0, 1, 3
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="weightload", description="Look into safetensors checkpoints.", epilog=EPILOG, formatter_class=formatter
+        prog="weightload",
+        description="Look into safetensors checkpoints.",
+        epilog=EPILOG,
+        formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=f"weightload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -69,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     verify.add_argument(
-        "--parity", action="store_true", help="load with safetensors too, and compare every tensor bit for bit"
+        "--parity",
+        action="store_true",
+        help="load with safetensors too, and compare every tensor bit for bit",
     )
     verify.set_defaults(run=_verify)
 
@@ -125,7 +131,8 @@ def _bytes(count: int) -> str:
 
 def _verify(options: argparse.Namespace) -> int:
     worst = OK
-    for path in resolve_safetensors_files(options.path, options.subfolder, options.variant):
+    paths, promised = find_files(options.path, options.subfolder, options.variant)
+    for path in paths:
         try:
             (file,) = open_files([path])
             done = f"{len(file)} tensors, {_bytes(file.read_all())} read"
@@ -135,10 +142,12 @@ def _verify(options: argparse.Namespace) -> int:
         except (SafetensorError, OSError) as error:
             print(f"BAD  {error}")
             worst = max(worst, UNUSABLE if isinstance(error, OSError) else BROKEN)
+    if worst == OK:
+        check_contents(paths, promised)
     return worst
 
 
-def _compare(path: str) -> int:
+def _compare(path: Path) -> int:
     """Load a file with both libraries; the number of tensors, all equal in name, dtype, shape and bytes."""
     import torch
     from safetensors.torch import load_file as reference_load_file

@@ -8,10 +8,7 @@ from pathlib import Path
 
 def usable_cpus() -> int:
     """CPUs the process may use, at least 1. A quota of 1.5 CPUs counts as 2."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0))
     quota = cgroup_cpu_quota()
     return max(1, count if quota is None else min(count, -int(-quota // 1)))
 

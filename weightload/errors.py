@@ -9,7 +9,7 @@ from __future__ import annotations
 from safetensors import SafetensorError
 
 
-class WeightLoadError(SafetensorError):  # type: ignore[misc]
+class WeightLoadError(SafetensorError):
     """Base of everything weightload raises about a checkpoint.
 
     Attributes, each ``None`` where it is not known or does not apply:

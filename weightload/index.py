@@ -36,7 +36,9 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
     shards = {name: _shard_path(path, name) for name in sorted(set(weight_map.values()), key=natural_key)}
     missing = [shard for shard in shards.values() if not shard.exists()]
     if missing:
-        raise FileNotFoundError(2, f"Shard missing ({len(missing)} of {len(shards)} that {path.name} names)", str(missing[0]))
+        raise FileNotFoundError(
+            2, f"Shard missing ({len(missing)} of {len(shards)} that {path.name} names)", str(missing[0])
+        )
     return list(shards.values()), {tensor: shards[name] for tensor, name in weight_map.items()}
 
 

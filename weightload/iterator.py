@@ -24,23 +24,28 @@ Backend = Literal["mmap", "pread"]
 class WeightIterator(_C.HostLoader):
     """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
 
-    ``total_bytes`` is the size of the selected tensors, ``len()`` their number.
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number. Takes over ``files``: the list is
+    empty afterwards.
     """
 
     def __init__(self, files: list[_C.CheckpointFile], names: Names | None, *, backend: str, read_ahead: bool) -> None:
         if backend not in ("mmap", "pread"):
             raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
         now = settings.current()
-        super().__init__(
-            files,
-            [select(file, names) for file in files],
-            map=backend == "mmap",
-            read_ahead=read_ahead,
-            threads=now.thread_count(),
-            window_bytes=now.window_bytes,
-            task_bytes=now.task_bytes,
-            block_bytes=now.block_bytes,
-        )
+        try:
+            super().__init__(
+                files,
+                [select(file, names) for file in files],
+                map=backend == "mmap",
+                read_ahead=read_ahead,
+                threads=now.thread_count(),
+                window_bytes=now.window_bytes,
+                task_bytes=now.task_bytes,
+                block_bytes=now.block_bytes,
+            )
+        finally:
+            # The core holds them now; an exception's traceback would keep them open through this frame.
+            files.clear()
         _live.add(self)
 
     def __enter__(self) -> WeightIterator:

@@ -25,7 +25,7 @@ class Settings:
     """Bytes that reading may run ahead of the consumer: bounds the memory no tensor owns yet, and what an early
     exit has read in vain."""
 
-    task_bytes: int = 4 * MIB
+    task_bytes: int = 8 * MIB
     """Bytes of one read. Smaller reads start the consumer sooner; larger ones cost fewer system calls."""
 
     block_bytes: int = 64 * MIB

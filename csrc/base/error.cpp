@@ -23,8 +23,7 @@ std::string full_sentence(const std::string& message, const ErrorContext& contex
 
 }  // namespace
 
-Error::Error(ErrorKind what_kind, const std::string& what_happened, ErrorContext where,
-             std::string broken_rule)
+Error::Error(ErrorKind what_kind, const std::string& what_happened, ErrorContext where, std::string broken_rule)
     : std::runtime_error(full_sentence(what_happened, where)),
       kind(what_kind),
       message(what_happened),

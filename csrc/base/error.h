@@ -28,8 +28,7 @@ struct ErrorContext {
 // the fields carry the same facts for programs.
 class Error : public std::runtime_error {
  public:
-  Error(ErrorKind what_kind, const std::string& what_happened, ErrorContext where = {},
-        std::string broken_rule = {});
+  Error(ErrorKind what_kind, const std::string& what_happened, ErrorContext where = {}, std::string broken_rule = {});
 
   ErrorKind kind;
   std::string message;  // without the context

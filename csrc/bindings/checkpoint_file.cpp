@@ -28,8 +28,8 @@ py::list tensors(const CheckpointFile& file) {
   py::list list;
   for (const TensorInfo& tensor : file.header().tensors) {
     const std::string_view dtype = dtype_name(tensor.dtype);
-    list.append(py::make_tuple(tensor.name, py::str(dtype.data(), dtype.size()),
-                               py::tuple(py::cast(tensor.shape)), tensor.bytes.begin, tensor.bytes.end));
+    list.append(py::make_tuple(tensor.name, py::str(dtype.data(), dtype.size()), py::tuple(py::cast(tensor.shape)),
+                               tensor.bytes.begin, tensor.bytes.end));
   }
   return list;
 }
@@ -43,7 +43,9 @@ uint64_t read_all(const CheckpointFile& file) {
   return file.size();
 }
 
-std::optional<uint64_t> resident_bytes(const std::string& path) {
+std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
+  const std::string path = encoded_path;
+  py::gil_scoped_release release;
   const auto file = File::open(path);
   return cached_bytes(*file, {0, file->size()});
 }
@@ -51,28 +53,27 @@ std::optional<uint64_t> resident_bytes(const std::string& path) {
 }  // namespace
 
 void register_checkpoint_file(py::module_& module) {
-  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>>(
-      module, "CheckpointFile", "An open safetensors file with its validated header.")
+  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>>(module, "CheckpointFile",
+                                                              "An open safetensors file with its validated header.")
       .def_property_readonly("path",
                              [](const CheckpointFile& file) {
                                const std::string& path = file.path();
-                               return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefaultAndSize(
-                                   path.data(), static_cast<Py_ssize_t>(path.size())));
+                               return py::reinterpret_steal<py::str>(
+                                   PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
                              })
       .def_property_readonly("size", &CheckpointFile::size, "bytes, header included")
-      .def_property_readonly("data_begin",
-                             [](const CheckpointFile& file) { return file.header().data_begin; })
+      .def_property_readonly("data_begin", [](const CheckpointFile& file) { return file.header().data_begin; })
       .def_property_readonly("metadata", metadata, "dict of str to str, or None where the header has none")
       .def("__len__", [](const CheckpointFile& file) { return file.header().tensors.size(); })
       .def("names", names, "tensor names by offset")
-      .def("tensors", tensors,
-           "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
+      .def("tensors", tensors, "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
       .def("read_all", read_all, py::call_guard<py::gil_scoped_release>(),
            "Reads every byte once and returns their number.");
 
   module.def(
       "open_files",
-      [](const std::vector<std::string>& paths, unsigned threads) {
+      [](const std::vector<py::bytes>& encoded_paths, unsigned threads) {
+        const std::vector<std::string> paths(encoded_paths.begin(), encoded_paths.end());
         py::gil_scoped_release release;
         std::vector<std::shared_ptr<CheckpointFile>> files;
         for (auto& file : CheckpointFile::open_all(paths, threads))
@@ -89,12 +90,11 @@ void register_checkpoint_file(py::module_& module) {
         Py_ssize_t size = 0;
         if (PyBytes_AsStringAndSize(data.ptr(), &start, &size) != 0) throw py::error_already_set();
         py::gil_scoped_release release;
-        return std::const_pointer_cast<CheckpointFile>(
-            CheckpointFile::from_memory(start, static_cast<uint64_t>(size)));
+        return std::const_pointer_cast<CheckpointFile>(CheckpointFile::from_memory(start, static_cast<uint64_t>(size)));
       },
       py::arg("data"), py::keep_alive<0, 1>());
 
-  module.def("resident_bytes", &resident_bytes, py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+  module.def("resident_bytes", &resident_bytes, py::arg("path"),
              "Bytes of the file in the page cache, or None where the kernel does not tell.");
 }
 

@@ -11,18 +11,12 @@ namespace {
 
 const char* kind_name(ErrorKind kind) {
   switch (kind) {
-    case ErrorKind::header:
-      return "header";
-    case ErrorKind::tensor:
-      return "tensor";
-    case ErrorKind::open:
-      return "open";
-    case ErrorKind::read:
-      return "read";
-    case ErrorKind::memory:
-      return "memory";
-    case ErrorKind::usage:
-      return "usage";
+    case ErrorKind::header: return "header";
+    case ErrorKind::tensor: return "tensor";
+    case ErrorKind::open: return "open";
+    case ErrorKind::read: return "read";
+    case ErrorKind::memory: return "memory";
+    case ErrorKind::usage: return "usage";
   }
   return "usage";
 }
@@ -43,8 +37,8 @@ void translate(std::exception_ptr pointer) {
       py::object offset = where.offset ? py::object(py::int_(*where.offset)) : py::none();
       py::object exception =
           py::module_::import("weightload.errors")
-              .attr("from_core")(kind_name(error.kind), error.rule, to_text(error.what()),
-                                 to_text(where.path), to_text(where.tensor), offset, where.error_number);
+              .attr("from_core")(kind_name(error.kind), error.rule, to_text(error.what()), to_text(where.path),
+                                 to_text(where.tensor), offset, where.error_number);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
     } catch (py::error_already_set& failed) {
       failed.restore();

@@ -21,13 +21,11 @@ constexpr std::chrono::milliseconds kSignalInterval{100};
 // Iterator of (name, tensor). Threads may share it: each call has the loader to itself.
 class PyHostLoader {
  public:
-  PyHostLoader(const py::list& files, std::vector<std::vector<uint32_t>> selection,
-               const HostLoaderOptions& options)
-      : python_files_(files) {
+  PyHostLoader(const py::list& files, std::vector<std::vector<uint32_t>> selection, const HostLoaderOptions& options)
+      : python_files_(py::list(files.attr("copy")())) {
     const FileList list = py::cast<FileList>(files);
     py::gil_scoped_release release;
-    loader_ = std::make_unique<HostLoader>(CheckpointFiles(list.begin(), list.end()), std::move(selection),
-                                           options);
+    loader_ = std::make_unique<HostLoader>(CheckpointFiles(list.begin(), list.end()), std::move(selection), options);
     total_bytes_ = loader_->total_bytes();
     tensor_count_ = loader_->tensor_count();
   }
@@ -40,7 +38,34 @@ class PyHostLoader {
       py::gil_scoped_release release;
       lock.lock();
     }
-    HostTensor tensor;
+    try {
+      HostTensor tensor;
+      if (take(tensor)) return pair(tensor);
+    } catch (...) {
+      // As with a generator, an exception is the end.
+      shut();
+      throw;
+    }
+    shut();
+    throw py::stop_iteration();
+  }
+
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    if (!loader_->forked()) {
+      py::gil_scoped_release release;
+      loader_->interrupt();  // a call of next() in another thread returns soon
+      lock.lock();
+    }
+    shut();
+  }
+
+  uint64_t total_bytes() const { return total_bytes_; }
+  size_t tensor_count() const { return tensor_count_; }
+
+ private:
+  // The next tensor, or false at the end. Waits without the GIL.
+  bool take(HostTensor& tensor) {
     // Almost always the tensor is there; then letting go of the GIL would cost more than all the rest.
     HostLoader::Step step = loader_->next(tensor, std::chrono::milliseconds(0));
     while (step == HostLoader::Step::not_ready) {
@@ -48,33 +73,29 @@ class PyHostLoader {
       py::gil_scoped_release release;
       step = loader_->next(tensor, kSignalInterval);
     }
-    if (step == HostLoader::Step::end) {
+    return step == HostLoader::Step::tensor;
+  }
+
+  static py::object pair(HostTensor& tensor) {
+    const std::string& name = tensor.info->name;
+    auto text = py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "strict"));
+    if (!text) throw py::error_already_set();
+    const auto wrapped = py::reinterpret_steal<py::object>(wrap_host_tensor(tensor));
+    auto both = py::reinterpret_steal<py::object>(PyTuple_Pack(2, text.ptr(), wrapped.ptr()));
+    if (!both) throw py::error_already_set();
+    return both;
+  }
+
+  // With mutex_ held.
+  void shut() {
+    {
       py::gil_scoped_release release;
       loader_->close();
     }
-    if (step == HostLoader::Step::end) throw py::stop_iteration();
-    const std::string& name = tensor.info->name;
-    py::object text = py::reinterpret_steal<py::object>(
-        PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "strict"));
-    if (!text) throw py::error_already_set();
-    py::object wrapped = py::reinterpret_steal<py::object>(wrap_host_tensor(tensor));
-    py::object pair = py::reinterpret_steal<py::object>(PyTuple_Pack(2, text.ptr(), wrapped.ptr()));
-    if (!pair) throw py::error_already_set();
-    return pair;
+    python_files_ = py::list();
   }
 
-  void close() {
-    py::gil_scoped_release release;
-    if (loader_->forked()) return loader_->close();
-    loader_->interrupt();  // a call of next() in another thread returns soon
-    std::lock_guard<std::mutex> lock(mutex_);
-    loader_->close();
-  }
-
-  uint64_t total_bytes() const { return total_bytes_; }
-  size_t tensor_count() const { return tensor_count_; }
-
- private:
   py::list python_files_;  // keeps what they read from alive, for files over a bytes object
   std::mutex mutex_;       // taken with the GIL released, or not waited for
   std::unique_ptr<HostLoader> loader_;
@@ -86,9 +107,8 @@ class PyHostLoader {
 
 void register_host_loader(py::module_& module) {
   py::class_<PyHostLoader>(module, "HostLoader", "Iterator of (name, tensor) over host memory.")
-      .def(py::init([](const py::list& files, std::vector<std::vector<uint32_t>> selection, bool map,
-                       bool read_ahead, unsigned threads, uint64_t window_bytes, uint64_t task_bytes,
-                       uint64_t block_bytes) {
+      .def(py::init([](const py::list& files, std::vector<std::vector<uint32_t>> selection, bool map, bool read_ahead,
+                       unsigned threads, uint64_t window_bytes, uint64_t task_bytes, uint64_t block_bytes) {
              HostLoaderOptions options;
              options.map = map;
              options.read_ahead = read_ahead;

@@ -21,49 +21,28 @@ namespace {
 
 c10::ScalarType torch_dtype(const HostTensor& tensor) {
   switch (tensor.info->dtype) {
-    case Dtype::BOOL:
-      return c10::ScalarType::Bool;
-    case Dtype::F4:
-      return c10::ScalarType::Float4_e2m1fn_x2;
-    case Dtype::U8:
-      return c10::ScalarType::Byte;
-    case Dtype::I8:
-      return c10::ScalarType::Char;
-    case Dtype::F8_E5M2:
-      return c10::ScalarType::Float8_e5m2;
-    case Dtype::F8_E4M3:
-      return c10::ScalarType::Float8_e4m3fn;
-    case Dtype::F8_E8M0:
-      return c10::ScalarType::Float8_e8m0fnu;
-    case Dtype::F8_E4M3FNUZ:
-      return c10::ScalarType::Float8_e4m3fnuz;
-    case Dtype::F8_E5M2FNUZ:
-      return c10::ScalarType::Float8_e5m2fnuz;
-    case Dtype::I16:
-      return c10::ScalarType::Short;
-    case Dtype::U16:
-      return c10::ScalarType::UInt16;
-    case Dtype::F16:
-      return c10::ScalarType::Half;
-    case Dtype::BF16:
-      return c10::ScalarType::BFloat16;
-    case Dtype::I32:
-      return c10::ScalarType::Int;
-    case Dtype::U32:
-      return c10::ScalarType::UInt32;
-    case Dtype::F32:
-      return c10::ScalarType::Float;
-    case Dtype::C64:
-      return c10::ScalarType::ComplexFloat;
-    case Dtype::F64:
-      return c10::ScalarType::Double;
-    case Dtype::I64:
-      return c10::ScalarType::Long;
-    case Dtype::U64:
-      return c10::ScalarType::UInt64;
+    case Dtype::BOOL: return c10::ScalarType::Bool;
+    case Dtype::F4: return c10::ScalarType::Float4_e2m1fn_x2;
+    case Dtype::U8: return c10::ScalarType::Byte;
+    case Dtype::I8: return c10::ScalarType::Char;
+    case Dtype::F8_E5M2: return c10::ScalarType::Float8_e5m2;
+    case Dtype::F8_E4M3: return c10::ScalarType::Float8_e4m3fn;
+    case Dtype::F8_E8M0: return c10::ScalarType::Float8_e8m0fnu;
+    case Dtype::F8_E4M3FNUZ: return c10::ScalarType::Float8_e4m3fnuz;
+    case Dtype::F8_E5M2FNUZ: return c10::ScalarType::Float8_e5m2fnuz;
+    case Dtype::I16: return c10::ScalarType::Short;
+    case Dtype::U16: return c10::ScalarType::UInt16;
+    case Dtype::F16: return c10::ScalarType::Half;
+    case Dtype::BF16: return c10::ScalarType::BFloat16;
+    case Dtype::I32: return c10::ScalarType::Int;
+    case Dtype::U32: return c10::ScalarType::UInt32;
+    case Dtype::F32: return c10::ScalarType::Float;
+    case Dtype::C64: return c10::ScalarType::ComplexFloat;
+    case Dtype::F64: return c10::ScalarType::Double;
+    case Dtype::I64: return c10::ScalarType::Long;
+    case Dtype::U64: return c10::ScalarType::UInt64;
     case Dtype::F6_E2M3:
-    case Dtype::F6_E3M2:
-      break;
+    case Dtype::F6_E3M2: break;
   }
   fail_tensor(tensor, "torch has no dtype for " + std::string(dtype_name(tensor.info->dtype)));
 }
@@ -111,9 +90,9 @@ PyObject* wrap_host_tensor(HostTensor& tensor) {
     memory->retain();
     data = c10::DataPtr(tensor.data, memory, &release_memory, c10::Device(c10::kCPU));
   }
-  auto storage = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), static_cast<int64_t>(tensor.info->bytes.size()), std::move(data),
-      /*allocator=*/nullptr, /*resizable=*/false);
+  auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(),
+                                                       static_cast<int64_t>(tensor.info->bytes.size()), std::move(data),
+                                                       /*allocator=*/nullptr, /*resizable=*/false);
   at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(dtype));
   result.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, contiguous_strides(sizes));

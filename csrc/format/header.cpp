@@ -11,19 +11,17 @@ namespace weightload {
 namespace {
 
 bool starts_with_ignoring_case(std::string_view text, std::string_view prefix) {
-  return text.size() >= prefix.size() &&
-         std::equal(prefix.begin(), prefix.end(), text.begin(),
-                    [](char p, char t) { return p == std::tolower(static_cast<unsigned char>(t)); });
+  return text.size() >= prefix.size() && std::equal(prefix.begin(), prefix.end(), text.begin(), [](char p, char t) {
+           return p == std::tolower(static_cast<unsigned char>(t));
+         });
 }
 
 // Downloads that went wrong leave these behind under the checkpoint's name.
 void recognise_other_files(std::string_view first_bytes, const std::string& path) {
   if (starts_with_ignoring_case(first_bytes, "version https://git-lfs"))
-    fail_header(rule::kGitLfsPointer, "this is a Git LFS pointer, not the file itself; run `git lfs pull`",
-                path);
+    fail_header(rule::kGitLfsPointer, "this is a Git LFS pointer, not the file itself; run `git lfs pull`", path);
   const size_t text = first_bytes.find_first_not_of(" \t\r\n");
-  const std::string_view page =
-      text == std::string_view::npos ? std::string_view() : first_bytes.substr(text);
+  const std::string_view page = text == std::string_view::npos ? std::string_view() : first_bytes.substr(text);
   if (starts_with_ignoring_case(page, "<!doctype html") || starts_with_ignoring_case(page, "<html"))
     fail_header(rule::kHtmlPage, "this is an HTML page, not the file itself; download it again", path);
 }
@@ -37,15 +35,14 @@ uint64_t tensor_bytes(const TensorInfo& tensor, const std::string& path) {
   bool fits = true;
   for (uint64_t extent : tensor.shape) fits = fits && multiply(elements, extent, elements);
   if (!fits || !multiply(elements, dtype_bits(tensor.dtype), bits)) {
-    fail_header(rule::kValidationOverflow, "overflow computing buffer size from shape and/or element type",
-                path, tensor.name);
+    fail_header(rule::kValidationOverflow, "overflow computing buffer size from shape and/or element type", path,
+                tensor.name);
   }
   if (bits % 8 != 0) {
-    fail_header(
-        rule::kMisalignedSlice,
-        "The slice is slicing for subbytes dtypes, and the slice does not end up at a byte boundary, this is "
-        "invalid.",
-        path, tensor.name);
+    fail_header(rule::kMisalignedSlice,
+                "The slice is slicing for subbytes dtypes, and the slice does not end up at a byte boundary, this is "
+                "invalid.",
+                path, tensor.name);
   }
   return bits / 8;
 }
@@ -66,11 +63,9 @@ uint64_t check_header_length(std::string_view first_bytes, uint64_t file_bytes, 
   if (file_bytes < kLengthBytes || first_bytes.size() < kLengthBytes)
     fail_header(rule::kHeaderTooSmall, "header too small", path);
   uint64_t length = 0;
-  for (int i = 7; i >= 0; --i)
-    length = length << 8 | static_cast<unsigned char>(first_bytes[static_cast<size_t>(i)]);
+  for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<unsigned char>(first_bytes[static_cast<size_t>(i)]);
   if (length > kMaxHeaderBytes) fail_header(rule::kHeaderTooLarge, "header too large", path);
-  if (length > file_bytes - kLengthBytes)
-    fail_header(rule::kInvalidHeaderLength, "invalid header length", path);
+  if (length > file_bytes - kLengthBytes) fail_header(rule::kInvalidHeaderLength, "invalid header length", path);
   return length;
 }
 
@@ -90,8 +85,7 @@ Header parse_header(std::string_view json, uint64_t file_bytes, const std::strin
     if (tensor.bytes.begin != position || tensor.bytes.end < position)
       fail_header(rule::kInvalidOffset, "invalid offset for tensor `" + tensor.name + "`", path, tensor.name);
     if (tensor.bytes.size() != tensor_bytes(tensor, path))
-      fail_header(rule::kTensorInvalidInfo, "invalid shape, data type, or offset for tensor", path,
-                  tensor.name);
+      fail_header(rule::kTensorInvalidInfo, "invalid shape, data type, or offset for tensor", path, tensor.name);
     position = tensor.bytes.end;
   }
   // The sum is compared, not added up: `position` may be any 64-bit number.

@@ -37,17 +37,14 @@ inline constexpr const char* kHeaderTooLarge = "HeaderTooLarge";
 inline constexpr const char* kInvalidHeaderLength = "InvalidHeaderLength";
 inline constexpr const char* kInvalidHeader = "InvalidHeader";                                // not UTF-8
 inline constexpr const char* kInvalidHeaderDeserialization = "InvalidHeaderDeserialization";  // not JSON
-inline constexpr const char* kTensorInvalidInfo =
-    "TensorInvalidInfo";                                        // dtype x shape is not the range's size
-inline constexpr const char* kInvalidOffset = "InvalidOffset";  // gap, overlap or end before begin
-inline constexpr const char* kMetadataIncompleteBuffer =
-    "MetadataIncompleteBuffer";  // bytes missing or left over
+inline constexpr const char* kTensorInvalidInfo = "TensorInvalidInfo";  // dtype x shape is not the range's size
+inline constexpr const char* kInvalidOffset = "InvalidOffset";          // gap, overlap or end before begin
+inline constexpr const char* kMetadataIncompleteBuffer = "MetadataIncompleteBuffer";  // bytes missing or left over
 inline constexpr const char* kValidationOverflow = "ValidationOverflow";
 inline constexpr const char* kMisalignedSlice = "MisalignedSlice";  // packed elements that end inside a byte
 
-inline constexpr const char* kInvalidTensorEntry =
-    "InvalidTensorEntry";                                           // a field missing or of the wrong type
-inline constexpr const char* kInvalidMetadata = "InvalidMetadata";  // not a map of strings to strings
+inline constexpr const char* kInvalidTensorEntry = "InvalidTensorEntry";  // a field missing or of the wrong type
+inline constexpr const char* kInvalidMetadata = "InvalidMetadata";        // not a map of strings to strings
 inline constexpr const char* kUnknownDtype = "UnknownDtype";
 inline constexpr const char* kDuplicateField = "DuplicateField";
 inline constexpr const char* kDuplicateTensor = "DuplicateTensor";

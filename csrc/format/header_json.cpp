@@ -58,14 +58,10 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   bool start_object(size_t) override {
     descend();
     switch (where_) {
-      case Where::start:
-        return where_ = Where::top, true;
-      case Where::metadata_value:
-        return header_.has_metadata = true, where_ = Where::metadata, true;
-      case Where::tensor_value:
-        return fields_ = 0, where_ = Where::entry, true;
-      default:
-        return other_container("a map");
+      case Where::start: return where_ = Where::top, true;
+      case Where::metadata_value: return header_.has_metadata = true, where_ = Where::metadata, true;
+      case Where::tensor_value: return fields_ = 0, where_ = Where::entry, true;
+      default: return other_container("a map");
     }
   }
 
@@ -79,12 +75,9 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
         }
         header_.tensors.emplace_back().name = std::move(name);
         return where_ = Where::tensor_value, true;
-      case Where::metadata:
-        return metadata_key_ = std::move(name), where_ = Where::metadata_text, true;
-      case Where::entry:
-        return enter_field(name), true;
-      default:
-        return true;  // inside an ignored value
+      case Where::metadata: return metadata_key_ = std::move(name), where_ = Where::metadata_text, true;
+      case Where::entry: return enter_field(name), true;
+      default: return true;  // inside an ignored value
     }
   }
 
@@ -114,8 +107,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   bool end_array() override {
     --depth_;
     if (skip_depth_ > 0) return leave_skipped();
-    if (where_ == Where::offsets && offsets_seen_ != 2)
-      fail_entry("data_offsets must hold exactly two numbers");
+    if (where_ == Where::offsets && offsets_seen_ != 2) fail_entry("data_offsets must hold exactly two numbers");
     where_ = Where::entry;
     return true;
   }
@@ -158,12 +150,8 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   void enter_field(const std::string& name) {
-    const unsigned field = name == "dtype"          ? kDtype
-                           : name == "shape"        ? kShape
-                           : name == "data_offsets" ? kOffsets
-                                                    : 0;
-    if (fields_ & field)
-      fail_header(rule::kDuplicateField, "duplicate field `" + name + "`", path_, current().name);
+    const unsigned field = name == "dtype" ? kDtype : name == "shape" ? kShape : name == "data_offsets" ? kOffsets : 0;
+    if (fields_ & field) fail_header(rule::kDuplicateField, "duplicate field `" + name + "`", path_, current().name);
     fields_ |= field;
     where_ = field == kDtype     ? Where::dtype
              : field == kShape   ? Where::shape_value
@@ -193,17 +181,13 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
     switch (where_) {
       case Where::metadata_value:
       case Where::metadata_text:
-        fail_header(rule::kInvalidMetadata,
-                    std::string("__metadata__ must map strings to strings, found ") + what, path_);
+        fail_header(rule::kInvalidMetadata, std::string("__metadata__ must map strings to strings, found ") + what,
+                    path_);
       case Where::start:
-        fail_header(rule::kInvalidHeaderDeserialization,
-                    std::string("the header must be a map, found ") + what, path_);
-      case Where::dtype:
-        fail_entry(std::string("dtype must be a string, found ") + what);
-      case Where::tensor_value:
-        fail_entry(std::string("a tensor's entry must be a map, found ") + what);
-      default:
-        fail_entry(std::string("shape and data_offsets must be lists of unsigned integers, found ") + what);
+        fail_header(rule::kInvalidHeaderDeserialization, std::string("the header must be a map, found ") + what, path_);
+      case Where::dtype: fail_entry(std::string("dtype must be a string, found ") + what);
+      case Where::tensor_value: fail_entry(std::string("a tensor's entry must be a map, found ") + what);
+      default: fail_entry(std::string("shape and data_offsets must be lists of unsigned integers, found ") + what);
     }
   }
 
@@ -220,8 +204,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
 
 }  // namespace
 
-void fail_header(const char* rule_name, const std::string& what, const std::string& path,
-                 const std::string& tensor) {
+void fail_header(const char* rule_name, const std::string& what, const std::string& path, const std::string& tensor) {
   ErrorContext context;
   context.path = path;
   context.tensor = tensor;
@@ -232,6 +215,9 @@ Header read_header_json(std::string_view json, const std::string& path) {
   // The library would skip a byte order mark; the format has none.
   if (json.substr(0, 3) == "\xEF\xBB\xBF")
     fail_header(rule::kInvalidHeaderDeserialization, "invalid JSON in header: byte order mark", path);
+  // The library would take a zero byte for the end of the text, whatever follows. JSON has no place for one.
+  if (json.find('\0') != std::string_view::npos)
+    fail_header(rule::kInvalidHeaderDeserialization, "invalid JSON in header: zero byte", path);
   HeaderSax sax(path);
   nlohmann::json::sax_parse(json.data(), json.data() + json.size(), &sax);
   return sax.take();

@@ -49,18 +49,11 @@ uint64_t calls_since_armed() {
 ssize_t pread(int fd, void* destination, size_t count, off_t offset) {
   if (const auto plan = next_fault()) {
     switch (plan->fault) {
-      case Fault::error:
-        return errno = plan->error_number, -1;
-      case Fault::interrupt:
-        return errno = EINTR, -1;
-      case Fault::short_read:
-        count = count > 1 ? count / 2 : count;
-        break;
-      case Fault::end_of_file:
-        return 0;
-      case Fault::delay:
-        std::this_thread::sleep_for(plan->delay);
-        break;
+      case Fault::error: return errno = plan->error_number, -1;
+      case Fault::interrupt: return errno = EINTR, -1;
+      case Fault::short_read: count = count > 1 ? count / 2 : count; break;
+      case Fault::end_of_file: return 0;
+      case Fault::delay: std::this_thread::sleep_for(plan->delay); break;
     }
   }
   return ::pread(fd, destination, count, offset);
@@ -69,16 +62,11 @@ ssize_t pread(int fd, void* destination, size_t count, off_t offset) {
 int populate(void* address, size_t length) {
   if (const auto plan = next_fault()) {
     switch (plan->fault) {
-      case Fault::error:
-        return errno = plan->error_number, -1;
-      case Fault::interrupt:
-        return errno = EINTR, -1;
-      case Fault::short_read:
-      case Fault::end_of_file:
-        return errno = EFAULT, -1;
-      case Fault::delay:
-        std::this_thread::sleep_for(plan->delay);
-        break;
+      case Fault::error: return errno = plan->error_number, -1;
+      case Fault::interrupt: return errno = EINTR, -1;
+      case Fault::short_read: break;
+      case Fault::end_of_file: return errno = EFAULT, -1;
+      case Fault::delay: std::this_thread::sleep_for(plan->delay); break;
     }
   }
   return ::madvise(address, length, MADV_POPULATE_READ);

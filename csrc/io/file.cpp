@@ -11,8 +11,7 @@
 
 namespace weightload {
 
-File::File(std::string path, UniqueFd fd, uint64_t size)
-    : path_(std::move(path)), fd_(std::move(fd)), size_(size) {}
+File::File(std::string path, UniqueFd fd, uint64_t size) : path_(std::move(path)), fd_(std::move(fd)), size_(size) {}
 
 std::shared_ptr<const File> File::open(const std::string& path) {
   int number;
@@ -40,8 +39,7 @@ void File::read(uint64_t offset, void* destination, size_t count) const {
     const ssize_t got = fault_hook::pread(fd_.get(), cursor, left, static_cast<off_t>(offset));
     if (got < 0) {
       if (errno == EINTR) continue;
-      throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes",
-                  {path_, {}, offset, errno});
+      throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes", {path_, {}, offset, errno});
     }
     if (got == 0) {
       throw Error(ErrorKind::read,

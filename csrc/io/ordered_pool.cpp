@@ -1,15 +1,14 @@
 #include "io/ordered_pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <utility>
 
 namespace weightload {
 
 OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work)
-    : ends_(std::move(ends)),
-      window_bytes_(window_bytes),
-      work_(std::move(work)),
-      ended_(ends_.size(), false) {
+    : ends_(std::move(ends)), window_bytes_(window_bytes), work_(std::move(work)), ended_(ends_.size(), false) {
   const size_t count = std::min<size_t>(std::max(threads, 1u), ends_.size());
   threads_.reserve(count);
   try {
@@ -65,6 +64,7 @@ bool OrderedPool::may_start(size_t task) const {
 }
 
 void OrderedPool::run() {
+  ::pthread_setname_np(::pthread_self(), kThreadName);
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });

@@ -6,16 +6,17 @@
 #include <cerrno>
 #include <memory>
 
+#include "base/error.h"
 #include "io/fault_hook.h"
+#include "io/residency.h"
 
 namespace weightload {
 namespace {
 
 constexpr size_t kScratchBytes = 256 << 10;  // fits the second-level cache, so that the copy stays cheap
 
-// Reads the range and drops the bytes: leaves its pages in the page cache, and finds the error that
-// populate() only hinted at.
-void read_and_drop(const ByteSource& file, ByteRange range) {
+// Reads the range and drops the bytes.
+void read_and_drop(const File& file, ByteRange range) {
   const std::unique_ptr<char[]> scratch(new char[kScratchBytes]);
   for (uint64_t position = range.begin; position < range.end;) {
     const size_t count = static_cast<size_t>(std::min<uint64_t>(kScratchBytes, range.end - position));
@@ -24,19 +25,37 @@ void read_and_drop(const ByteSource& file, ByteRange range) {
   }
 }
 
-}  // namespace
-
-void page_in(const ByteSource& file, char* mapping, ByteRange range) {
-  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t begin = round_down(range.begin, page);
-  const uint64_t end = round_up(range.end, page);
+// Note [Populate, then read]
+// MADV_POPULATE_READ on a mapping that asks for huge pages reads 2 MiB at a time into 2 MiB pages, with the
+// next 2 MiB on the way, whatever the device's readahead setting (often 128 KiB): the fastest way we found to
+// fill the page cache, and the one that leaves it cheapest to map, now and for the next process.
+//
+// But it touches nothing. On a virtual machine whose host backs memory on first touch, each page of a fresh
+// page cache then costs the consumer, one thread, a fault in the host. Copying the pages once through a small
+// buffer makes the reading threads take those faults, in parallel, at the price of memory bandwidth that a
+// disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
+// csrc/README.md, "Cold pages".
+int populate(char* begin, char* end) {
   int result;
   do {
-    result = fault_hook::populate(mapping + begin, static_cast<size_t>(end - begin));
+    result = fault_hook::populate(begin, static_cast<size_t>(end - begin));
   } while (result != 0 && errno == EINTR);
-  // EINVAL: a kernel before 5.14. EFAULT, EIO, ENOMEM, EHWPOISON: something is wrong, pread says what and
-  // where.
-  if (result != 0) read_and_drop(file, range);
+  return result == 0 ? 0 : errno;
+}
+
+}  // namespace
+
+void page_in(const File& file, char* mapping, ByteRange range, bool cached) {
+  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const bool was_cached = cached || cached_bytes_by_cachestat(file, range) == range.size();
+  const int error_number = populate(mapping + round_down(range.begin, page), mapping + round_up(range.end, page));
+  if (was_cached && error_number == 0) return;
+
+  // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
+  read_and_drop(file, range);
+  // EINVAL: a kernel before 5.14. The consumer takes the page faults.
+  if (error_number != 0 && error_number != EINVAL)
+    throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, range.begin, error_number});
 }
 
 }  // namespace weightload

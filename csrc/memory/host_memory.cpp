@@ -11,8 +11,7 @@
 namespace weightload {
 namespace {
 
-constexpr size_t kHugePage =
-    2u << 20;  // of x86-64 and of arm64 with 4 KiB pages; elsewhere merely an alignment
+constexpr size_t kHugePage = 2u << 20;  // of x86-64 and of arm64 with 4 KiB pages; elsewhere merely an alignment
 constexpr size_t kCacheLine = 64;
 
 class MappedFile final : public HostMemory {
@@ -57,8 +56,7 @@ HostMemoryRef allocate_huge(uint64_t size) {
   // Over-allocate by one huge page to find an aligned start; the slack is address space, never touched.
   const size_t used = round_up(size, kHugePage);
   const size_t mapped = used + kHugePage;
-  void* mapping =
-      ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) out_of_memory(size, errno);
   void* start = reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(mapping), kHugePage));
   // Advice only: where huge pages are switched off the block works as before, slower to fill.
@@ -75,6 +73,8 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path) {
     const ErrorKind kind = errno == ENOMEM ? ErrorKind::memory : ErrorKind::open;
     throw Error(kind, "cannot map the file", {path, {}, {}, errno});
   }
+  // See Note [Populate, then read] in io/page_in.cpp. Advice only.
+  ::madvise(address, size, MADV_HUGEPAGE);
   return HostMemoryRef::adopt(new MappedFile(address, size));
 }
 

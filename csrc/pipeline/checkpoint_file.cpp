@@ -52,8 +52,7 @@ CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, 
 }
 
 std::shared_ptr<const CheckpointFile> CheckpointFile::from_memory(const void* data, uint64_t size) {
-  return std::shared_ptr<const CheckpointFile>(
-      new CheckpointFile(std::make_shared<MemorySource>(data, size)));
+  return std::shared_ptr<const CheckpointFile>(new CheckpointFile(std::make_shared<MemorySource>(data, size)));
 }
 
 }  // namespace weightload

@@ -109,16 +109,16 @@ void HostLoader::find_tasks() {
 }
 
 void HostLoader::find_waits(bool read_ahead) {
-  std::vector<bool> cached(files_.size(), false);
+  cached_.assign(files_.size(), false);
   for (size_t f = 0; f < files_.size() && read_ahead; ++f) {
     if (!maps_[f]) continue;
     const ByteRange all{0, files_[f]->size()};
-    cached[f] = cached_bytes(*files_[f]->file(), all).value_or(0) == all.size();
+    cached_[f] = cached_bytes(*files_[f]->file(), all).value_or(0) == all.size();
   }
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
     const bool empty = files_[tensors_[i].file]->header().tensors[tensors_[i].index].bytes.empty();
-    tensors_[i].wait = !empty && (!mapped || (read_ahead && !cached[tensors_[i].file]));
+    tensors_[i].wait = !empty && (!mapped || (read_ahead && !cached_[tensors_[i].file]));
   }
 }
 
@@ -139,12 +139,11 @@ void HostLoader::start(const HostLoaderOptions& options) {
 // Runs on the pool's threads, from before pool_ is assigned.
 void HostLoader::work(size_t task, size_t position) {
   const ReadTask& read = reads_.tasks[task];
-  const ByteSource& source = files_[read.file]->source();
   if (!layout_.blocks[read.block].mapped) {
-    source.read(read.bytes.begin, block_memory(read.block) + read.block_offset, read.bytes.size());
+    files_[read.file]->source().read(read.bytes.begin, block_memory(read.block) + read.block_offset, read.bytes.size());
   } else if (page_in_ && task >= position) {
     // Behind the consumer, pages have been touched or never will be.
-    page_in(source, maps_[read.file]->data(), read.bytes);
+    page_in(*files_[read.file]->file(), maps_[read.file]->data(), read.bytes, cached_[read.file]);
   }
 }
 
@@ -178,8 +177,7 @@ void HostLoader::unmap_passed_files(uint32_t current_file) {
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
   if (next_ == tensors_.size() || interrupted_) return Step::end;
   if (forked())
-    throw Error(ErrorKind::usage,
-                "this load was begun before fork(); its threads are in the parent process only");
+    throw Error(ErrorKind::usage, "this load was begun before fork(); its threads are in the parent process only");
   const Tensor& wanted = tensors_[next_];
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];

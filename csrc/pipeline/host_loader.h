@@ -25,7 +25,7 @@ struct HostLoaderOptions {
   // yet, and what an early exit has read in vain. Too small starves the threads: at least threads *
   // task_bytes.
   uint64_t window_bytes = 256ull << 20;
-  uint64_t task_bytes = 4ull << 20;
+  uint64_t task_bytes = 8ull << 20;
   uint64_t block_bytes = 64ull << 20;
 
   // Mapped files: false leaves the reading to page faults.
@@ -51,8 +51,7 @@ class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, on files that cannot be mapped, and when no thread can be started.
-  HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection,
-             const HostLoaderOptions& options);
+  HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection, const HostLoaderOptions& options);
   ~HostLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -94,6 +93,7 @@ class HostLoader {
 
   CheckpointFiles files_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
+  std::vector<bool> cached_;                 // by file: wholly in the page cache when the load began
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
   std::vector<Tensor> tensors_;
   Layout layout_;

@@ -30,14 +30,11 @@ uint64_t stripe_bytes(uint64_t block_bytes, uint32_t ranks) {
 
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options) {
   switch (options.strategy) {
-    case Strategy::independent:
-      return {0, block_bytes};
-    case Strategy::broadcast:
-      return {0, options.rank == options.root ? block_bytes : 0};
+    case Strategy::independent: return {0, block_bytes};
+    case Strategy::broadcast: return {0, options.rank == options.root ? block_bytes : 0};
     case Strategy::striped: {
       const uint64_t stripe = stripe_bytes(block_bytes, options.ranks);
-      return {std::min(block_bytes, stripe * options.rank),
-              std::min(block_bytes, stripe * (options.rank + 1))};
+      return {std::min(block_bytes, stripe * options.rank), std::min(block_bytes, stripe * (options.rank + 1))};
     }
   }
   return {0, 0};

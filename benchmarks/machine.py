@@ -1,0 +1,172 @@
+"""What a result must say of where it was measured, and the state a run starts from: cold or warm, and verified."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from weightload import _C
+from weightload.cpus import usable_cpus
+
+# A cold run may start with this share of the files still in the page cache: pages that another process holds.
+COLD_SHARE = 0.01
+PIECE = 8 << 20
+
+
+class NotEvictedError(RuntimeError):
+    """The files could not be put out of the page cache, so a cold run would measure nothing."""
+
+
+def describe(files: Sequence[str]) -> dict[str, Any]:
+    """Machine, versions, commit and storage, for the JSON and the table's head."""
+    return {
+        "machine": _cpu_model(),
+        "cpus": usable_cpus(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "safetensors", "weightload", "numpy")},
+        "commit": _commit(),
+        "read_ahead_kb": _read_ahead_kb(files[0]) if files else None,
+    }
+
+
+def _cpu_model() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, marked when the tree differs from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _read_ahead_kb(path: str) -> int | None:
+    """Readahead of the block device below a file (Linux's default is 128); decides what page faults can do."""
+    device = os.stat(path).st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for queue in (folder / "queue", folder.resolve().parent / "queue"):
+        with contextlib.suppress(OSError):
+            return int((queue / "read_ahead_kb").read_text())
+    return None
+
+
+def resident_share(files: Sequence[str]) -> float:
+    """Share of the files' bytes in the page cache (cachestat, else mincore)."""
+    resident = 0
+    for file in files:
+        answer = _C.resident_bytes(os.fsencode(file))
+        if answer is None:
+            raise NotEvictedError("the kernel does not tell which pages are cached (own the files, or be root)")
+        resident += answer
+    return resident / max(1, sum(os.path.getsize(file) for file in files))
+
+
+def evict(files: Sequence[str]) -> None:
+    """Put the files out of the page cache, and verify it.
+
+    Raises:
+        NotEvictedError: more than 1 % of them is still there, for instance because something maps them.
+    """
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # dirty pages are not dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    share = resident_share(files)
+    if share > COLD_SHARE:
+        raise NotEvictedError(f"{share:.0%} of the files is still in the page cache")
+
+
+def fill_cache(files: Sequence[str]) -> None:
+    """Read the files from one end to the other, as `cat` would."""
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.read(PIECE):
+                pass
+
+
+def back_memory(size: int) -> None:
+    """Touch and free this many bytes of memory, or what is free less a margin.
+
+    Virtual machines give memory that was freed back to their host, and the next to touch it waits for a page fault
+    there: several times slower than the disk. Touching it before a run takes that out of what the run measures.
+    """
+    free = next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemFree" in line
+    )
+    size = min(size, free - (1 << 30))
+    if size <= 0:
+        return
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        half = size // 2
+        with ThreadPoolExecutor(2) as pool:  # memset releases the GIL
+            list(pool.map(lambda at: ctypes.memset(start + at, 1, half), (0, half)))
+
+
+def raw_parallel_read(files: Sequence[str], threads: int) -> int:
+    """Read all bytes with this many threads into buffers that are used again: what the storage can give."""
+    buffers = [bytearray(PIECE) for _ in range(threads)]
+    descriptors = [os.open(file, os.O_RDONLY) for file in files]
+    pieces = iter(
+        [(fd, at) for fd, file in zip(descriptors, files, strict=True) for at in range(0, os.path.getsize(file), PIECE)]
+    )
+
+    def read(buffer: bytearray) -> int:
+        # next() on a list's iterator is atomic under the GIL, which preadv releases.
+        return sum(os.preadv(fd, [buffer], at) for fd, at in iter(lambda: next(pieces, (-1, 0)), (-1, 0)))
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(read, buffers))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def private_bytes() -> int:
+    """Anonymous memory of this process: what it holds beyond the page cache."""
+    return _status("RssAnon")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class PeakMemory:
+    """The highest resident set since the start, over what it was at the start; mapped page cache counts."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        self._before = _status("VmRSS")
+
+    def bytes(self) -> int:
+        return max(0, _status("VmHWM") - self._before)

@@ -1,0 +1,81 @@
+"""Turns a benchmark's results into a table for people and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FOOTNOTE = """\
+GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with
+safetensors clone. "of limit": against the raw parallel read of the same scenario, which copies every byte once;
+mapped loads of a warm file copy none. Untouched and mapped, safetensors has read nothing yet when it is done, and
+cold weightload everything. "peak" is the growth of the resident set, mapped page cache included; "private" is the
+anonymous part of it."""
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print a result of benchmark_weight_loading.py."""
+    print(
+        f"\n{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, "
+        f"{result['files']} files; {result['ranks']} rank(s), {result['threads']} threads"
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    print(
+        f"{result['machine']}, {result['cpus']} CPUs, {result['memory_bytes'] / 2**30:.0f} GiB, Linux {result['kernel']}"
+        f", read_ahead_kb {result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}\n"
+    )
+    head = f"{'cache':5} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>6}"
+    print(f"{head} {'of limit':>8} {'peak MB':>8} {'private':>8}")
+    last = None
+    for row in result["rows"]:
+        scenario = (row["cache"], "touched" if row["touched"] else "untouched")
+        if last not in (None, scenario):
+            print()
+        last = scenario
+        print(
+            f"{scenario[0]:5} {scenario[1]:9} {row['loader']:18} {_time(row['average_s'])} {_time(row['best_s'])} "
+            f"{_time(row['median_s'])} {row['gb_per_s']:7.2f} {_ratio(row['speedup'])} {row['of_limit']:8.2f} "
+            f"{row['peak_bytes'] / 1e6:8.0f} {_megabytes(row['private_peak_bytes'])}"
+        )
+    print(f"\n{FOOTNOTE}\n")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:6.2f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value:5.2f}x" if value else " " * 6
+
+
+def _megabytes(value: int | None) -> str:
+    return f"{value / 1e6:8.0f}" if value is not None else " " * 8
+
+
+def save_plot(result: dict[str, Any], path: Path) -> None:
+    """Draw throughput by scenario and loader, with the limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scenarios = list(dict.fromkeys((row["cache"], row["touched"]) for row in result["rows"] if row["touched"]))
+    figure, axes = plt.subplots(1, len(scenarios), figsize=(5.2 * len(scenarios), 3.4), squeeze=False)
+    for axis, (cache, touched) in zip(axes[0], scenarios, strict=True):
+        rows = [row for row in result["rows"] if (row["cache"], row["touched"]) == (cache, touched)]
+        limit = next(row["gb_per_s"] for row in rows if row["loader"] == "raw parallel read")
+        bars = [row for row in rows if row["loader"] != "raw parallel read"]
+        colours = ["#1f6feb" if row["loader"].startswith("weightload") else "#b0b8c1" for row in bars]
+        drawn = axis.barh([row["loader"] for row in bars], [row["gb_per_s"] for row in bars], color=colours)
+        axis.bar_label(drawn, fmt="%.1f", padding=3)
+        axis.axvline(limit, color="#d1242f", linewidth=1, linestyle="--", label=f"raw parallel read {limit:.1f}")
+        axis.set_title(f"{cache} page cache, every page touched")
+        axis.set_xlabel("GB/s")
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.legend(fontsize="small", frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

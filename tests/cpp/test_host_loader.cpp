@@ -1,0 +1,221 @@
+// The whole CPU pipeline without Python or torch, so that sanitizers see all of it.
+#include "pipeline/host_loader.h"
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <fstream>
+
+#include "base/error.h"
+#include "check.h"
+#include "io/fault_hook.h"
+
+using namespace weightload;
+using std::chrono::milliseconds;
+
+namespace {
+
+unsigned char byte_at(uint64_t file, uint64_t offset) {
+  return static_cast<unsigned char>((offset * 31 + offset / 251 + file * 17) & 0xff);
+}
+
+// A file of tensors of the given sizes (U8), bytes known by their offset. Deleted with the object.
+class TemporaryFile {
+ public:
+  TemporaryFile(uint64_t number, const std::vector<uint64_t>& sizes) : number_(number) {
+    char name[] = "/tmp/weightload-test-XXXXXX";
+    const int fd = ::mkstemp(name);
+    CHECK(fd >= 0);
+    ::close(fd);
+    path = name;
+    std::string json = "{";
+    uint64_t position = 0;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (i > 0) json += ",";
+      json += "\"" + std::to_string(number) + "." + std::to_string(i) + "\":{\"dtype\":\"U8\",\"shape\":[" +
+              std::to_string(sizes[i]) + "],\"data_offsets\":[" + std::to_string(position) + "," +
+              std::to_string(position + sizes[i]) + "]}";
+      position += sizes[i];
+    }
+    json += "}";
+    std::ofstream out(path, std::ios::binary);
+    const uint64_t length = json.size();
+    out.write(reinterpret_cast<const char*>(&length), 8);
+    out << json;
+    const uint64_t begin = 8 + length;
+    std::string data(position, '\0');
+    for (uint64_t i = 0; i < position; ++i) data[i] = static_cast<char>(byte_at(number, begin + i));
+    out << data;
+  }
+  ~TemporaryFile() { ::unlink(path.c_str()); }
+
+  std::string path;
+
+ private:
+  uint64_t number_;
+};
+
+struct Checkpoint {
+  Checkpoint() {
+    files.push_back(std::make_unique<TemporaryFile>(0, std::vector<uint64_t>{1, 5000, 0, 70'000, 3, 1'000'000}));
+    files.push_back(std::make_unique<TemporaryFile>(1, std::vector<uint64_t>(300, 777)));
+    files.push_back(std::make_unique<TemporaryFile>(2, std::vector<uint64_t>{0, 0, 4'000'000}));
+  }
+  std::vector<std::string> paths() const {
+    std::vector<std::string> list;
+    for (const auto& file : files) list.push_back(file->path);
+    return list;
+  }
+  std::vector<std::unique_ptr<TemporaryFile>> files;
+};
+
+std::vector<std::vector<uint32_t>> everything(const CheckpointFiles& files) {
+  std::vector<std::vector<uint32_t>> selection;
+  for (const auto& file : files) {
+    selection.emplace_back();
+    for (uint32_t i = 0; i < file->header().tensors.size(); ++i) selection.back().push_back(i);
+  }
+  return selection;
+}
+
+HostLoaderOptions small_options(bool map) {
+  HostLoaderOptions options;
+  options.map = map;
+  options.threads = 3;
+  options.window_bytes = 100'000;
+  options.task_bytes = 4096;
+  options.block_bytes = 20'000;
+  return options;
+}
+
+void check_bytes(const CheckpointFiles& files, const HostTensor& tensor) {
+  uint64_t number = 0;
+  while (files[number].get() != tensor.file) ++number;
+  const ByteRange bytes = tensor.info->bytes;
+  for (uint64_t i = 0; i < bytes.size(); ++i)
+    CHECK(static_cast<unsigned char>(tensor.data[i]) == byte_at(number, bytes.begin + i));
+}
+
+HostLoader::Step take(HostLoader& loader, HostTensor& tensor) {
+  HostLoader::Step step;
+  do {
+    step = loader.next(tensor, milliseconds(1000));
+  } while (step == HostLoader::Step::not_ready);
+  return step;
+}
+
+// Loads everything and keeps all of it to the end, so that memory that is reused too early shows.
+void load_and_check(const CheckpointFiles& files, const std::vector<std::vector<uint32_t>>& selection,
+                    const HostLoaderOptions& options) {
+  std::vector<HostTensor> kept;
+  {
+    HostLoader loader(files, selection, options);
+    HostTensor tensor;
+    while (take(loader, tensor) == HostLoader::Step::tensor) kept.push_back(tensor);
+    CHECK(kept.size() == loader.tensor_count());
+  }
+  for (const HostTensor& tensor : kept) check_bytes(files, tensor);
+}
+
+}  // namespace
+
+TEST(both_backends_give_the_files_bytes) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 2);
+  for (bool map : {true, false}) {
+    for (bool read_ahead : {true, false}) {
+      HostLoaderOptions options = small_options(map);
+      options.read_ahead = read_ahead;
+      load_and_check(files, everything(files), options);
+    }
+  }
+}
+
+TEST(a_selection_gives_those_tensors_only) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  for (bool map : {true, false}) {
+    load_and_check(files, {{1, 3, 5}, {}, {2}}, small_options(map));
+    load_and_check(files, {{}, {0, 7, 8, 299}, {0, 1}}, small_options(map));
+    load_and_check(files, {{}, {}, {}}, small_options(map));
+  }
+}
+
+TEST(unselected_bytes_are_not_read) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  fault_hook::arm({fault_hook::Fault::delay, 0, 0, 0, milliseconds(0)});
+  load_and_check(files, {{1}, {}, {}}, small_options(false));
+  CHECK(fault_hook::calls_since_armed() <= 3);  // 5,000 bytes in tasks cut at multiples of 4,096
+  fault_hook::disarm();
+}
+
+TEST(short_reads_and_interrupts_are_continued) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  for (auto fault : {fault_hook::Fault::short_read, fault_hook::Fault::interrupt}) {
+    fault_hook::arm({fault, 0, 40, 0, {}});
+    load_and_check(files, everything(files), small_options(false));
+    fault_hook::arm({fault, 0, 40, 0, {}});
+    CheckpointFile::open_all(checkpoint.paths(), 1);
+  }
+  fault_hook::disarm();
+}
+
+TEST(an_error_at_any_call_is_thrown_with_its_place) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  for (uint64_t first = 0; first < 60; first += 7) {
+    fault_hook::arm({fault_hook::Fault::error, first, 1'000'000, EIO, {}});
+    HostLoader loader(files, everything(files), small_options(false));
+    HostTensor tensor;
+    const auto all = [&] {
+      while (take(loader, tensor) == HostLoader::Step::tensor) check_bytes(files, tensor);
+    };
+    CHECK_THROWS(all(), Error,
+                 error.kind == ErrorKind::read && error.context.error_number == EIO && error.context.offset &&
+                     !error.context.path.empty());
+    fault_hook::disarm();
+  }
+}
+
+TEST(leaving_early_joins_and_keeps_what_was_taken) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  for (size_t count = 0; count < 40; count += 3) {
+    std::vector<HostTensor> kept;
+    {
+      HostLoader loader(files, everything(files), small_options(count % 2 == 0));
+      for (size_t i = 0; i < count; ++i) {
+        HostTensor tensor;
+        CHECK(take(loader, tensor) == HostLoader::Step::tensor);
+        kept.push_back(tensor);
+      }
+    }
+    for (const HostTensor& tensor : kept) check_bytes(files, tensor);
+  }
+}
+
+TEST(two_loads_at_once) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  std::thread other([&] { load_and_check(files, everything(files), small_options(true)); });
+  load_and_check(files, everything(files), small_options(false));
+  other.join();
+}
+
+TEST(an_interrupt_from_another_thread_ends_a_wait) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  fault_hook::arm({fault_hook::Fault::delay, 0, 1'000'000, 0, milliseconds(20)});
+  HostLoader loader(files, everything(files), small_options(false));
+  std::thread stopper([&] { loader.interrupt(); });
+  HostTensor tensor;
+  while (loader.next(tensor, milliseconds(60'000)) != HostLoader::Step::end) {
+  }
+  stopper.join();
+  loader.close();
+  fault_hook::disarm();
+}

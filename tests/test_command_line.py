@@ -1,0 +1,96 @@
+"""The weightload command: what it says and how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import entry, file_bytes, write_tensors
+
+from weightload import __version__, cli
+
+
+def test_inspect(real_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(real_checkpoint.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "104 tensors" in out
+    assert "90.87 MB" in out
+    assert "format: pt" in out
+    assert "F32 103" in out
+
+
+def test_inspect_lists_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [("w", "F6_E2M3", [2, 4])])
+    assert cli.main(["inspect", str(path), "--tensors"]) == 0
+    assert "w  F6_E2M3  [2, 4]  6 B" in capsys.readouterr().out
+
+
+def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [("a", "BF16", [2, 3]), ("b", "U8", [])])
+    assert cli.main(["inspect", "--json", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tensor_count"] == 2
+    assert found["tensor_bytes"] == 13
+    assert found["dtypes"] == {"BF16": 1, "U8": 1}
+    (file,) = found["files"]
+    assert file["path"] == str(path)
+    assert file["bytes"] == path.stat().st_size
+    assert file["metadata"] is None
+    assert file["tensors"][0]["shape"] == [2, 3]
+    assert file["tensors"][0]["offset"] + 12 == file["tensors"][1]["offset"]
+
+
+def test_verify(real_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--parity", str(real_checkpoint)]) == 0
+    assert "104 tensors equal to safetensors'" in capsys.readouterr().out
+
+
+def test_verify_goes_on_after_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A list of one bad and one good shard that an index names."""
+    write_tensors(tmp_path / "b.safetensors", [("b", "U8", [1])])
+    (tmp_path / "a.safetensors").write_bytes(file_bytes({"a": entry("U8", [2], 0, 2)}, b"1"))
+    assert cli.main(["verify", str(tmp_path / "a.safetensors")]) == 1
+    assert "BAD" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "BAD" in out
+    assert "ok   " in out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_exit_codes(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(tmp_path / "none")]) == 3
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"1234567")
+    assert cli.main([command, str(bad)]) == 1
+    output = capsys.readouterr()
+    assert "header too small" in output.out + output.err
+    with pytest.raises(SystemExit) as usage:
+        cli.main([command])
+    assert usage.value.code == 2
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["inspect", "--help"], ["verify", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 0
+        assert "exit codes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+def test_python_m_weightload(real_checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "weightload", "inspect", str(real_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "104 tensors" in done.stdout
+
+
+def test_output_into_a_closed_pipe(real_checkpoint: Path) -> None:
+    command = f"{sys.executable} -m weightload inspect --json {real_checkpoint} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr

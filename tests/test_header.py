@@ -1,0 +1,242 @@
+"""Every rule of the format has a name, and the verdict is safetensors' wherever it has one."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import DTYPE_BITS, entry, file_bytes, write_tensors
+from safetensors import SafetensorError
+
+import weightload
+from weightload import errors
+from weightload.iterator import open_files
+
+U8 = entry("U8", [1], 0, 1)
+
+
+def text(inner: str) -> bytes:
+    """A header with one tensor entry given as JSON text."""
+    return b'{"a":{' + inner.encode() + b"}}"
+
+
+GOOD = '"dtype":"U8","shape":[1],"data_offsets":[0,1]'
+
+# name of the rule, the file's bytes
+VIOLATIONS = [
+    ("HeaderTooSmall", b""),
+    ("HeaderTooSmall", b"1234567"),
+    ("HeaderTooLarge", file_bytes(b"{}", length=100_000_001)),
+    ("HeaderTooLarge", file_bytes(b"{}", length=2**63)),
+    ("InvalidHeaderLength", file_bytes(b"{}", length=3)),
+    ("InvalidHeaderLength", file_bytes(b"{}", length=100_000_000)),
+    ("InvalidHeader", file_bytes(b'{"\xff":{}}')),
+    ("InvalidHeader", file_bytes(b'{"\xed\xa0\x80":{}}')),
+    ("InvalidHeaderDeserialization", file_bytes(b"")),
+    ("InvalidHeaderDeserialization", file_bytes(b"{")),
+    ("InvalidHeaderDeserialization", file_bytes(b"[]")),
+    ("InvalidHeaderDeserialization", file_bytes(b"null")),
+    ("InvalidHeaderDeserialization", file_bytes(b'"a"')),
+    ("InvalidHeaderDeserialization", file_bytes(b"{} x")),
+    ("InvalidHeaderDeserialization", file_bytes(b"{}\0")),
+    ("InvalidHeaderDeserialization", file_bytes(b"{}{}")),
+    ("InvalidHeaderDeserialization", file_bytes(b"\xef\xbb\xbf{}")),
+    ("InvalidHeaderDeserialization", file_bytes(b'{"\\ud800":{}}')),
+    ("InvalidHeaderDeserialization", file_bytes(text(GOOD + ","), b"1")),
+    ("InvalidTensorEntry", file_bytes(b'{"a":1}')),
+    ("InvalidTensorEntry", file_bytes(b'{"a":null}')),
+    ("InvalidTensorEntry", file_bytes(b'{"a":"b"}')),
+    ("InvalidTensorEntry", file_bytes(b'{"a":{}}')),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"shape":[1],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":8,"shape":[1],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":["U8"],"shape":[1],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":1,"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":{},"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[[1]],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[1.0],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[-1],"data_offsets":[0,1]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[-0],"data_offsets":[0,0]'))),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":["1"],"data_offsets":[0,1]'), b"1")),
+    (
+        "InvalidTensorEntry",
+        file_bytes(text('"dtype":"U8","shape":[18446744073709551616],"data_offsets":[0,1]'), b"1"),
+    ),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[1],"data_offsets":[0]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[1],"data_offsets":[0,1,2]'), b"1")),
+    ("InvalidTensorEntry", file_bytes(text('"dtype":"U8","shape":[1],"data_offsets":null'), b"1")),
+    ("InvalidMetadata", file_bytes({"__metadata__": {"a": 1}})),
+    ("InvalidMetadata", file_bytes({"__metadata__": {"a": {}}})),
+    ("InvalidMetadata", file_bytes({"__metadata__": []})),
+    ("InvalidMetadata", file_bytes({"__metadata__": "text"})),
+    ("UnknownDtype", file_bytes({"a": entry("U9", [1], 0, 1)}, b"1")),
+    ("UnknownDtype", file_bytes({"a": entry("u8", [1], 0, 1)}, b"1")),
+    ("DuplicateField", file_bytes(text('"dtype":"U8",' + GOOD), b"1")),
+    ("DuplicateField", file_bytes(text('"shape":[1],' + GOOD), b"1")),
+    ("DuplicateField", file_bytes(text('"data_offsets":[0,1],' + GOOD), b"1")),
+    ("DuplicateField", file_bytes(b'{"__metadata__":{},"__metadata__":{}}')),
+    ("NestingTooDeep", file_bytes(text(GOOD + ',"x":' + "[" * 200 + "]" * 200), b"1")),
+    ("InvalidOffset", file_bytes({"a": U8, "b": entry("U8", [1], 2, 3)}, b"123")),
+    ("InvalidOffset", file_bytes({"a": entry("U8", [2], 0, 2), "b": entry("U8", [1], 1, 2)}, b"12")),
+    ("InvalidOffset", file_bytes({"a": entry("U8", [1], 1, 0)}, b"1")),
+    ("InvalidOffset", file_bytes({"a": entry("U8", [1], 1, 2)}, b"12")),
+    ("TensorInvalidInfo", file_bytes({"a": entry("U8", [3], 0, 1)}, b"1")),
+    ("TensorInvalidInfo", file_bytes({"a": entry("F32", [1], 0, 2)}, b"12")),
+    ("ValidationOverflow", file_bytes({"a": entry("F32", [2**40, 2**40], 0, 1)}, b"1")),
+    ("ValidationOverflow", file_bytes({"a": entry("F32", [2**40, 2**40, 0], 0, 0)})),
+    ("ValidationOverflow", file_bytes({"a": entry("F64", [2**61], 0, 1)}, b"1")),
+    ("MisalignedSlice", file_bytes({"a": entry("F4", [3], 0, 1)}, b"1")),
+    ("MisalignedSlice", file_bytes({"a": entry("F6_E2M3", [], 0, 1)}, b"1")),
+    ("MetadataIncompleteBuffer", file_bytes({"a": U8}, b"12")),
+    ("MetadataIncompleteBuffer", file_bytes({"a": entry("U8", [2], 0, 2)}, b"1")),
+    ("MetadataIncompleteBuffer", file_bytes({"a": entry("U8", [2**50], 0, 2**50)}, b"1")),
+    ("MetadataIncompleteBuffer", file_bytes({}, b"1")),
+    ("GitLfsPointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"),
+    ("HtmlPage", b"<!DOCTYPE html>\n<html><body>404</body></html>"),
+    ("HtmlPage", b"\n  <HTML><head></head></HTML>"),
+]
+
+
+@pytest.mark.parametrize(("rule", "content"), VIOLATIONS, ids=[f"{i}-{rule}" for i, (rule, _) in enumerate(VIOLATIONS)])
+def test_every_violation_has_its_name(tmp_path: Path, rule: str, content: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(getattr(errors, rule)) as caught:
+        weightload.load_file(path)
+    assert type(caught.value).__name__ == rule
+    assert caught.value.filename == str(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(getattr(errors, rule)):
+        weightload.load(content)
+    # safetensors refuses it too, and the exception fits the same except clause.
+    with pytest.raises(SafetensorError):
+        safetensors.torch.load_file(path)
+    assert isinstance(caught.value, SafetensorError)
+
+
+def test_every_rule_has_a_test() -> None:
+    elsewhere = {"DuplicateTensor", "NotARegularFile"}
+    assert {rule for rule, _ in VIOLATIONS} | elsewhere == {
+        rule.__name__ for rule in errors.HeaderError.__subclasses__()
+    }
+
+
+ACCEPTED = [
+    file_bytes(b"{}"),
+    file_bytes({"__metadata__": None, "a": U8}, b"1"),
+    file_bytes({"__metadata__": {}, "a": U8}, b"1"),
+    file_bytes({"a": {**U8, "comment": [1, {"deep": [None, True, -1.5, "x"]}]}}, b"1"),
+    file_bytes(text(GOOD + ',"x":' + "[" * 100 + "]" * 100), b"1"),
+    file_bytes(b"  \n" + text(GOOD) + b" \r\n\t", b"1"),
+    file_bytes(text('"data_offsets":[0,1],"shape":[1],"dtype":"U8"'), b"1"),
+    file_bytes(b'{"__metadata__":{"k":"1","k":"2"},"a":{' + GOOD.encode() + b"}}", b"1"),
+    file_bytes({"\0": U8, "": entry("U8", [0], 1, 1)}, b"1"),
+    file_bytes({"b": entry("U8", [1], 1, 2), "a": U8}, b"12"),
+    file_bytes({"a": entry("F32", [0, 2**40, 2**40], 0, 0)}),
+    file_bytes({"ü/😀": U8}, b"1"),
+]
+
+
+@pytest.mark.parametrize("content", ACCEPTED, ids=range(len(ACCEPTED)))
+def test_accepts_what_safetensors_accepts(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "good.safetensors"
+    path.write_bytes(content)
+    reference = safetensors.torch.load_file(path)
+    ours = weightload.load_file(path)
+    assert {name: (t.dtype, t.shape, t.tolist()) for name, t in ours.items()} == {
+        name: (t.dtype, t.shape, t.tolist()) for name, t in reference.items()
+    }
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert open_files([path])[0].metadata == file.metadata()
+
+
+@pytest.mark.parametrize("depth", [123, 124, 125, 126, 127, 128, 129])
+def test_the_nesting_limit_is_safetensors(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "deep.safetensors"
+    path.write_bytes(file_bytes(text(GOOD + ',"x":' + "[" * depth + "]" * depth), b"1"))
+    try:
+        safetensors.torch.load_file(path)
+    except SafetensorError:
+        with pytest.raises(errors.NestingTooDeep):
+            weightload.load_file(path)
+    else:
+        weightload.load_file(path)
+
+
+def test_duplicate_tensor_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.safetensors"
+    one = b'"a":{"dtype":"U8","shape":[%d],"data_offsets":[%d,%d]}'
+    path.write_bytes(file_bytes(b"{" + one % (1, 0, 1) + b"," + one % (1, 1, 2) + b"}", b"12"))
+    with pytest.raises(errors.DuplicateTensor) as caught:
+        weightload.load_file(path)
+    assert caught.value.tensor == "a"
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_all_dtypes_of_safetensors_are_known_to_the_header(tmp_path: Path, dtype: str) -> None:
+    path = write_tensors(tmp_path / "one.safetensors", [("a", dtype, [8])])
+    (name, found, shape, begin, end) = open_files([path])[0].tensors()[0]
+    assert (name, found, shape, end - begin) == ("a", dtype, (8,), DTYPE_BITS[dtype])
+
+
+def test_equal_offsets_keep_the_headers_order(tmp_path: Path) -> None:
+    path = tmp_path / "empties.safetensors"
+    path.write_bytes(file_bytes({"z": entry("U8", [0], 0, 0), "b": U8, "a": entry("U8", [0], 0, 0)}, b"1"))
+    assert open_files([path])[0].names() == ["z", "a", "b"]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path, Path("/dev/null"), Path("/dev/zero")):
+        with pytest.raises(errors.NotARegularFile, match=str(path)):  # and a FIFO does not wait for a writer
+            weightload.load_file(path)
+
+
+def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        weightload.load_file(path)
+    assert (caught.value.errno, caught.value.filename) == (2, str(path))
+
+
+def test_other_system_errors_keep_their_errno(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        weightload.load_file(loop)
+    assert caught.value.errno == 40
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.safetensors"
+    Path(os.fsdecode(path)).write_bytes(file_bytes({"a": U8}, b"12"))
+    with pytest.raises(errors.MetadataIncompleteBuffer) as caught:
+        weightload.load_file(path)
+    assert caught.value.filename == os.fsdecode(path)
+
+
+def test_a_header_of_100_000_tensors(tmp_path: Path) -> None:
+    path = write_tensors(
+        tmp_path / "many.safetensors",
+        [(f"model.layers.{i // 1000}.mlp.experts.{i % 1000}.down_proj.weight", "BF16", [2, 4]) for i in range(100_000)],
+    )
+    ours = weightload.load_file(path)
+    reference = safetensors.torch.load_file(path)
+    assert len(ours) == 100_000
+    assert all(
+        ours[name].view(torch.uint8).equal(tensor.view(torch.uint8)) for name, tensor in list(reference.items())[::97]
+    )
+
+
+def test_memory_is_bounded_whatever_the_header_claims(tmp_path: Path) -> None:
+    path = tmp_path / "giant.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_000) + b"{")
+    os.truncate(path, 2**40)  # sparse
+    with pytest.raises(errors.InvalidHeaderDeserialization):
+        weightload.load_file(path)
