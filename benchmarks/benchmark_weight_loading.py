@@ -144,8 +144,10 @@ def measure(
         arms[name] = lambda loader=loader: load(loader, files, touched)  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int] = dict.fromkeys(arms, 0)
+    # Untouched, nobody has the bytes yet: fewer rounds do.
+    repeats = options.repeats if touched else -(-options.repeats // 2)
     names = list(arms)
-    for number in range(options.warmup + options.repeats):
+    for number in range(options.warmup + repeats):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             prepare(files, cold, ranks)

@@ -129,23 +129,31 @@ def back_memory(size: int) -> None:
 
 
 def raw_parallel_read(files: Sequence[str], threads: int) -> int:
-    """Read all bytes with this many threads into buffers that are used again: what the storage can give."""
-    buffers = [bytearray(PIECE) for _ in range(threads)]
-    descriptors = [os.open(file, os.O_RDONLY) for file in files]
-    pieces = iter(
-        [(fd, at) for fd, file in zip(descriptors, files, strict=True) for at in range(0, os.path.getsize(file), PIECE)]
-    )
+    """Read all bytes with this many threads into buffers that are used again: what the storage can give.
 
-    def read(buffer: bytearray) -> int:
-        # next() on a list's iterator is atomic under the GIL, which preadv releases.
-        return sum(os.preadv(fd, [buffer], at) for fd, at in iter(lambda: next(pieces, (-1, 0)), (-1, 0)))
+    Each thread has descriptors of its own and one contiguous share of the bytes, so that the kernel sees as many
+    sequential readers as there are threads.
+    """
+    sizes = [os.path.getsize(file) for file in files]
+    share = -(-sum(sizes) // threads)
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return sum(pool.map(read, buffers))
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    def read(number: int) -> int:
+        buffer = bytearray(PIECE)
+        done = 0
+        before = 0  # bytes of the files before this one
+        for file, size in zip(files, sizes, strict=True):
+            at, end = max(0, number * share - before), min(size, (number + 1) * share - before)
+            if at < end:
+                descriptor = os.open(file, os.O_RDONLY)
+                while at < end:
+                    got = os.preadv(descriptor, [memoryview(buffer)[: min(PIECE, end - at)]], at)
+                    at, done = at + got, done + got
+                os.close(descriptor)
+            before += size
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:  # preadv releases the GIL
+        return sum(pool.map(read, range(threads)))
 
 
 def private_bytes() -> int:

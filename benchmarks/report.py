@@ -19,9 +19,10 @@ def print_table(result: dict[str, Any]) -> None:
         f"\n{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, "
         f"{result['files']} files; {result['ranks']} rank(s), {result['threads']} threads"
     )
+    memory = f"{result['memory_bytes'] / 2**30:.0f} GiB"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     print(
-        f"{result['machine']}, {result['cpus']} CPUs, {result['memory_bytes'] / 2**30:.0f} GiB, Linux {result['kernel']}"
+        f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}"
         f", read_ahead_kb {result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}\n"
     )
     head = f"{'cache':5} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>6}"

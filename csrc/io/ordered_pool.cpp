@@ -21,12 +21,11 @@ OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t 
 
 OrderedPool::~OrderedPool() { join(); }
 
-void OrderedPool::advance(size_t first, size_t last) {
-  if (last <= needed_.load(std::memory_order_relaxed)) return;
+void OrderedPool::advance(size_t task) {
+  if (task <= needed_.load(std::memory_order_relaxed)) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    position_ = first;
-    needed_.store(last, std::memory_order_relaxed);
+    needed_.store(task, std::memory_order_relaxed);
   }
   room_.notify_all();
 }
@@ -70,13 +69,12 @@ void OrderedPool::run() {
     room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });
     if (stopped_ || failure_ || next_ == ends_.size()) return;
     const size_t task = next_++;
-    const size_t position = position_;
     // Others must see that nothing is left to wait for.
     if (next_ == ends_.size()) room_.notify_all();
     lock.unlock();
     std::exception_ptr failure;
     try {
-      work_(task, position);
+      work_(task);
     } catch (...) {
       failure = std::current_exception();
     }

@@ -25,9 +25,7 @@ inline constexpr const char* kThreadName = "weightload";
 // One consumer thread at a time may call advance() and wait(); stop() may be called from anywhere.
 class OrderedPool {
  public:
-  // `position` is the consumer's: tasks before it are behind the consumer, so that work which only pays ahead
-  // of it can be left out.
-  using Work = std::function<void(size_t task, size_t position)>;
+  using Work = std::function<void(size_t task)>;
 
   // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads.
   OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work);
@@ -36,9 +34,8 @@ class OrderedPool {
   OrderedPool(const OrderedPool&) = delete;
   OrderedPool& operator=(const OrderedPool&) = delete;
 
-  // The consumer needs tasks `first` to `last` next, and none before them any more. Cheap when `last` has not
-  // grown.
-  void advance(size_t first, size_t last);
+  // The consumer needs tasks up to `task` next. Cheap when the number has not grown.
+  void advance(size_t task);
 
   // True once tasks 0 .. task are done. No lock, no wait.
   bool is_done(size_t task) const { return done_.load(std::memory_order_acquire) > task; }
@@ -69,9 +66,8 @@ class OrderedPool {
   bool stopped_ = false;              // guarded by mutex_
   size_t failed_task_ = SIZE_MAX;     // guarded by mutex_
   std::exception_ptr failure_;        // guarded by mutex_
-  size_t position_ = 0;               // guarded by mutex_: `first` and
-  std::atomic<size_t> needed_{0};     // `last` of advance(), written by the consumer with mutex_ held
-  std::atomic<size_t> done_{0};       // tasks 0 .. done_-1 are done, written with mutex_ held
+  std::atomic<size_t> needed_{0};     // of advance(); written by the consumer with mutex_ held
+  std::atomic<size_t> done_{0};       // tasks 0 .. done_-1 are done; written with mutex_ held
 
   std::vector<std::thread> threads_;  // last: they use everything above
 };

@@ -1,5 +1,6 @@
 #include "io/page_in.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -43,12 +44,17 @@ int populate(char* begin, char* end) {
   return result == 0 ? 0 : errno;
 }
 
+ByteRange pages_around(ByteRange range) {
+  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  return {round_down(range.begin, page), round_up(range.end, page)};
+}
+
 }  // namespace
 
-void page_in(const File& file, char* mapping, ByteRange range, bool cached) {
-  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const bool was_cached = cached || cached_bytes_by_cachestat(file, range) == range.size();
-  const int error_number = populate(mapping + round_down(range.begin, page), mapping + round_up(range.end, page));
+void page_in(const File& file, char* mapping, ByteRange range) {
+  const bool was_cached = cached_bytes_by_cachestat(file, range) == range.size();
+  const ByteRange pages = pages_around(range);
+  const int error_number = populate(mapping + pages.begin, mapping + pages.end);
   if (was_cached && error_number == 0) return;
 
   // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
@@ -56,6 +62,14 @@ void page_in(const File& file, char* mapping, ByteRange range, bool cached) {
   // EINVAL: a kernel before 5.14. The consumer takes the page faults.
   if (error_number != 0 && error_number != EINVAL)
     throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, range.begin, error_number});
+}
+
+void fill_page_cache(const File& file, char* mapping, ByteRange range) {
+  if (cached_bytes_by_cachestat(file, range) == range.size()) return;
+  const ByteRange pages = pages_around(range);
+  populate(mapping + pages.begin, mapping + pages.end);
+  // Nobody will use these page table entries.
+  ::madvise(mapping + pages.begin, pages.size(), MADV_DONTNEED);
 }
 
 }  // namespace weightload

@@ -47,8 +47,7 @@ CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, 
   // One task a file, all allowed to start: order matters for which error is thrown, not for the work.
   std::vector<uint64_t> ends(paths.size());
   for (size_t i = 0; i < ends.size(); ++i) ends[i] = i + 1;
-  OrderedPool pool(ends, threads, std::numeric_limits<uint64_t>::max(),
-                   [&](size_t i, size_t) { files[i] = open(paths[i]); });
+  OrderedPool pool(ends, threads, std::numeric_limits<uint64_t>::max(), [&](size_t i) { files[i] = open(paths[i]); });
   while (!paths.empty() && !pool.wait(paths.size() - 1, std::chrono::seconds(3600))) {
   }
   return files;

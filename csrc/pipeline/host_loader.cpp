@@ -14,7 +14,8 @@ namespace {
 
 constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 
-// In a cached file, page tables are filled ahead only where there is enough to do for a thread to pay.
+// A mapped load of less than this whose files are in the page cache is left to page faults: they cost less than the
+// start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
 
 bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_alignment(tensor.dtype) == 0; }
@@ -23,12 +24,13 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 
 HostLoader::HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection,
                        const HostLoaderOptions& options)
-    : files_(std::move(files)), fork_generation_(fork_generation()) {
+    : files_(std::move(files)),
+      block_cache_(std::make_shared<BlockCache>(options.window_bytes)),
+      fork_generation_(fork_generation()) {
   plan(selection, options);
   refuse_duplicates();
   map_files();
   find_tasks();
-  find_waits(options.read_ahead);
   start(options);
 }
 
@@ -45,11 +47,10 @@ void HostLoader::refuse_duplicates() const {
   if (files_.size() < 2) return;  // within one file the header has been checked
   std::unordered_set<std::string_view> names;
   names.reserve(tensors_.size());
-  for (const Tensor& tensor : tensors_) {
-    const TensorInfo& info = files_[tensor.file]->header().tensors[tensor.index];
-    if (!names.insert(info.name).second) {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (!names.insert(info(i).name).second) {
       throw Error(ErrorKind::header, "an earlier file of the checkpoint has a tensor of this name too",
-                  {files_[tensor.file]->path(), info.name, {}, 0}, rule::kDuplicateTensor);
+                  {files_[tensors_[i].file]->path(), info(i).name, {}, 0}, rule::kDuplicateTensor);
     }
   }
 }
@@ -77,74 +78,74 @@ void HostLoader::plan(const std::vector<std::vector<uint32_t>>& selection, const
   blocks_.resize(layout_.blocks.size());
 }
 
+const TensorInfo& HostLoader::info(size_t tensor) const {
+  return files_[tensors_[tensor].file]->header().tensors[tensors_[tensor].index];
+}
+
+bool HostLoader::all_cached() const {
+  for (const auto& file : files_) {
+    if (!file->file() || cached_bytes(*file->file(), {0, file->size()}) != file->size()) return false;
+  }
+  return true;
+}
+
 void HostLoader::map_files() {
   maps_.resize(files_.size());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const uint32_t f = tensors_[i].file;
-    if (!layout_.blocks[layout_.places[i].block].mapped || maps_[f]) continue;
-    maps_[f] = map_file(files_[f]->file()->fd(), files_[f]->size(), files_[f]->path());
+    // Private memory is read through the page cache, which a mapping fills best.
+    const bool needed = layout_.blocks[layout_.places[i].block].mapped || files_[f]->file();
+    if (needed && !maps_[f]) maps_[f] = map_file(files_[f]->file()->fd(), files_[f]->size(), files_[f]->path());
   }
 }
 
-// Both lists are in the order of blocks and offsets, so one walk over them finds every tensor's tasks.
+// Finds the task that holds each tensor's last byte. Both lists are in the order of blocks and offsets.
 void HostLoader::find_tasks() {
   uint32_t task = 0;
   last_task_of_file_.resize(files_.size());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const TensorPlace& place = layout_.places[i];
-    const uint64_t size = files_[tensors_[i].file]->header().tensors[tensors_[i].index].bytes.size();
-    const auto skip_tasks_up_to = [&](uint64_t offset) {
-      const auto ends_by = [&](const ReadTask& read) {
-        return read.block < place.block ||
-               (read.block == place.block && read.block_offset + read.bytes.size() <= offset);
-      };
-      while (task + 1 < reads_.tasks.size() && ends_by(reads_.tasks[task])) ++task;
+    const uint64_t end = place.block_offset + info(i).bytes.size();
+    const auto ends_before = [&](const ReadTask& read) {
+      return read.block < place.block || (read.block == place.block && read.block_offset + read.bytes.size() < end);
     };
-    if (size > 0) skip_tasks_up_to(place.block_offset);
-    tensors_[i].first_task = task;
-    if (size > 0) skip_tasks_up_to(place.block_offset + size - 1);
+    if (!info(i).bytes.empty()) {
+      while (ends_before(reads_.tasks[task])) ++task;
+    }
     tensors_[i].last_task = task;
     last_task_of_file_[tensors_[i].file] = task;
   }
 }
 
-void HostLoader::find_waits(bool read_ahead) {
-  cached_.assign(files_.size(), false);
-  for (size_t f = 0; f < files_.size() && read_ahead; ++f) {
-    if (!maps_[f]) continue;
-    const ByteRange all{0, files_[f]->size()};
-    cached_[f] = cached_bytes(*files_[f]->file(), all).value_or(0) == all.size();
-  }
+void HostLoader::start(const HostLoaderOptions& options) {
+  bool any_private = false;
+  for (const Block& block : layout_.blocks) any_private = any_private || !block.mapped;
+  page_in_ = options.read_ahead && (any_private || total_bytes_ >= kLeastCachedBytes || !all_cached());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
-    const bool empty = files_[tensors_[i].file]->header().tensors[tensors_[i].index].bytes.empty();
-    tensors_[i].wait = !empty && (!mapped || (read_ahead && !cached_[tensors_[i].file]));
+    tensors_[i].wait = !info(i).bytes.empty() && (!mapped || page_in_);
   }
-}
+  if (reads_.tasks.empty() || !(any_private || page_in_)) return;
 
-void HostLoader::start(const HostLoaderOptions& options) {
-  bool anything_to_wait_for = false;
-  for (const Tensor& tensor : tensors_) anything_to_wait_for = anything_to_wait_for || tensor.wait;
-  page_in_ = options.read_ahead;
-  if (!anything_to_wait_for && (!page_in_ || total_bytes_ < kLeastCachedBytes)) return;
   std::vector<uint64_t> ends;
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  if (ends.empty()) return;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, options.window_bytes,
-                                        [this](size_t task, size_t position) { work(task, position); });
+                                        [this](size_t task) { work(task); });
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
-void HostLoader::work(size_t task, size_t position) {
+void HostLoader::work(size_t task) {
   const ReadTask& read = reads_.tasks[task];
-  if (!layout_.blocks[read.block].mapped) {
-    files_[read.file]->source().read(read.bytes.begin, block_memory(read.block) + read.block_offset, read.bytes.size());
-  } else if (page_in_ && task >= position) {
-    // Behind the consumer, pages have been touched or never will be.
-    page_in(*files_[read.file]->file(), maps_[read.file]->data(), read.bytes, cached_[read.file]);
+  const CheckpointFile& file = *files_[read.file];
+  char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
+  if (layout_.blocks[read.block].mapped) {
+    if (page_in_) page_in(*file.file(), mapping, read.bytes);
+    return;
   }
+  if (mapping) fill_page_cache(*file.file(), mapping, read.bytes);
+  file.source().read(read.bytes.begin, block_memory(read.block) + read.block_offset, read.bytes.size());
 }
 
 char* HostLoader::block_memory(uint32_t block) {
@@ -152,12 +153,11 @@ char* HostLoader::block_memory(uint32_t block) {
   HostMemoryRef& memory = blocks_[block];
   if (!memory) {
     try {
-      memory = allocate_block(layout_.blocks[block].bytes);
+      memory = block_cache_->allocate(layout_.blocks[block].bytes);
     } catch (const Error& error) {
-      const Tensor& first = tensors_[layout_.blocks[block].first_tensor];
-      const CheckpointFile& file = *files_[first.file];
+      const uint32_t first = layout_.blocks[block].first_tensor;
       throw Error(error.kind, error.message,
-                  {file.path(), file.header().tensors[first.index].name, {}, error.context.error_number});
+                  {files_[tensors_[first].file]->path(), info(first).name, {}, error.context.error_number});
     }
   }
   return memory->data();
@@ -182,7 +182,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
   if (pool_) {
-    pool_->advance(wanted.first_task, wanted.last_task);
+    pool_->advance(wanted.last_task);
     if (wanted.wait && !pool_->wait(wanted.last_task, patience)) return Step::not_ready;
   }
   if (wanted.file > first_mapped_file_) unmap_passed_files(wanted.file);
@@ -213,6 +213,7 @@ void HostLoader::close() noexcept {
   interrupted_ = true;
   if (pool_ && !forked()) pool_->join();
   blocks_.clear();
+  block_cache_->close();
   maps_.clear();
   files_.clear();
 }

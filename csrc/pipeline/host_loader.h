@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "io/ordered_pool.h"
+#include "memory/block_cache.h"
 #include "memory/host_memory.h"
 #include "pipeline/checkpoint_file.h"
 #include "plan/layout.h"
@@ -44,9 +45,8 @@ struct HostTensor {
 // Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
 // while threads bring the bytes in ahead of the consumer.
 //
-// A mapped tensor is handed out when its pages have been read, unless its file was wholly in the page cache
-// at the start: then nothing can fail and nothing needs to be waited for, and the threads only fill page
-// tables ahead of the consumer. A tensor in private memory is handed out when it is complete.
+// A mapped tensor is handed out when its pages are in the page cache and in the page table, a private one when its
+// bytes have been copied. An error of a reading thread is thrown at the first tensor that needs what it could not read.
 class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
@@ -75,31 +75,31 @@ class HostLoader {
  private:
   struct Tensor {
     uint32_t file;
-    uint32_t index;           // in the file's header
-    uint32_t first_task = 0;  // its bytes are read by tasks first_task to last_task
-    uint32_t last_task = 0;
-    bool wait = true;  // false: its file was in the page cache, or nothing is read ahead
+    uint32_t index;          // in the file's header
+    uint32_t last_task = 0;  // it is complete when this task and all before it are done
+    bool wait = true;        // false: nothing is read ahead
   };
 
+  const TensorInfo& info(size_t tensor) const;
+  bool all_cached() const;
   void refuse_duplicates() const;
   void plan(const std::vector<std::vector<uint32_t>>& selection, const HostLoaderOptions& options);
   void map_files();
   void find_tasks();
-  void find_waits(bool read_ahead);
   void start(const HostLoaderOptions& options);
-  void work(size_t task, size_t position);
+  void work(size_t task);
   char* block_memory(uint32_t block);
   void unmap_passed_files(uint32_t current_file);
 
   CheckpointFiles files_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
-  std::vector<bool> cached_;                 // by file: wholly in the page cache when the load began
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
   std::vector<Tensor> tensors_;
   Layout layout_;
   ReadPlan reads_;
   uint64_t total_bytes_ = 0;
 
+  std::shared_ptr<BlockCache> block_cache_;
   std::mutex allocating_;              // guards the elements of blocks_ until their tasks are done
   std::vector<HostMemoryRef> blocks_;  // private blocks; allocated by the first thread that needs one
 

@@ -1,4 +1,4 @@
-#include "memory/host_memory.h"
+#include "memory/block_cache.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -50,3 +50,45 @@ TEST(a_mapping_is_copy_on_write) {
 }
 
 TEST(an_empty_file_can_be_mapped) { CHECK(map_file(-1, 0, "empty")->size() == 0); }
+
+TEST(a_cache_gives_a_dropped_block_again_and_never_one_in_use) {
+  const auto cache = std::make_shared<BlockCache>(64ull << 20);
+  HostMemoryRef first = cache->allocate(4ull << 20);
+  std::memset(first->data(), 1, first->size());
+  HostMemoryRef second = cache->allocate(4ull << 20);
+  CHECK(second->data() != first->data());
+  char* const address = first->data();
+  const HostMemoryRef shared = first;
+  first = {};
+  CHECK(cache->allocate(4ull << 20)->data() != address);  // `shared` still holds it
+  CHECK(shared->data()[0] == 1);
+}
+
+TEST(a_cache_reuses_what_fits_and_nothing_wasteful) {
+  const auto cache = std::make_shared<BlockCache>(64ull << 20);
+  char* const address = cache->allocate(8ull << 20)->data();
+  CHECK(cache->allocate(9ull << 20)->data() != address);
+  CHECK(cache->allocate(2ull << 20)->size() == 2ull << 20);
+  CHECK(cache->allocate(5ull << 20)->data() == address);
+}
+
+TEST(blocks_outlive_their_cache) {
+  HostMemoryRef block;
+  {
+    const auto cache = std::make_shared<BlockCache>(64ull << 20);
+    block = cache->allocate(4ull << 20);
+    cache->allocate(4ull << 20);
+    cache->close();
+  }
+  std::memset(block->data(), 3, block->size());
+}
+
+TEST(a_cache_keeps_no_more_than_it_may) {
+  const auto cache = std::make_shared<BlockCache>(4ull << 20);
+  HostMemoryRef a = cache->allocate(4ull << 20);
+  HostMemoryRef b = cache->allocate(4ull << 20);
+  char* const address = a->data();
+  a = {};
+  b = {};  // goes back to the kernel
+  CHECK(cache->allocate(4ull << 20)->data() == address);
+}

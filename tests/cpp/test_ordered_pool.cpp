@@ -43,9 +43,9 @@ class Gate {
 TEST(every_task_runs_once_and_is_seen_done_in_order) {
   for (unsigned threads : {1u, 2u, 7u}) {
     std::vector<std::atomic<int>> runs(500);
-    OrderedPool pool(equal_ends(500, 10), threads, 100, [&](size_t task, size_t) { ++runs[task]; });
+    OrderedPool pool(equal_ends(500, 10), threads, 100, [&](size_t task) { ++runs[task]; });
     for (size_t task = 0; task < 500; ++task) {
-      pool.advance(task, task);
+      pool.advance(task);
       CHECK(pool.wait(task, kLong));
       for (size_t i = 0; i <= task; ++i) CHECK(runs[i] == 1);
     }
@@ -56,7 +56,7 @@ TEST(no_task_starts_beyond_the_window) {
   std::atomic<size_t> highest{0};
   std::atomic<size_t> needed{0};
   std::atomic<bool> too_far{false};
-  OrderedPool pool(equal_ends(300, 10), 4, 50, [&](size_t task, size_t) {
+  OrderedPool pool(equal_ends(300, 10), 4, 50, [&](size_t task) {
     // 50 bytes of 10 each may lie between the end of what is needed and the start of a task.
     if (task > needed.load() + 5) too_far = true;
     size_t seen = highest.load();
@@ -65,7 +65,7 @@ TEST(no_task_starts_beyond_the_window) {
   });
   for (size_t task = 0; task < 300; ++task) {
     needed = task;
-    pool.advance(task, task);
+    pool.advance(task);
     CHECK(pool.wait(task, kLong));
   }
   CHECK(!too_far);
@@ -73,25 +73,14 @@ TEST(no_task_starts_beyond_the_window) {
 }
 
 TEST(what_is_needed_starts_however_large_it_is) {
-  OrderedPool pool(equal_ends(100, 1000), 2, 10, [](size_t, size_t) {});
-  pool.advance(0, 99);  // one tensor of all tasks, far larger than the window
+  OrderedPool pool(equal_ends(100, 1000), 2, 10, [](size_t) {});
+  pool.advance(99);  // one tensor of all tasks, far larger than the window
   CHECK(pool.wait(99, kLong));
-}
-
-TEST(workers_are_told_the_consumers_position) {
-  std::vector<size_t> positions(10);
-  OrderedPool pool(equal_ends(10, 10), 1, 1, [&](size_t task, size_t position) { positions[task] = position; });
-  for (size_t task = 1; task < 10; task += 2) {
-    pool.advance(task - 1, task);
-    CHECK(pool.wait(task, kLong));
-  }
-  for (size_t task = 0; task < 10; ++task) CHECK(positions[task] <= task);
-  CHECK(positions[9] == 8);
 }
 
 TEST(the_lowest_failure_wins_and_what_lies_before_is_delivered) {
   Gate later_failed;
-  OrderedPool pool(equal_ends(20, 1), 4, 1000, [&](size_t task, size_t) {
+  OrderedPool pool(equal_ends(20, 1), 4, 1000, [&](size_t task) {
     if (task == 6) {
       later_failed.open();
       throw std::runtime_error("6");
@@ -101,7 +90,7 @@ TEST(the_lowest_failure_wins_and_what_lies_before_is_delivered) {
       throw std::runtime_error("5");
     }
   });
-  pool.advance(4, 4);
+  pool.advance(4);
   CHECK(pool.wait(4, kLong));
   CHECK_THROWS(pool.wait(5, kLong), std::runtime_error, error.what() == std::string("5"));
   CHECK_THROWS(pool.wait(19, kLong), std::runtime_error, error.what() == std::string("5"));
@@ -110,7 +99,7 @@ TEST(the_lowest_failure_wins_and_what_lies_before_is_delivered) {
 
 TEST(waiting_has_an_end) {
   Gate gate;
-  OrderedPool pool(equal_ends(1, 1), 1, 1, [&](size_t, size_t) { gate.wait(); });
+  OrderedPool pool(equal_ends(1, 1), 1, 1, [&](size_t) { gate.wait(); });
   CHECK(!pool.wait(0, milliseconds(1)));
   gate.open();
   CHECK(pool.wait(0, kLong));
@@ -119,7 +108,7 @@ TEST(waiting_has_an_end) {
 TEST(stop_wakes_a_waiter_and_starts_nothing_further) {
   Gate started, go_on;
   std::atomic<int> runs{0};
-  OrderedPool pool(equal_ends(100, 1), 1, 1000, [&](size_t, size_t) {
+  OrderedPool pool(equal_ends(100, 1), 1, 1000, [&](size_t) {
     ++runs;
     started.open();
     go_on.wait();
@@ -137,7 +126,7 @@ TEST(destruction_in_the_middle_joins) {
   for (int round = 0; round < 200; ++round) {
     std::atomic<int> inside{0};
     {
-      OrderedPool pool(equal_ends(1000, 1), 3, 100, [&](size_t, size_t) {
+      OrderedPool pool(equal_ends(1000, 1), 3, 100, [&](size_t) {
         ++inside;
         --inside;
       });
@@ -148,6 +137,6 @@ TEST(destruction_in_the_middle_joins) {
 }
 
 TEST(no_tasks_no_threads) {
-  OrderedPool pool({}, 4, 1, [](size_t, size_t) { CHECK(false); });
+  OrderedPool pool({}, 4, 1, [](size_t) { CHECK(false); });
   pool.stop();
 }

@@ -1,0 +1,46 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "memory/host_memory.h"
+#include "memory/huge_region.h"
+
+namespace weightload {
+
+// Hands out blocks for one load, and takes back those that no tensor refers to any more.
+//
+// Memory fresh from the kernel costs a fault and 2 MiB of zeros a huge page, and on a virtual machine often a fault
+// in the host as well: as much as the copy into it. A consumer that drops tensors as it goes (copies them into its
+// parameters, say) therefore gets the same few blocks again and again. A block comes back only when its last tensor
+// is gone, so nothing changes under anybody.
+class BlockCache : public std::enable_shared_from_this<BlockCache> {
+ public:
+  // Keeps at most `max_bytes` of memory that is not in use.
+  explicit BlockCache(uint64_t max_bytes);
+  ~BlockCache() { close(); }
+
+  // Like allocate_block().
+  HostMemoryRef allocate(uint64_t size);
+
+  // Gives what is kept back to the kernel, now and from now on. Blocks in use stay valid.
+  void close() noexcept;
+
+ private:
+  friend class CachedBlock;
+  void take_back(const HugeRegion& region) noexcept;
+  bool find(size_t least, HugeRegion& found);
+
+  // In a forked child a thread of the parent may hold the mutex for ever; what is kept stays kept there.
+  bool forked() const;
+
+  const uint64_t max_bytes_;
+  const uint32_t fork_generation_;
+  std::mutex mutex_;  // guards all below
+  std::vector<HugeRegion> kept_;
+  uint64_t kept_bytes_ = 0;
+  bool open_ = true;
+};
+
+}  // namespace weightload

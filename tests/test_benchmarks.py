@@ -1,0 +1,107 @@
+"""The benchmark scripts run, plainly and under torchrun, and write what they promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "benchmarks" / "benchmark_weight_loading.py")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synth") / "model" / "part"
+    run(ROOT / "benchmarks" / "synth.py", folder, "--model", "small-tensors", "--layers", "2", "--shards", "3")
+    return folder
+
+
+def test_synthetic_checkpoints_are_what_they_say(checkpoint: Path) -> None:
+    import weightload
+
+    files = weightload.resolve_safetensors_files(checkpoint)
+    assert len(files) == 3
+    tensors = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+    assert len(tensors) == 2000
+    assert len({bytes(t.view(-1).view(torch.uint8).tolist()) for t in tensors.values()}) == 2000
+
+
+def test_architectures_have_the_real_models_tensors() -> None:
+    from architectures import ARCHITECTURES
+    from synth import entry_bytes, layers_for
+
+    sizes = {}
+    for name, architecture in ARCHITECTURES.items():
+        entries = architecture.entries()
+        assert len({entry[0] for entry in entries}) == len(entries)
+        sizes[name] = (len(entries), round(sum(map(entry_bytes, entries)) / 1e9, 1))
+    assert sizes["llama-3-8b"] == (291, 16.1)
+    assert sizes["wan2.1-14b"] == (1095, 57.2)
+    assert sizes["qwen3-30b-a3b"] == (18867, 61.1)
+    assert sizes["hunyuanvideo"][1] == 25.6
+    llama = ARCHITECTURES["llama-3-8b"]
+    layers = layers_for(llama, 4)
+    assert sum(map(entry_bytes, llama.entries(layers))) >= 4e9 > sum(map(entry_bytes, llama.entries(layers - 1)))
+
+
+def test_plain(checkpoint: Path, tmp_path: Path) -> None:
+    out = run(
+        SCRIPT, "--model-path", checkpoint.parent, "--subfolder", checkpoint.name, "--warmup", 0, "--repeats", 2,
+        "--cold", "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png",
+    )  # fmt: skip
+    for word in (
+        "cold",
+        "warm",
+        "touched",
+        "untouched",
+        "GB/s",
+        "safetensors",
+        "weightload pread",
+        "raw parallel read",
+    ):
+        assert word in out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["tensors"], result["files"], result["ranks"]) == (2000, 3, 1)
+    assert len(result["rows"]) == 2 * 2 * 5
+    for row in result["rows"]:
+        assert len(row["seconds"]) == (2 if row["touched"] else 1)
+        assert row["best_s"] <= row["median_s"]
+        assert row["gb_per_s"] > 0
+    assert result["versions"]["safetensors"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_under_torchrun(checkpoint: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    json_file = tmp_path / "r.json"
+    out = run(*launcher, SCRIPT, "--model-path", checkpoint, "--repeats", 1, "--warmup", 0, "--json", json_file)
+    assert out.count("GB/s") >= 1
+    assert out.count("2 rank(s)") == 1  # the first rank speaks
+    assert json.loads(json_file.read_text())["ranks"] == 2
+
+
+def test_a_file_that_cannot_be_evicted_is_not_called_cold(checkpoint: Path) -> None:
+    from machine import NotEvictedError, evict
+
+    import weightload
+
+    files = weightload.resolve_safetensors_files(checkpoint)
+    held = [weightload.load_file(file) for file in files]
+    assert all(tensor.sum() is not None for tensors in held for tensor in tensors.values())  # mapped pages stay
+    with pytest.raises(NotEvictedError):
+        evict(files)
+    del held
+    evict(files)

@@ -1,0 +1,130 @@
+"""Knobs, CPU counting, progress and ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import write_tensors
+
+import weightload
+from weightload import settings
+from weightload.cpus import cgroup_cpu_quota, usable_cpus
+
+
+def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.current() == settings.Settings()
+    monkeypatch.setenv("WEIGHTLOAD_THREADS", "3")
+    monkeypatch.setenv("WEIGHTLOAD_WINDOW_BYTES", "123456")
+    assert settings.current().thread_count() == 3
+    with settings.override(threads=5):
+        with settings.override(task_bytes=8192):
+            now = settings.current()
+            assert (now.threads, now.task_bytes, now.window_bytes) == (5, 8192, 123456)
+        assert settings.current().task_bytes == settings.Settings().task_bytes
+    assert settings.current().threads == 3
+
+
+def test_bad_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="no such setting: colour"), settings.override(colour=1):
+        pass
+    with settings.override(task_bytes=0), pytest.raises(ValueError, match="task_bytes"):
+        settings.current()
+    monkeypatch.setenv("WEIGHTLOAD_THREADS", "many")
+    with pytest.raises(ValueError, match="WEIGHTLOAD_THREADS='many'"):
+        settings.current()
+
+
+def test_threads_default_to_the_cpus_of_the_process_not_the_machine() -> None:
+    script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from weightload import settings; "
+    script += "print(settings.current().thread_count())"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "1\n"
+    assert 1 <= usable_cpus() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "quota"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 0.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "300000 100000"}, 3.0),
+        ("0::/of/the/host\n", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/../x\n", {"x/cpu.max": "200000 100000"}, 2.0),
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/\n", {}, None),
+        ("4:cpu,cpuacct:/k\n", {"cpu/k/cpu.cfs_quota_us": "250000", "cpu/k/cpu.cfs_period_us": "100000"}, 2.5),
+        ("4:cpu:/k\n1:name=systemd:/\n", {"cpu/k/cpu.cfs_quota_us": "-1", "cpu/k/cpu.cfs_period_us": "100000"}, None),
+        ("4:cpuset:/k\n", {"cpu/k/cpu.cfs_quota_us": "100", "cpu/k/cpu.cfs_period_us": "100000"}, None),
+        ("0::/\n", {"cpu.max": "nonsense"}, None),
+    ],
+)
+def test_cgroup_quota(tmp_path: Path, membership: str, files: dict[str, str], quota: float | None) -> None:
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    (tmp_path / "cgroup").write_text(membership)
+    assert cgroup_cpu_quota(tmp_path / "cgroup", tmp_path / "mount") == quota
+
+
+def test_no_cgroups_no_quota(tmp_path: Path) -> None:
+    assert cgroup_cpu_quota(tmp_path / "none", tmp_path) is None
+
+
+def progress_of(path: Path, asked: bool | None, **environment: str) -> str:
+    script = f"""
+        import weightload
+        weights = weightload.safetensors_weights_iterator([{str(path)!r}], to_cpu=True, show_progress={asked})
+        assert sum(1 for _ in weights) == 3
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_progress_counts_bytes_on_rank_0_when_asked(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "p.safetensors", [(f"{i}", "U8", [500_000]) for i in range(3)])
+    shown = progress_of(path, True)
+    assert "Loading weights: 100%" in shown
+    assert "1.50M/1.50M" in shown
+    assert progress_of(path, None) == ""  # no terminal
+    assert progress_of(path, False) == ""
+    assert progress_of(path, True, RANK="1") == ""
+
+
+def test_leaving_a_load_with_progress_closes_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_tensors(tmp_path / "p.safetensors", [(f"{i}", "U8", [500_000]) for i in range(3)])
+    weights = weightload.safetensors_weights_iterator([path], to_cpu=True, show_progress=True)
+    next(weights)
+    weights.close()  # type: ignore[attr-defined]
+    assert "Loading weights" in capfd.readouterr().err
+
+
+def test_ranks(tmp_path: Path) -> None:
+    """Two processes: everything that needs no sharing works, the rest says what is missing."""
+    path = write_tensors(tmp_path / "r.safetensors", [("a", "F32", [4])])
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys, pytest, torch.distributed as dist, weightload
+        dist.init_process_group("gloo")
+        load = weightload.safetensors_weights_iterator
+        for options in (dict(to_cpu=True), dict(broadcast=False), dict(strategy="independent"),
+                        dict(to_cpu=True, async_broadcast=True)):
+            assert len(list(load(sys.argv[1:], **options))) == 1
+        for options in (dict(), dict(strategy="broadcast"), dict(strategy="striped", broadcast=False)):
+            with pytest.raises(NotImplementedError, match="between the ranks"):
+                load(sys.argv[1:], **options)
+        dist.destroy_process_group()
+    """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
