@@ -31,6 +31,7 @@ from machine import (
     describe,
     evict,
     fill_cache,
+    fill_cache_with_small_pages,
     private_bytes,
     raw_parallel_read,
     resident_share,
@@ -115,6 +116,19 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def prepare_scenario(files: list[str], cache: str, ranks: Ranks, can_evict: bool) -> None:
+    """What all rounds of a scenario start from: which pages a warm cache holds."""
+    gc.collect()
+    ranks.barrier()
+    if ranks.first_of_node and cache != "cold" and can_evict:
+        evict(files)
+        if cache == "warm 4K":
+            fill_cache_with_small_pages(files)
+        else:
+            fill_cache(files)
+    ranks.barrier()
+
+
 def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
     """The same state before every run: garbage collected, cache cold or warm and verified, memory backed."""
     gc.collect()
@@ -123,9 +137,10 @@ def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
         total = sum(os.path.getsize(file) for file in files)
         if cold:
             evict(files)
-            back_memory(3 * total)
         elif resident_share(files) < 1:
             fill_cache(files)
+        # The page cache of a cold run, private copies, and as much again.
+        back_memory((3 if cold else 2) * total)
     ranks.barrier()
 
 
@@ -136,9 +151,10 @@ def timed(run: Callable[[], object], ranks: Ranks) -> float:
 
 
 def measure(
-    files: list[str], cold: bool, touched: bool, options: argparse.Namespace, ranks: Ranks
+    files: list[str], cache: str, touched: bool, options: argparse.Namespace, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """One scenario: every loader and the raw read, taking turns."""
+    prepare_scenario(files, cache, ranks, can_evict=options.cold)
     arms: dict[str, Callable[[], object]] = {LIMIT: lambda: raw_parallel_read(files, current().thread_count())}
     for name, loader in LOADERS.items():
         arms[name] = lambda loader=loader: load(loader, files, touched)  # type: ignore[misc]
@@ -150,13 +166,13 @@ def measure(
     for number in range(options.warmup + repeats):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            prepare(files, cold, ranks)
+            prepare(files, cache == "cold", ranks)
             peak = PeakMemory()
             elapsed = timed(arms[name], ranks)
             if number >= options.warmup:
                 seconds[name].append(elapsed)
                 peaks[name] = max(peaks[name], peak.bytes())
-    scenario = {"cache": "cold" if cold else "warm", "touched": touched}
+    scenario = {"cache": cache, "touched": touched}
     return [{**scenario, "loader": name, "seconds": seconds[name], "peak_bytes": peaks[name]} for name in arms]
 
 
@@ -197,7 +213,11 @@ def main() -> None:
     parser.add_argument("--subfolder", help="a folder below, such as diffusers' transformer")
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--cold", action="store_true", help="also measure with the files evicted from the page cache")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="also measure with the files evicted from the page cache, and with a page cache of single pages",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
     parser.add_argument("--title", help="what to call the checkpoint")
@@ -211,9 +231,9 @@ def main() -> None:
     del opened
 
     rows: list[dict[str, Any]] = []
-    for cold in (True, False) if options.cold else (False,):
-        for touched in (True, False):
-            rows += measure(files, cold, touched, options, ranks)
+    for cache in ("cold", "warm", "warm 4K") if options.cold else ("warm",):
+        for touched in (True, False) if cache != "warm 4K" else (True,):
+            rows += measure(files, cache, touched, options, ranks)
     summarise(rows, total)
     memory = {name: private_peak(loader, files) for name, loader in LOADERS.items()}
     for row in rows:

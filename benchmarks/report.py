@@ -8,9 +8,9 @@ from typing import Any
 FOOTNOTE = """\
 GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with
 safetensors clone. "of limit": against the raw parallel read of the same scenario, which copies every byte once;
-mapped loads of a warm file copy none. Untouched and mapped, safetensors has read nothing yet when it is done, and
-cold weightload everything. "peak" is the growth of the resident set, mapped page cache included; "private" is the
-anonymous part of it."""
+mapped loads of a warm file copy none. "warm 4K": the page cache holds single pages, not large ones. Untouched and
+mapped, safetensors has read and mapped nothing yet when it is done, and weightload everything. "peak" is the growth
+of the resident set, mapped page cache included; "private" is the anonymous part of it."""
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def print_table(result: dict[str, Any]) -> None:
         f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}"
         f", read_ahead_kb {result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}\n"
     )
-    head = f"{'cache':5} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>6}"
+    head = f"{'cache':7} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>6}"
     print(f"{head} {'of limit':>8} {'peak MB':>8} {'private':>8}")
     last = None
     for row in result["rows"]:
@@ -34,7 +34,7 @@ def print_table(result: dict[str, Any]) -> None:
             print()
         last = scenario
         print(
-            f"{scenario[0]:5} {scenario[1]:9} {row['loader']:18} {_time(row['average_s'])} {_time(row['best_s'])} "
+            f"{scenario[0]:7} {scenario[1]:9} {row['loader']:18} {_time(row['average_s'])} {_time(row['best_s'])} "
             f"{_time(row['median_s'])} {row['gb_per_s']:7.2f} {_ratio(row['speedup'])} {row['of_limit']:8.2f} "
             f"{row['peak_bytes'] / 1e6:8.0f} {_megabytes(row['private_peak_bytes'])}"
         )

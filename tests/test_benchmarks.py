@@ -75,7 +75,7 @@ def test_plain(checkpoint: Path, tmp_path: Path) -> None:
         assert word in out
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["tensors"], result["files"], result["ranks"]) == (2000, 3, 1)
-    assert len(result["rows"]) == 2 * 2 * 5
+    assert len(result["rows"]) == (2 + 2 + 1) * 5
     for row in result["rows"]:
         assert len(row["seconds"]) == (2 if row["touched"] else 1)
         assert row["best_s"] <= row["median_s"]

@@ -32,7 +32,7 @@ class PyHostLoader {
   ~PyHostLoader() { close(); }
 
   py::object next() {
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock);
     // In a forked child nobody may ever unlock it; there next() only throws.
     if (!lock && !loader_->forked()) {
       py::gil_scoped_release release;
@@ -51,7 +51,7 @@ class PyHostLoader {
   }
 
   void close() {
-    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    std::unique_lock<std::recursive_mutex> lock(mutex_, std::defer_lock);
     if (!loader_->forked()) {
       py::gil_scoped_release release;
       loader_->interrupt();  // a call of next() in another thread returns soon
@@ -97,7 +97,9 @@ class PyHostLoader {
   }
 
   py::list python_files_;  // keeps what they read from alive, for files over a bytes object
-  std::mutex mutex_;       // taken with the GIL released, or not waited for
+  // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
+  // the iterator it interrupted.
+  std::recursive_mutex mutex_;
   std::unique_ptr<HostLoader> loader_;
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;

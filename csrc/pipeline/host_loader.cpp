@@ -24,9 +24,7 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 
 HostLoader::HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection,
                        const HostLoaderOptions& options)
-    : files_(std::move(files)),
-      block_cache_(std::make_shared<BlockCache>(options.window_bytes)),
-      fork_generation_(fork_generation()) {
+    : files_(std::move(files)), fork_generation_(fork_generation()) {
   plan(selection, options);
   refuse_duplicates();
   map_files();
@@ -76,6 +74,11 @@ void HostLoader::plan(const std::vector<std::vector<uint32_t>>& selection, const
   reads.task_bytes = options.task_bytes;
   reads_ = plan_reads(layout_, reads);
   blocks_.resize(layout_.blocks.size());
+
+  // A load's peak is its largest block and a window. Keeping as much for reuse does not raise it.
+  uint64_t largest = options.window_bytes;
+  for (const Block& block : layout_.blocks) largest = std::max(largest, block.mapped ? 0 : block.bytes + kHugePage);
+  block_cache_ = std::make_shared<BlockCache>(largest);
 }
 
 const TensorInfo& HostLoader::info(size_t tensor) const {
@@ -174,6 +177,20 @@ void HostLoader::unmap_passed_files(uint32_t current_file) {
   }
 }
 
+// Waits for a task, and adds to a reading thread's error the tensor that it hit: threads know bytes only.
+bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
+  try {
+    return pool_->wait(task, patience);
+  } catch (const Error& error) {
+    ErrorContext where = error.context;
+    for (size_t i = next_; i < tensors_.size() && where.offset && where.tensor.empty(); ++i) {
+      const bool here = info(i).bytes.begin <= *where.offset && *where.offset < info(i).bytes.end;
+      if (here && files_[tensors_[i].file]->path() == where.path) where.tensor = info(i).name;
+    }
+    throw Error(error.kind, error.message, where, error.rule);
+  }
+}
+
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
   if (next_ == tensors_.size() || interrupted_) return Step::end;
   if (forked())
@@ -183,7 +200,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   const Block& block = layout_.blocks[place.block];
   if (pool_) {
     pool_->advance(wanted.last_task);
-    if (wanted.wait && !pool_->wait(wanted.last_task, patience)) return Step::not_ready;
+    if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
   }
   if (wanted.file > first_mapped_file_) unmap_passed_files(wanted.file);
   tensor.file = files_[wanted.file].get();

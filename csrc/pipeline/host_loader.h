@@ -89,6 +89,7 @@ class HostLoader {
   void start(const HostLoaderOptions& options);
   void work(size_t task);
   char* block_memory(uint32_t block);
+  bool wait(size_t task, std::chrono::milliseconds patience);
   void unmap_passed_files(uint32_t current_file);
 
   CheckpointFiles files_;
