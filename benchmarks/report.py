@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,33 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The touched rows as a table for the README."""
+    lines = [
+        f"**{result['checkpoint']}**: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors\n",
+        "| page cache | loader | median | GB/s | against safetensors | of the raw read | private memory |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        if not row["touched"] and len(result["rows"]) > 10:
+            continue
+        cache = row["cache"] if row["touched"] else f"{row['cache']}, untouched"
+        ratio = f"{row['speedup']:.2f}" if row["speedup"] else ""
+        private = f"{max(0, row['private_peak_bytes']) / 1e6:.0f} MB" if row["private_peak_bytes"] is not None else ""
+        lines.append(
+            f"| {cache} | {row['loader']} | {_time(row['median_s']).strip()} | {row['gb_per_s']:.2f} | {ratio} "
+            f"| {row['of_limit']:.2f} | {private} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the README's tables: python benchmarks/report.py RESULT.json ..."""
+    for path in sys.argv[1:]:
+        print(markdown(json.loads(Path(path).read_text())))
+
+
+if __name__ == "__main__":
+    main()
