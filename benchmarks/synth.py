@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def write_checkpoint(folder: Path, architecture: Architecture, layers: int, shar
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     weight_map: dict[str, str] = {}
-    parts = list(_split(entries, total / shards))
+    parts = _split(entries, shards)
     for number, part in enumerate(parts, 1):
         name = f"{architecture.file_stem}-{number:05d}-of-{len(parts):05d}.safetensors"
         if len(parts) == 1:
@@ -63,17 +62,16 @@ def write_checkpoint(folder: Path, architecture: Architecture, layers: int, shar
     return total
 
 
-def _split(entries: list[Entry], target: float) -> Iterator[list[Entry]]:
-    part: list[Entry] = []
-    size = 0
+def _split(entries: list[Entry], shards: int) -> list[list[Entry]]:
+    """Cut the entries, in order, into at most this many parts of about equal bytes."""
+    parts: list[list[Entry]] = [[] for _ in range(shards)]
+    total = max(1, sum(map(entry_bytes, entries)))
+    begin = 0
     for entry in entries:
-        part.append(entry)
-        size += entry_bytes(entry)
-        if size >= target:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+        middle = begin + entry_bytes(entry) // 2
+        parts[min(shards - 1, middle * shards // total)].append(entry)
+        begin += entry_bytes(entry)
+    return [part for part in parts if part]
 
 
 def _write_file(path: Path, entries: list[Entry], random: np.random.Generator) -> None:
