@@ -76,7 +76,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("GB/s")
         axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.legend(fontsize="small", frameon=False)
+        axis.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors")
     figure.tight_layout()

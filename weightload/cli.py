@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,15 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is still buffered must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except SafetensorError as error:
         print(f"weightload: {error}", file=sys.stderr)
         return UNUSABLE if isinstance(error, OSError) else BROKEN
     except (OSError, MemoryError) as error:
         print(f"weightload: {error}", file=sys.stderr)
         return UNUSABLE
-    except BrokenPipeError:
-        return OK
 
 
 def _parser() -> argparse.ArgumentParser:

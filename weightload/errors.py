@@ -6,6 +6,8 @@ that cannot be opened raises what ``open()`` would raise: ``FileNotFoundError``,
 
 from __future__ import annotations
 
+import os
+
 from safetensors import SafetensorError
 
 
@@ -137,16 +139,10 @@ def from_core(
     """Make the exception for an error of the C++ core (called by its bindings)."""
     if kind == "open":
         # OSError picks the subclass that belongs to the number.
-        return OSError(errno, _system_text(errno), filename)
+        return OSError(errno, os.strerror(errno), filename)
     error = _RULES.get(rule, _KINDS[kind])(message)
     error.filename = filename or None
     error.tensor = tensor or None
     error.offset = offset
     error.errno = errno or None
     return error
-
-
-def _system_text(errno: int) -> str:
-    import os
-
-    return os.strerror(errno)
