@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable
@@ -340,6 +341,43 @@ def test_private_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> Non
                 most = max(most, anonymous() - before)
             limit = (16 << 20) if backend == "mmap" else (64 << 20) + 3 * (64 << 20)
             assert most < limit, (backend, most)
+    """
+    done = run_script(script, path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", "/tmp"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_file_systems(folder: str, backend: str) -> None:
+    """Memory file systems answer the kernel's questions differently from disks."""
+    if not os.access(folder, os.W_OK):
+        pytest.skip(f"no {folder} here")
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path = write_tensors(Path(place) / "m.safetensors", [(f"{i}", "U8", [1 << 20]) for i in range(20)])
+        data = path.read_bytes()[-(20 << 20) :]
+        joined = torch.cat([tensor for _, tensor in start([path], backend)])
+        assert bytes(joined.numpy()) == data
+
+
+def test_private_memory_does_without_a_mapping(tmp_path: Path) -> None:
+    """The address space left is too small to map the file, and large enough for a window of it."""
+    path = write_tensors(tmp_path / "big.safetensors", [(f"{i}", "U8", [4 << 20]) for i in range(100)])
+    script = """
+        import resource, sys, weightload
+        from weightload import settings
+        with settings.override(window_bytes=8 << 20, block_bytes=4 << 20):
+            list(weightload.safetensors_weights_iterator([sys.argv[1]], to_cpu=True, names=["0"], backend="pread"))
+            used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
+            resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
+            count = sum(1 for _ in weightload.safetensors_weights_iterator([sys.argv[1]], to_cpu=True, backend="pread"))
+            assert count == 100, count
+            try:
+                weightload.safetensors_weights_iterator([sys.argv[1]], to_cpu=True)
+            except MemoryError as error:
+                assert isinstance(error, weightload.WeightLoadError), error
+                assert "cannot map" in str(error), error
+            else:
+                raise AssertionError("a mapping of 400 MB fitted into 300 MB")
     """
     done = run_script(script, path)
     assert done.returncode == 0, done.stderr

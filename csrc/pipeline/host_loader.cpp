@@ -96,9 +96,15 @@ void HostLoader::map_files() {
   maps_.resize(files_.size());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const uint32_t f = tensors_[i].file;
-    // Private memory is read through the page cache, which a mapping fills best.
-    const bool needed = layout_.blocks[layout_.places[i].block].mapped || files_[f]->file();
-    if (needed && !maps_[f]) maps_[f] = map_file(files_[f]->file()->fd(), files_[f]->size(), files_[f]->path());
+    const File* file = files_[f]->file();
+    if (maps_[f] || !file) continue;
+    try {
+      maps_[f] = map_file(file->fd(), file->size(), file->path());
+    } catch (const Error&) {
+      // Private memory is read through the page cache, which a mapping fills best, but it can do without: under a
+      // limit of the address space, or on a file system that cannot map.
+      if (layout_.blocks[layout_.places[i].block].mapped) throw;
+    }
   }
 }
 
