@@ -7,13 +7,18 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import weightload
 from weightload import _C
+from weightload.iterator import WeightIterator
 
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {
@@ -22,6 +27,7 @@ DTYPE_BITS = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 PIECE = 64 << 20
+BACKENDS = ["mmap", "pread"]
 TORCH_DTYPES = [name for name in DTYPE_BITS if not name.startswith("F6")]
 
 
@@ -119,3 +125,31 @@ def arm() -> Callable[..., None]:
         _C.arm_fault(fault, **plan)
 
     return set_fault
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("shards")
+    return [
+        write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", "F32", [65_536]) for i in range(40)], seed=f)
+        for f in range(3)
+    ]
+
+
+def start(files: list[Path], backend: str = "mmap", **options: object) -> WeightIterator:
+    weights = weightload.safetensors_weights_iterator(files, to_cpu=True, backend=backend, **options)  # type: ignore[arg-type]
+    assert isinstance(weights, WeightIterator)
+    return weights
+
+
+def evict(files: list[Path]) -> None:
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def run_script(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
