@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -53,6 +54,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
     stop(f"torch {torch.__version__} is installed, and 2.8 is the oldest supported; run: {INSTALL_TORCH}")
+
+
+if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    stop("Python's headers are missing; run: apt-get install python3-dev (or your system's package of that kind)")
 
 
 def json_include() -> str:

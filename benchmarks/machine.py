@@ -56,8 +56,10 @@ def _version(name: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the source tree, marked when the tree differs from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def _read_ahead_kb(path: str) -> int | None:
