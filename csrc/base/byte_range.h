@@ -18,4 +18,8 @@ struct ByteRange {
 inline uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) & ~(unit - 1); }
 inline uint64_t round_down(uint64_t value, uint64_t unit) { return value & ~(unit - 1); }
 
+// Memory and file positions of reads that bypass the page cache (O_DIRECT) agree modulo this: the largest logical block
+// of common disks.
+constexpr uint64_t kDirectAlignment = 4096;
+
 }  // namespace weightload

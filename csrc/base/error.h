@@ -8,12 +8,13 @@ namespace weightload {
 
 // What kind of Python exception an Error becomes (weightload/errors.py has the table).
 enum class ErrorKind : uint8_t {
-  header,  // the file breaks a rule of the format; `rule` names it
-  tensor,  // one tensor cannot be handed out (dtype unknown to torch, sizes torch cannot hold)
-  open,    // a system call on the way to an open file failed: the builtin OSError for that errno
-  read,    // bytes could not be read, or the file ended early
-  memory,  // memory could not be had
-  usage,   // a call that makes no sense in this state (an iterator used in a forked child, ...)
+  header,         // the file breaks a rule of the format; `rule` names it
+  tensor,         // one tensor cannot be handed out (dtype unknown to torch, sizes torch cannot hold)
+  open,           // a system call on the way to an open file failed: the builtin OSError for that errno
+  read,           // bytes could not be read, or the file ended early
+  memory,         // host memory could not be had
+  device_memory,  // an accelerator's memory could not be had
+  usage,          // a call that makes no sense in this state (an iterator used in a forked child, ...)
 };
 
 // Everything an error can say about where it happened. Empty fields are not known or do not apply.

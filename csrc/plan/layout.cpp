@@ -22,7 +22,7 @@ class LayoutBuilder {
   void place(uint32_t index) {
     const TensorExtent& tensor = tensors_[index];
     uint64_t offset = open_ ? next_offset(tensor) : 0;
-    if (open_ && !fits(tensor, offset)) close_block(index);
+    if (open_ && (tensor.alone || tensors_[index - 1].alone || !fits(tensor, offset))) close_block(index);
     if (!open_) {
       open_block(index, tensor);
       offset = first_offset(tensor);
@@ -36,7 +36,7 @@ class LayoutBuilder {
   // Where a block's first tensor starts. Host blocks copy the file's phase, so that neighbours which are
   // aligned in the file stay aligned without padding.
   uint64_t first_offset(const TensorExtent& tensor) const {
-    if (options_.align_every_tensor || tensor.mapped) return 0;
+    if (options_.align_every_tensor || tensor.mapped || tensor.alone) return 0;
     return round_down(tensor.bytes.begin % options_.block_alignment, tensor.alignment);
   }
 

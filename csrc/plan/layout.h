@@ -14,6 +14,8 @@ struct TensorExtent {
   // The tensor is a view of the mapped file. Its block is a piece of the mapping, so the block cannot reorder
   // or pad; only tensors that lie aligned in their file can be mapped.
   bool mapped = false;
+  // The tensor's memory is there already (a parameter that is loaded into): a block of its own.
+  bool alone = false;
 };
 
 // A run of bytes that is contiguous both in a file and in a block: one read, or one device copy.
