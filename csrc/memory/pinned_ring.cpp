@@ -1,0 +1,152 @@
+#include "memory/pinned_ring.h"
+
+#include <pthread.h>
+
+#include <chrono>
+#include <system_error>
+#include <utility>
+
+#include "base/error.h"
+#include "base/fork_generation.h"
+
+namespace weightload {
+
+PinnedRing::PinnedRing(size_t slots, Allocate allocate)
+    : allocate_(std::move(allocate)), wanted_(slots), capacity_(slots), fork_generation_(fork_generation()) {
+  idle_.reserve(slots);
+  try {
+    filler_ = std::thread([this] { fill(); });
+  } catch (const std::system_error&) {
+    // Out of threads: acquire() makes the slots.
+  }
+}
+
+PinnedRing::~PinnedRing() {
+  if (fork_generation_ != fork_generation()) {
+    // The thread is in the parent only, and so is the driver that could free the slots. The mutex may be held for ever.
+    new std::thread(std::move(filler_));
+    for (auto& slot : idle_) static_cast<void>(slot.release());
+    for (auto& slot : in_flight_) static_cast<void>(slot.release());
+    return;
+  }
+  close();
+}
+
+void PinnedRing::close() noexcept {
+  stop();
+  if (filler_.joinable()) filler_.join();
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.clear();
+  in_flight_.clear();
+}
+
+void PinnedRing::fill() {
+  ::pthread_setname_np(::pthread_self(), "weightload");
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stopped_ && slots_ < capacity_) grow(lock);
+}
+
+// With mutex_ held and slots_ < capacity_. Returns false when no slot came of it.
+bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
+  ++slots_;
+  const bool pin = pin_;
+  lock.unlock();
+  std::unique_ptr<HostSlot> slot;
+  try {
+    slot = allocate_(pin);
+  } catch (const std::exception&) {
+    // What matters is that there is none; acquire() says so if it comes to that.
+  }
+  lock.lock();
+  if (slot) {
+    if (!slot->pinned()) ++pageable_;
+    idle_.push_back(std::move(slot));
+  } else {
+    --slots_;
+    if (slots_ > 0) {
+      capacity_ = slots_;  // smaller, with what there is (or is still being made)
+    } else if (pin) {
+      pin_ = false;
+      capacity_ = wanted_;
+    } else {
+      capacity_ = 0;
+    }
+  }
+  changed_.notify_all();
+  return slots_ > 0;
+}
+
+PinnedRing::Lease PinnedRing::acquire() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    if (stopped_) throw Error(ErrorKind::usage, "the load was stopped");
+    if (!idle_.empty()) {
+      std::unique_ptr<HostSlot> slot = std::move(idle_.back());
+      idle_.pop_back();
+      return {this, std::move(slot)};
+    }
+    if (!in_flight_.empty() && in_flight_.front()->copies_done()) {
+      std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
+      in_flight_.pop_front();
+      return {this, std::move(slot)};
+    }
+    if (slots_ < capacity_) {
+      grow(lock);
+      continue;
+    }
+    if (capacity_ == 0) throw Error(ErrorKind::memory, "no memory for reading: neither page-locked nor pageable");
+    const auto begin = std::chrono::steady_clock::now();
+    // Waiting for a device may spin inside its driver: one thread does it, for the oldest slot, and the others sleep.
+    if (!in_flight_.empty() && !waited_for_) {
+      waited_for_ = true;
+      std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
+      in_flight_.pop_front();
+      Lease lease(this, std::move(slot));
+      lock.unlock();
+      try {
+        lease->wait_for_copies();
+      } catch (...) {
+        lock.lock();
+        waited_for_ = false;
+        changed_.notify_all();
+        lock.unlock();
+        throw;
+      }
+      lock.lock();
+      waited_for_ = false;
+      changed_.notify_all();
+      lock.unlock();
+      wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - begin).count());
+      return lease;
+    }
+    changed_.wait(lock);
+    wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - begin).count());
+  }
+}
+
+void PinnedRing::give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (in_flight) {
+      in_flight_.push_back(std::move(slot));
+    } else {
+      idle_.push_back(std::move(slot));
+    }
+  }
+  changed_.notify_one();
+}
+
+void PinnedRing::stop() noexcept {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+  }
+  changed_.notify_all();
+}
+
+PinnedRing::Stats PinnedRing::stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return {slots_, pageable_, wait_ns_.load()};
+}
+
+}  // namespace weightload

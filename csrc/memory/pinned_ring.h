@@ -1,0 +1,92 @@
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "memory/host_slot.h"
+
+namespace weightload {
+
+// A fixed number of slots that travel between reading threads and the device: idle -> leased (being filled) -> in
+// flight (being copied from) -> idle. acquire() is the back-pressure: it waits while all slots are leased or in flight.
+//
+// Page-locking is slow (about 4 GB/s the first time), so slots are made one by one: by a thread of the ring, from
+// construction on, and by whoever finds none. When page-locking fails the ring stays as small as it is; with no slot at
+// all it takes pageable memory, and says so in stats().
+class PinnedRing {
+ public:
+  // Makes a slot; null or a std::exception when there is no memory of that kind. Called from several threads.
+  using Allocate = std::function<std::unique_ptr<HostSlot>(bool pinned)>;
+
+  PinnedRing(size_t slots, Allocate allocate);
+  ~PinnedRing();  // closes; lets go of nothing in a forked child
+
+  PinnedRing(const PinnedRing&) = delete;
+  PinnedRing& operator=(const PinnedRing&) = delete;
+
+  // A slot of one's own. Goes back as idle on destruction, or as in flight with release_to_device().
+  class Lease {
+   public:
+    Lease(PinnedRing* ring, std::unique_ptr<HostSlot> slot) : ring_(ring), slot_(std::move(slot)) {}
+    Lease(Lease&& other) noexcept = default;
+    Lease& operator=(Lease&&) = delete;
+    ~Lease() {
+      if (slot_) ring_->give_back(std::move(slot_), false);
+    }
+    HostSlot& operator*() const { return *slot_; }
+    HostSlot* operator->() const { return slot_.get(); }
+
+    // The device copies from it: it is idle again when HostSlot::copies_done(). Mark the slot first.
+    void release_to_device() { ring_->give_back(std::move(slot_), true); }
+
+   private:
+    PinnedRing* ring_;
+    std::unique_ptr<HostSlot> slot_;
+  };
+
+  // Waits for a slot. Throws Error{memory} when not one can be had, Error{usage} once stopped.
+  Lease acquire();
+
+  // Makes acquire() throw, in all threads. Does not wait.
+  void stop() noexcept;
+
+  // Stops, joins the ring's thread and gives the slots back, also those in flight: their memory must outlive the copies
+  // by itself (HostSlot's destructor sees to it). No lease may be left.
+  void close() noexcept;
+
+  struct Stats {
+    size_t slots = 0;           // made so far
+    size_t pageable_slots = 0;  // of these, not page-locked
+    uint64_t wait_ns = 0;       // of all threads together, for the device to give a slot back
+  };
+  Stats stats() const;
+
+ private:
+  bool grow(std::unique_lock<std::mutex>& lock);  // makes one slot idle; unlocks meanwhile
+  void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
+  void fill();
+
+  const Allocate allocate_;
+  const size_t wanted_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;  // a slot came back, or stop
+  size_t capacity_;                  // shrinks when page-locking fails
+  size_t slots_ = 0;                 // made or being made
+  size_t pageable_ = 0;
+  bool pin_ = true;  // false once page-locking has failed without a single slot
+  bool stopped_ = false;
+  bool waited_for_ = false;                          // a thread waits for the device on behalf of all
+  std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
+  std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
+  std::atomic<uint64_t> wait_ns_{0};
+  const uint32_t fork_generation_;
+  std::thread filler_;  // last: it uses everything above
+};
+
+}  // namespace weightload
