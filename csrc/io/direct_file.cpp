@@ -1,0 +1,57 @@
+#include "io/direct_file.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+
+#include "base/error.h"
+#include "io/fault_hook.h"
+#include "io/file_system.h"
+
+namespace weightload {
+namespace {
+
+constexpr uint64_t kBlock = kDirectAlignment;
+
+}  // namespace
+
+std::unique_ptr<const DirectFile> DirectFile::open(const File& file, bool anywhere) {
+  if (!anywhere && storage_of(file) != Storage::disk) return nullptr;
+  // By descriptor, not by name: the name may stand for another file by now.
+  const std::string link = "/proc/self/fd/" + std::to_string(file.fd());
+  int number;
+  do {
+    number = ::open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC | O_NOCTTY);
+  } while (number < 0 && errno == EINTR);
+  if (number < 0) return nullptr;
+  return std::unique_ptr<const DirectFile>(new DirectFile(file, UniqueFd(number)));
+}
+
+bool DirectFile::read(ByteRange range, char* destination) const {
+  const uint64_t begin = round_down(range.begin, kBlock);
+  const uint64_t end = std::min(round_up(range.end, kBlock), round_down(file_.size(), kBlock));
+  char* const base = destination - (range.begin - begin);
+  uint64_t position = begin;
+  while (position < end) {
+    const ssize_t got = fault_hook::pread(fd_.get(), base + (position - begin), static_cast<size_t>(end - position),
+                                          static_cast<off_t>(position));
+    if (got < 0) {
+      if (errno == EINTR) continue;
+      if ((errno == EINVAL || errno == EOPNOTSUPP) && position == begin) return false;
+      throw Error(ErrorKind::read, "cannot read " + std::to_string(end - position) + " bytes",
+                  {file_.path(), {}, std::max(position, range.begin), errno});
+    }
+    // A short read that is not a whole number of blocks is the end of the file, or a disk that was interrupted: what
+    // is left of the range cannot be read directly from there.
+    position += static_cast<uint64_t>(got);
+    if (got == 0 || static_cast<uint64_t>(got) % kBlock != 0) break;
+  }
+  // The last, partial block, and whatever a short read left.
+  const uint64_t from = std::max(position, range.begin);
+  if (from < range.end) file_.read(from, base + (from - begin), static_cast<size_t>(range.end - from));
+  return true;
+}
+
+}  // namespace weightload

@@ -1,0 +1,33 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+
+#include "base/byte_range.h"
+#include "base/unique_fd.h"
+#include "io/file.h"
+
+namespace weightload {
+
+// A second descriptor of an open file, whose reads bypass the page cache (O_DIRECT): the disk writes into the reader's
+// memory by itself, which saves a copy and leaves the page cache to others.
+class DirectFile {
+ public:
+  // Null where the file system cannot, or should not: tmpfs is memory already, and on a network or in user space the
+  // cache is what ranks and processes share. `anywhere` tries those too.
+  static std::unique_ptr<const DirectFile> open(const File& file, bool anywhere);
+
+  // Reads `range`, whose ends are widened to whole blocks, so that its first byte lands at `destination`: the two agree
+  // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
+  // block is read through the page cache, since not every file system reads it directly.
+  //
+  // False when the file system refuses after all (EINVAL): nothing has been read. Otherwise as File::read.
+  bool read(ByteRange range, char* destination) const;
+
+ private:
+  DirectFile(const File& file, UniqueFd fd) : file_(file), fd_(std::move(fd)) {}
+
+  const File& file_;
+  UniqueFd fd_;
+};
+
+}  // namespace weightload
