@@ -1,7 +1,6 @@
 #include "pipeline/host_loader.h"
 
 #include <algorithm>
-#include <unordered_set>
 #include <utility>
 
 #include "base/error.h"
@@ -22,11 +21,10 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 
 }  // namespace
 
-HostLoader::HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection,
+HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
                        const HostLoaderOptions& options)
-    : files_(std::move(files)), fork_generation_(fork_generation()) {
-  plan(selection, options);
-  refuse_duplicates();
+    : selected_(std::move(files), selection), readiness_(selected_.size()), fork_generation_(fork_generation()) {
+  plan(options);
   map_files();
   find_tasks();
   start(options);
@@ -41,28 +39,13 @@ HostLoader::~HostLoader() {
 
 bool HostLoader::forked() const { return fork_generation_ != fork_generation(); }
 
-void HostLoader::refuse_duplicates() const {
-  if (files_.size() < 2) return;  // within one file the header has been checked
-  std::unordered_set<std::string_view> names;
-  names.reserve(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    if (!names.insert(info(i).name).second) {
-      throw Error(ErrorKind::header, "an earlier file of the checkpoint has a tensor of this name too",
-                  {files_[tensors_[i].file]->path(), info(i).name, {}, 0}, rule::kDuplicateTensor);
-    }
-  }
-}
-
-void HostLoader::plan(const std::vector<std::vector<uint32_t>>& selection, const HostLoaderOptions& options) {
+void HostLoader::plan(const HostLoaderOptions& options) {
   std::vector<TensorExtent> extents;
-  for (uint32_t f = 0; f < files_.size(); ++f) {
-    const bool can_map = options.map && files_[f]->file();
-    for (uint32_t index : selection.at(f)) {
-      const TensorInfo& info = files_[f]->header().tensors.at(index);
-      tensors_.push_back({f, index});
-      extents.push_back({f, info.bytes, dtype_alignment(info.dtype), can_map && is_aligned(info)});
-      total_bytes_ += info.bytes.size();
-    }
+  extents.reserve(selected_.size());
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    const TensorInfo& info = selected_.info(i);
+    const bool can_map = options.map && selected_.file(i)->file() && is_aligned(info);
+    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map});
   }
   LayoutOptions layout;
   layout.block_bytes = options.block_bytes;
@@ -81,22 +64,18 @@ void HostLoader::plan(const std::vector<std::vector<uint32_t>>& selection, const
   block_cache_ = std::make_shared<BlockCache>(largest);
 }
 
-const TensorInfo& HostLoader::info(size_t tensor) const {
-  return files_[tensors_[tensor].file]->header().tensors[tensors_[tensor].index];
-}
-
 bool HostLoader::all_cached() const {
-  for (const auto& file : files_) {
+  for (const auto& file : selected_.files()) {
     if (!file->file() || cached_bytes(*file->file(), {0, file->size()}) != file->size()) return false;
   }
   return true;
 }
 
 void HostLoader::map_files() {
-  maps_.resize(files_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const uint32_t f = tensors_[i].file;
-    const File* file = files_[f]->file();
+  maps_.resize(selected_.files().size());
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    const uint32_t f = selected_.file_index(i);
+    const File* file = selected_.file(i)->file();
     if (maps_[f] || !file) continue;
     try {
       maps_[f] = map_file(file->fd(), file->size(), file->path());
@@ -111,28 +90,29 @@ void HostLoader::map_files() {
 // Finds the task that holds each tensor's last byte. Both lists are in the order of blocks and offsets.
 void HostLoader::find_tasks() {
   uint32_t task = 0;
-  last_task_of_file_.resize(files_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
+  last_task_of_file_.resize(selected_.files().size());
+  for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorPlace& place = layout_.places[i];
-    const uint64_t end = place.block_offset + info(i).bytes.size();
+    const ByteRange bytes = selected_.info(i).bytes;
+    const uint64_t end = place.block_offset + bytes.size();
     const auto ends_before = [&](const ReadTask& read) {
       return read.block < place.block || (read.block == place.block && read.block_offset + read.bytes.size() < end);
     };
-    if (!info(i).bytes.empty()) {
+    if (!bytes.empty()) {
       while (ends_before(reads_.tasks[task])) ++task;
     }
-    tensors_[i].last_task = task;
-    last_task_of_file_[tensors_[i].file] = task;
+    readiness_[i].last_task = task;
+    last_task_of_file_[selected_.file_index(i)] = task;
   }
 }
 
 void HostLoader::start(const HostLoaderOptions& options) {
   bool any_private = false;
   for (const Block& block : layout_.blocks) any_private = any_private || !block.mapped;
-  page_in_ = options.read_ahead && (any_private || total_bytes_ >= kLeastCachedBytes || !all_cached());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
+  page_in_ = options.read_ahead && (any_private || total_bytes() >= kLeastCachedBytes || !all_cached());
+  for (size_t i = 0; i < selected_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
-    tensors_[i].wait = !info(i).bytes.empty() && (!mapped || page_in_);
+    readiness_[i].wait = !selected_.info(i).bytes.empty() && (!mapped || page_in_);
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
 
@@ -147,7 +127,7 @@ void HostLoader::start(const HostLoaderOptions& options) {
 // Runs on the pool's threads, from before pool_ is assigned.
 void HostLoader::work(size_t task) {
   const ReadTask& read = reads_.tasks[task];
-  const CheckpointFile& file = *files_[read.file];
+  const CheckpointFile& file = *selected_.files()[read.file];
   char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
   if (layout_.blocks[read.block].mapped) {
     if (page_in_) page_in(*file.file(), mapping, read.bytes);
@@ -164,9 +144,7 @@ char* HostLoader::block_memory(uint32_t block) {
     try {
       memory = block_cache_->allocate(layout_.blocks[block].bytes);
     } catch (const Error& error) {
-      const uint32_t first = layout_.blocks[block].first_tensor;
-      throw Error(error.kind, error.message,
-                  {files_[tensors_[first].file]->path(), info(first).name, {}, error.context.error_number});
+      throw selected_.for_tensor(error, layout_.blocks[block].first_tensor);
     }
   }
   return memory->data();
@@ -183,39 +161,34 @@ void HostLoader::unmap_passed_files(uint32_t current_file) {
   }
 }
 
-// Waits for a task, and adds to a reading thread's error the tensor that it hit: threads know bytes only.
 bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
   try {
     return pool_->wait(task, patience);
   } catch (const Error& error) {
-    ErrorContext where = error.context;
-    for (size_t i = next_; i < tensors_.size() && where.offset && where.tensor.empty(); ++i) {
-      const bool here = info(i).bytes.begin <= *where.offset && *where.offset < info(i).bytes.end;
-      if (here && files_[tensors_[i].file]->path() == where.path) where.tensor = info(i).name;
-    }
-    throw Error(error.kind, error.message, where, error.rule);
+    throw selected_.name_tensor(error, next_);
   }
 }
 
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
-  if (next_ == tensors_.size() || interrupted_) return Step::end;
+  if (next_ == selected_.size() || interrupted_) return Step::end;
   if (forked())
     throw Error(ErrorKind::usage, "this load was begun before fork(); its threads are in the parent process only");
-  const Tensor& wanted = tensors_[next_];
+  const Readiness& wanted = readiness_[next_];
+  const uint32_t file = selected_.file_index(next_);
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
   if (pool_) {
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
   }
-  if (wanted.file > first_mapped_file_) unmap_passed_files(wanted.file);
-  tensor.file = files_[wanted.file].get();
-  tensor.info = &tensor.file->header().tensors[wanted.index];
+  if (file > first_mapped_file_) unmap_passed_files(file);
+  tensor.file = selected_.file(next_);
+  tensor.info = &selected_.info(next_);
   if (tensor.info->bytes.empty()) {
     tensor.data = nullptr;
     tensor.memory = {};
   } else if (block.mapped) {
-    tensor.memory = maps_[wanted.file];
+    tensor.memory = maps_[file];
     tensor.data = tensor.memory->data() + tensor.info->bytes.begin;
   } else {
     tensor.memory = blocks_[place.block];
@@ -238,7 +211,7 @@ void HostLoader::close() noexcept {
   blocks_.clear();
   block_cache_->close();
   maps_.clear();
-  files_.clear();
+  selected_.close();
 }
 
 }  // namespace weightload

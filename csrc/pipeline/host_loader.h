@@ -9,7 +9,7 @@
 #include "io/ordered_pool.h"
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
-#include "pipeline/checkpoint_file.h"
+#include "pipeline/selected_tensors.h"
 #include "plan/layout.h"
 #include "plan/read_plan.h"
 
@@ -51,7 +51,8 @@ class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, on files that cannot be mapped, and when no thread can be started.
-  HostLoader(CheckpointFiles files, std::vector<std::vector<uint32_t>> selection, const HostLoaderOptions& options);
+  HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
+             const HostLoaderOptions& options);
   ~HostLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -69,21 +70,17 @@ class HostLoader {
   // True in a child forked after construction: it has none of the threads and can only let go.
   bool forked() const;
 
-  uint64_t total_bytes() const { return total_bytes_; }
-  size_t tensor_count() const { return tensors_.size(); }
+  uint64_t total_bytes() const { return selected_.total_bytes(); }
+  size_t tensor_count() const { return selected_.size(); }
 
  private:
-  struct Tensor {
-    uint32_t file;
-    uint32_t index;          // in the file's header
-    uint32_t last_task = 0;  // it is complete when this task and all before it are done
+  struct Readiness {
+    uint32_t last_task = 0;  // the tensor is complete when this task and all before it are done
     bool wait = true;        // false: nothing is read ahead
   };
 
-  const TensorInfo& info(size_t tensor) const;
   bool all_cached() const;
-  void refuse_duplicates() const;
-  void plan(const std::vector<std::vector<uint32_t>>& selection, const HostLoaderOptions& options);
+  void plan(const HostLoaderOptions& options);
   void map_files();
   void find_tasks();
   void start(const HostLoaderOptions& options);
@@ -92,13 +89,12 @@ class HostLoader {
   bool wait(size_t task, std::chrono::milliseconds patience);
   void unmap_passed_files(uint32_t current_file);
 
-  CheckpointFiles files_;
+  SelectedTensors selected_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
-  std::vector<Tensor> tensors_;
+  std::vector<Readiness> readiness_;         // by tensor
   Layout layout_;
   ReadPlan reads_;
-  uint64_t total_bytes_ = 0;
 
   std::shared_ptr<BlockCache> block_cache_;
   std::mutex allocating_;              // guards the elements of blocks_ until their tasks are done

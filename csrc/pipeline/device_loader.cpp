@@ -1,0 +1,279 @@
+#include "pipeline/device_loader.h"
+
+#include <cstring>
+#include <utility>
+
+#include "base/error.h"
+#include "base/fork_generation.h"
+
+namespace weightload {
+namespace {
+
+// Adds the time until its end to a counter.
+class Stopwatch {
+ public:
+  explicit Stopwatch(std::atomic<uint64_t>& total) : total_(total) {}
+  ~Stopwatch() {
+    const auto elapsed = std::chrono::steady_clock::now() - begin_;
+    total_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(elapsed).count()), std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<uint64_t>& total_;
+  const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
+// Moves pieces that lie as in the file to where the image has them: never to the left, so the last goes first.
+void spread(char* image, uint64_t file_begin, const SlotPiece* first, const SlotPiece* last) {
+  for (const SlotPiece* piece = last; piece-- != first;) {
+    const uint64_t read_at = piece->bytes.begin - file_begin;
+    if (read_at != piece->image_offset) std::memmove(image + piece->image_offset, image + read_at, piece->bytes.size());
+  }
+}
+
+}  // namespace
+
+DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
+                           const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
+                           const DeviceLoaderOptions& options)
+    : device_(std::move(device)),
+      ring_(std::move(ring)),
+      selected_(std::move(files), selection),
+      fork_generation_(fork_generation()) {
+  plan(std::move(places), options);
+  open_readers(options.read);
+  start(options);
+}
+
+DeviceLoader::~DeviceLoader() {
+  if (forked()) {
+    // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
+    static_cast<void>(pool_.release());
+    new std::vector<DeviceBlockRef>(std::move(blocks_));
+    new std::shared_ptr<Device>(device_);
+    return;
+  }
+  close();
+}
+
+bool DeviceLoader::forked() const { return fork_generation_ != fork_generation(); }
+
+void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options) {
+  std::vector<TensorExtent> extents;
+  extents.reserve(selected_.size());
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    const bool alone = !places.empty() && places.at(i);
+    extents.push_back({selected_.file_index(i), selected_.info(i).bytes, 1, false, alone});
+  }
+  LayoutOptions layout;
+  layout.block_bytes = options.block_bytes;
+  layout_ = plan_layout(extents, layout);
+
+  ReadPlanOptions reads;
+  reads.task_bytes = options.slot_bytes;
+  slots_ = plan_slots(plan_reads(layout_, reads).tasks, layout_.blocks.size(), options.slot_bytes);
+
+  blocks_.resize(layout_.blocks.size());
+  in_place_.resize(layout_.blocks.size());
+  awaited_.resize(layout_.blocks.size());
+  unfinished_ = std::vector<std::atomic<uint32_t>>(layout_.blocks.size());
+  for (size_t b = 0; b < layout_.blocks.size(); ++b) unfinished_[b] = slots_.tasks_of_block[b];
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (!places[i]) continue;
+    const uint32_t block = layout_.places[i].block;
+    blocks_[block] = std::move(places[i]);
+    in_place_[block] = true;
+    places_awaited_ = false;
+  }
+}
+
+void DeviceLoader::open_readers(ReadMode mode) {
+  const CheckpointFiles& files = selected_.files();
+  maps_.resize(files.size());
+  readers_.resize(files.size());
+  for (const SlotTask& task : slots_.tasks) {
+    auto& reader = readers_[task.file];
+    if (reader) continue;
+    const CheckpointFile& file = *files[task.file];
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, read_counts_);
+    if (!reader->wants_mapping()) continue;
+    try {
+      maps_[task.file] = map_file(file.file()->fd(), file.size(), file.path());
+      reader->fill_cache_through(maps_[task.file]->data());
+    } catch (const Error&) {
+      // Not every file system can map. Plain reads do as well, only slower when the file is cold.
+    }
+  }
+}
+
+void DeviceLoader::start(const DeviceLoaderOptions& options) {
+  if (slots_.tasks.empty()) return;
+  std::vector<uint64_t> ends;
+  ends.reserve(slots_.tasks.size());
+  uint64_t total = 0;
+  for (const SlotTask& task : slots_.tasks) ends.push_back(total += task.bytes.size());
+  // The window is what bounds the device memory that no tensor owns yet: the block in hand, and one more.
+  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, options.block_bytes,
+                                        [this](size_t task) { work(task); });
+}
+
+// Runs on the pool's threads, from before pool_ is assigned.
+void DeviceLoader::work(size_t number) {
+  const SlotTask& task = slots_.tasks[number];
+  const auto copies = [&](auto&& use) {
+    for (uint32_t c = task.first_copy; c < task.last_copy; ++c) use(slots_.copies[c]);
+  };
+  // Whoever starts a block allocates it before reading, so that the others find it when they have read.
+  copies([&](const SlotCopy& copy) {
+    if (copy.block_offset == 0) block(copy.block);
+  });
+  PinnedRing::Lease slot = ring_->acquire();
+  {
+    Stopwatch watch(read_ns_);
+    fill(task, slot->data());
+  }
+  // All of them before the first copy: once one is queued, the slot must not go back as idle.
+  copies([&](const SlotCopy& copy) { block(copy.block); });
+  {
+    Stopwatch watch(copy_ns_);
+    copies([&](const SlotCopy& copy) {
+      device_->copy(*slot, task.lead + copy.image_offset, block(copy.block), copy.block_offset, copy.bytes);
+    });
+    device_->mark_slot(*slot);
+    slot.release_to_device();
+    mark_blocks(task);
+  }
+}
+
+// Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
+void DeviceLoader::fill(const SlotTask& task, char* slot) {
+  RangeReader& reader = *readers_[task.file];
+  char* const image = slot + task.lead;
+  const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
+  const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
+  if (reader.prefers_direct(task.bytes) && reader.direct(task.bytes, image)) {
+    spread(image, task.bytes.begin, first, last);
+  } else {
+    reader.prepare(task.bytes);
+    for (const SlotPiece* piece = first; piece != last; ++piece)
+      reader.buffered(piece->bytes, image + piece->image_offset);
+  }
+  for (const SlotPiece* piece = first; piece + 1 < last; ++piece) {
+    const uint64_t end = piece->image_offset + piece->bytes.size();
+    std::memset(image + end, 0, piece[1].image_offset - end);
+  }
+}
+
+DeviceBlock& DeviceLoader::block(uint32_t number) {
+  std::lock_guard<std::mutex> lock(allocating_);
+  DeviceBlockRef& block = blocks_[number];
+  if (!block) {
+    Stopwatch watch(allocate_ns_);
+    try {
+      block = device_->allocate_block(layout_.blocks[number].bytes);
+    } catch (const Error& error) {
+      throw selected_.for_tensor(error, layout_.blocks[number].first_tensor);
+    }
+  }
+  return *block;
+}
+
+// After a task's copies were queued. The last task of a block, whichever that is, finds all others' copies queued.
+void DeviceLoader::mark_blocks(const SlotTask& task) {
+  for (uint32_t c = task.first_copy; c < task.last_copy; ++c) {
+    const uint32_t number = slots_.copies[c].block;
+    if (unfinished_[number].fetch_sub(1, std::memory_order_acq_rel) == 1) device_->mark_block(block(number));
+  }
+}
+
+DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::milliseconds patience) {
+  if (interrupted_) return Step::end;
+  if (forked())
+    throw Error(ErrorKind::usage, "this load was begun before fork(); its threads are in the parent process only");
+  if (next_ == selected_.size()) {
+    await_places();
+    return Step::end;
+  }
+  const TensorPlace& place = layout_.places[next_];
+  const uint32_t number = place.block;
+  const bool empty = selected_.info(next_).bytes.empty();
+  if (!empty) {
+    const uint32_t last_task = slots_.last_task_of_block[number];
+    pool_->advance(last_task);
+    try {
+      if (!pool_->wait(last_task, patience)) return interrupted_ ? Step::end : Step::not_ready;
+    } catch (const Error& error) {
+      throw selected_.name_tensor(error, next_);
+    }
+    if (!in_place_[number]) device_->await_block(*blocks_[number]);
+    awaited_[number] = true;
+  }
+  tensor.file = selected_.file(next_);
+  tensor.info = &selected_.info(next_);
+  tensor.in_place = in_place_[number];
+  tensor.block = tensor.in_place ? nullptr : empty ? empty_block() : blocks_[number];
+  tensor.block_offset = empty ? 0 : place.block_offset;
+  ++next_;
+  // The last tensor of a block takes the loader's own reference with it.
+  if (next_ == layout_.blocks[number].last_tensor && !in_place_[number]) blocks_[number] = nullptr;
+  return Step::tensor;
+}
+
+DeviceBlockRef DeviceLoader::empty_block() {
+  if (!empty_) empty_ = device_->allocate_block(0);
+  return empty_;
+}
+
+// The caller's memory is written on the side stream: the stream that is current now must not run ahead of that.
+void DeviceLoader::await_places() {
+  if (places_awaited_) return;
+  places_awaited_ = true;
+  device_->await_all();
+}
+
+void DeviceLoader::interrupt() noexcept {
+  interrupted_ = true;
+  if (forked()) return;
+  if (pool_) pool_->stop();
+  ring_->stop();
+}
+
+void DeviceLoader::close() noexcept {
+  interrupt();
+  if (forked()) return;
+  if (pool_) pool_->join();
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    if (blocks_[b] && !in_place_[b] && !awaited_[b]) device_->abandon(*blocks_[b]);
+  }
+  try {
+    await_places();
+  } catch (const std::exception&) {
+    // The device has failed; whoever uses the places next will hear of it.
+  }
+  blocks_.clear();
+  empty_ = nullptr;
+  ring_->close();
+  readers_.clear();
+  maps_.clear();
+  selected_.close();
+}
+
+DeviceLoadStats DeviceLoader::stats() const {
+  DeviceLoadStats stats;
+  stats.buffered_bytes = read_counts_.buffered_bytes;
+  stats.direct_bytes = read_counts_.direct_bytes;
+  stats.read_ns = read_ns_;
+  stats.copy_ns = copy_ns_;
+  stats.allocate_ns = allocate_ns_;
+  stats.slots_filled = slots_.tasks.size();
+  stats.copies = slots_.copies.size();
+  for (size_t b = 0; b < layout_.blocks.size(); ++b) {
+    if (in_place_[b]) continue;
+    ++stats.blocks;
+    stats.block_bytes += layout_.blocks[b].bytes;
+  }
+  stats.ring = ring_->stats();
+  return stats;
+}
+
+}  // namespace weightload

@@ -1,0 +1,108 @@
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "device/device.h"
+#include "io/ordered_pool.h"
+#include "io/range_reader.h"
+#include "memory/host_memory.h"
+#include "memory/pinned_ring.h"
+#include "pipeline/selected_tensors.h"
+#include "plan/layout.h"
+#include "plan/slot_plan.h"
+
+namespace weightload {
+
+struct DeviceLoaderOptions {
+  unsigned threads = 2;
+  uint64_t slot_bytes = 8ull << 20;     // of the ring; a multiple of kDirectAlignment
+  uint64_t block_bytes = 128ull << 20;  // see LayoutOptions::block_bytes
+  ReadMode read = ReadMode::automatic;
+};
+
+// A tensor on the device, which the calling thread's current stream may use at once. The pointers into the header are
+// valid while the loader (or its files) lives.
+struct DeviceTensor {
+  const CheckpointFile* file = nullptr;
+  const TensorInfo* info = nullptr;
+  DeviceBlockRef block;  // null for a tensor that was read into memory of the caller's
+  uint64_t block_offset = 0;
+  bool in_place = false;  // such a one
+};
+
+// What the threads of a load did, in nanoseconds of all threads together, and in bytes.
+struct DeviceLoadStats {
+  uint64_t buffered_bytes = 0, direct_bytes = 0;
+  uint64_t read_ns = 0, copy_ns = 0, allocate_ns = 0;
+  uint64_t copies = 0, slots_filled = 0, blocks = 0, block_bytes = 0;
+  PinnedRing::Stats ring;
+};
+
+// Yields the selected tensors of some files in order, on an accelerator: threads read into slots of the pinned ring and
+// queue the slots' copies into blocks on the device's side stream, a block or two ahead of the consumer.
+//
+// A tensor is handed out when all copies of its block have been queued, not when they are done: the consumer's current
+// stream waits for them, the host does not. An error of a reading thread is thrown at the first tensor of a block that
+// it kept from being complete.
+class DeviceLoader {
+ public:
+  // `selection` as for SelectedTensors. `places`, if not empty, has an element for each tensor in order: the memory to
+  // load it into (the whole of the block), or null for memory of the loader's making.
+  DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
+               const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
+               const DeviceLoaderOptions& options);
+  ~DeviceLoader();
+
+  enum class Step : uint8_t { tensor, not_ready, end };
+
+  // As HostLoader's. Tensors read in place are complete, for the stream that is current then, once `end` was returned.
+  Step next(DeviceTensor& tensor, std::chrono::milliseconds patience);
+  void interrupt() noexcept;
+  void close() noexcept;
+  bool forked() const;
+
+  uint64_t total_bytes() const { return selected_.total_bytes(); }
+  size_t tensor_count() const { return selected_.size(); }
+  DeviceLoadStats stats() const;
+
+ private:
+  void plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options);
+  void open_readers(ReadMode mode);
+  void start(const DeviceLoaderOptions& options);
+  void work(size_t task);
+  void fill(const SlotTask& task, char* slot);
+  DeviceBlock& block(uint32_t block);
+  void mark_blocks(const SlotTask& task);
+  void await_places();
+  DeviceBlockRef empty_block();
+
+  const std::shared_ptr<Device> device_;
+  const std::shared_ptr<PinnedRing> ring_;
+  SelectedTensors selected_;
+  Layout layout_;
+  SlotPlan slots_;
+  ReadCounts read_counts_;
+  std::vector<HostMemoryRef> maps_;                    // by file; to fill the page cache through
+  std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
+  std::vector<bool> in_place_;                         // by block
+
+  DeviceBlockRef empty_;  // of no bytes, for the consumer's empty tensors
+
+  std::mutex allocating_;                          // guards the elements of blocks_ until their tasks are done
+  std::vector<DeviceBlockRef> blocks_;             // by block; allocated by the first thread that needs one
+  std::vector<std::atomic<uint32_t>> unfinished_;  // by block: tasks that have yet to queue a copy into it
+  std::vector<bool> awaited_;                      // by block: handed to the consumer
+
+  std::atomic<uint64_t> read_ns_{0}, copy_ns_{0}, allocate_ns_{0};
+  size_t next_ = 0;
+  bool places_awaited_ = true;  // false while the caller's memory may be written
+  uint32_t fork_generation_;
+  std::atomic<bool> interrupted_{false};
+  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
+};
+
+}  // namespace weightload

@@ -1,0 +1,219 @@
+// The accelerator pipeline without torch, on a device of plain memory, so that sanitizers see all of it.
+#include "pipeline/device_loader.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "check.h"
+#include "checkpoint.h"
+#include "fake_device.h"
+#include "io/fault_hook.h"
+
+using namespace weightload;
+using std::chrono::milliseconds;
+
+namespace {
+
+void evict(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY);
+  ::fsync(fd);
+  ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+  ::close(fd);
+}
+
+struct Load {
+  explicit Load(const std::vector<std::string>& paths, DeviceLoaderOptions options = small(), size_t slots = 4,
+                std::vector<DeviceBlockRef> places = {})
+      : files(CheckpointFile::open_all(paths, 2)) {
+    ring = std::make_shared<PinnedRing>(
+        slots, [device = device, options](bool pinned) { return device->allocate_slot(options.slot_bytes, pinned); });
+    loader = std::make_unique<DeviceLoader>(device, ring, files, everything(files), std::move(places), options);
+  }
+  static DeviceLoaderOptions small() {
+    DeviceLoaderOptions options;
+    options.threads = 4;
+    options.slot_bytes = 64 << 10;
+    options.block_bytes = 300'000;
+    return options;
+  }
+  DeviceLoader::Step next(DeviceTensor& tensor) {
+    DeviceLoader::Step step;
+    while ((step = loader->next(tensor, milliseconds(1000))) == DeviceLoader::Step::not_ready) {
+    }
+    return step;
+  }
+  size_t drain() {
+    DeviceTensor tensor;
+    size_t count = 0;
+    while (next(tensor) == DeviceLoader::Step::tensor) {
+      ++count;
+      if (tensor.in_place) continue;
+      const auto& bytes = static_cast<const FakeDevice::Block&>(*tensor.block).bytes;
+      check(tensor, bytes.data() + tensor.block_offset);
+      CHECK(tensor.block_offset % 256 == 0);
+    }
+    return count;
+  }
+  void check(const DeviceTensor& tensor, const char* bytes) {
+    const uint64_t file = std::stoull(tensor.info->name);
+    for (uint64_t i = 0; i < tensor.info->bytes.size(); ++i)
+      CHECK(static_cast<unsigned char>(bytes[i]) == byte_at(file, tensor.info->bytes.begin + i));
+  }
+
+  std::shared_ptr<FakeDevice> device = std::make_shared<FakeDevice>();
+  CheckpointFiles files;
+  std::shared_ptr<PinnedRing> ring;
+  std::unique_ptr<DeviceLoader> loader;
+};
+
+}  // namespace
+
+TEST(every_byte_arrives_whatever_way_it_is_read) {
+  const Checkpoint checkpoint;
+  for (const ReadMode mode : {ReadMode::automatic, ReadMode::buffered, ReadMode::direct}) {
+    for (const bool cold : {true, false}) {
+      if (cold)
+        for (const auto& path : checkpoint.paths()) evict(path);
+      DeviceLoaderOptions options = Load::small();
+      options.read = mode;
+      Load load(checkpoint.paths(), options);
+      CHECK(load.drain() == 309);
+      const DeviceLoadStats stats = load.loader->stats();
+      CHECK(stats.buffered_bytes + stats.direct_bytes == load.loader->total_bytes());
+      if (mode == ReadMode::buffered) CHECK(stats.direct_bytes == 0);
+    }
+  }
+}
+
+TEST(a_ring_of_one_slot_and_odd_block_sizes) {
+  const Checkpoint checkpoint;
+  for (uint64_t block_bytes : {1u, 5000u, 70'000u, 100'000'000u}) {
+    DeviceLoaderOptions options = Load::small();
+    options.block_bytes = block_bytes;
+    options.slot_bytes = 8192;
+    CHECK(Load(checkpoint.paths(), options, 1).drain() == 309);
+  }
+}
+
+TEST(pageable_slots_carry_the_same_bytes) {
+  const Checkpoint checkpoint;
+  auto files = checkpoint.paths();
+  Load load({});
+  load.device->pinned_left = 0;
+  load.files = CheckpointFile::open_all(files, 1);
+  load.ring = std::make_shared<PinnedRing>(
+      3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
+  load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
+                                               std::vector<DeviceBlockRef>{}, Load::small());
+  CHECK(load.drain() == 309);
+  CHECK(load.loader->stats().ring.pageable_slots > 0);
+}
+
+TEST(tensors_can_be_read_into_memory_that_is_there) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  std::vector<DeviceBlockRef> places;
+  std::vector<const TensorInfo*> infos;
+  for (const auto& file : files) {
+    for (const TensorInfo& info : file->header().tensors) {
+      const bool here = places.size() % 3 != 0;
+      places.push_back(here ? std::make_shared<FakeDevice::Block>(info.bytes.size()) : nullptr);
+      infos.push_back(&info);
+    }
+  }
+  Load load(checkpoint.paths(), Load::small(), 2, places);
+  CHECK(load.drain() == 309);
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (!places[i]) continue;
+    DeviceTensor tensor;
+    tensor.info = infos[i];
+    load.check(tensor, static_cast<const FakeDevice::Block&>(*places[i]).bytes.data());
+  }
+}
+
+TEST(leaving_early_stops_and_gives_everything_back) {
+  const Checkpoint checkpoint;
+  for (int taken : {0, 1, 5, 200}) {
+    auto device = std::make_shared<FakeDevice>();
+    {
+      Load load(checkpoint.paths());
+      DeviceTensor tensor;
+      for (int i = 0; i < taken; ++i) CHECK(load.next(tensor) == DeviceLoader::Step::tensor);
+      load.loader->close();
+      CHECK(load.device->slots_alive == 0);
+      CHECK(load.next(tensor) == DeviceLoader::Step::end);
+    }
+  }
+}
+
+TEST(a_read_error_names_the_tensor_and_comes_before_it) {
+  const Checkpoint checkpoint;
+  for (uint64_t first = 0; first < 60; first += 5) {
+    Load load(checkpoint.paths(), Load::small(), 2);
+    fault_hook::arm({fault_hook::Fault::error, first, 1'000'000, EIO, milliseconds(0)});
+    bool thrown = false;
+    try {
+      load.drain();
+    } catch (const Error& error) {
+      thrown = true;
+      CHECK(error.kind == ErrorKind::read && error.context.error_number == EIO);
+      CHECK(!error.context.tensor.empty() && error.context.offset);
+    }
+    const uint64_t calls = fault_hook::calls_since_armed();
+    fault_hook::disarm();
+    CHECK(thrown || calls <= first);
+    load.loader->close();
+    CHECK(load.device->slots_alive == 0);
+  }
+}
+
+TEST(short_and_interrupted_reads_are_continued) {
+  const Checkpoint checkpoint;
+  for (const auto fault : {fault_hook::Fault::short_read, fault_hook::Fault::interrupt}) {
+    for (const ReadMode mode : {ReadMode::buffered, ReadMode::direct}) {
+      DeviceLoaderOptions options = Load::small();
+      options.read = mode;
+      fault_hook::arm({fault, 0, 100, 0, milliseconds(0)});
+      CHECK(Load(checkpoint.paths(), options).drain() == 309);
+      fault_hook::disarm();
+    }
+  }
+}
+
+TEST(a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache) {
+  const Checkpoint checkpoint;
+  for (const auto& path : checkpoint.paths()) evict(path);
+  Load load({checkpoint.paths()[0]}, [] {
+    DeviceLoaderOptions options = Load::small();
+    options.threads = 1;
+    options.read = ReadMode::direct;
+    return options;
+  }());
+  CHECK(load.drain() == 6);
+  fault_hook::arm({fault_hook::Fault::error, 1, 1, EINVAL, milliseconds(0)});  // 0: the header
+  Load refused({checkpoint.paths()[0]}, [] {
+    DeviceLoaderOptions options = Load::small();
+    options.threads = 1;
+    options.read = ReadMode::direct;
+    return options;
+  }());
+  CHECK(refused.drain() == 6);
+  fault_hook::disarm();
+  CHECK(refused.loader->stats().direct_bytes == 0);
+}
+
+TEST(device_memory_that_runs_out_names_the_tensor) {
+  const Checkpoint checkpoint;
+  Load load({});
+  for (int blocks : {0, 1, 3}) {
+    load.device->blocks_left = blocks;
+    load.files = CheckpointFile::open_all(checkpoint.paths(), 1);
+    load.ring = std::make_shared<PinnedRing>(
+        3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
+    load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
+                                                 std::vector<DeviceBlockRef>{}, Load::small());
+    CHECK_THROWS(load.drain(), Error, error.kind == ErrorKind::device_memory && !error.context.tensor.empty());
+  }
+}
