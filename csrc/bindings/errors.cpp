@@ -16,6 +16,7 @@ const char* kind_name(ErrorKind kind) {
     case ErrorKind::open: return "open";
     case ErrorKind::read: return "read";
     case ErrorKind::memory: return "memory";
+    case ErrorKind::device_memory: return "device_memory";
     case ErrorKind::usage: return "usage";
   }
   return "usage";

@@ -5,5 +5,6 @@ PYBIND11_MODULE(_C, module) {
   weightload::register_errors(module);
   weightload::register_checkpoint_file(module);
   weightload::register_host_loader(module);
+  weightload::register_device_loader(module);
   weightload::register_fault_hook(module);
 }

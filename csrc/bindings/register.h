@@ -7,6 +7,7 @@ namespace weightload {
 void register_errors(pybind11::module_& module);
 void register_checkpoint_file(pybind11::module_& module);
 void register_host_loader(pybind11::module_& module);
+void register_device_loader(pybind11::module_& module);
 void register_fault_hook(pybind11::module_& module);
 
 }  // namespace weightload

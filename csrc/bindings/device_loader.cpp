@@ -1,0 +1,104 @@
+#include "pipeline/device_loader.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <utility>
+
+#include "base/error.h"
+#include "bindings/device_tensor.h"
+#include "bindings/py_loader.h"
+#include "bindings/register.h"
+#include "device/accelerator.h"
+
+namespace py = pybind11;
+
+namespace weightload {
+namespace {
+
+using PyDeviceLoader = PyLoader<DeviceLoader, DeviceTensor, wrap_device_tensor>;
+
+// An accelerator and its pinned ring, which starts to fill at once.
+struct DeviceTarget {
+  DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes) : slot_bytes(slot_bytes) {
+    device = make_accelerator(c10::Device(name));
+    ring = std::make_shared<PinnedRing>(
+        slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
+  }
+
+  uint64_t slot_bytes;
+  std::shared_ptr<Device> device;
+  std::shared_ptr<PinnedRing> ring;
+};
+
+// The memory of the given tensors, None for memory of the loader's making.
+std::vector<DeviceBlockRef> adopt(const py::list& places) {
+  std::vector<DeviceBlockRef> blocks;
+  for (const py::handle place : places) {
+    if (place.is_none()) {
+      blocks.emplace_back();
+    } else if (THPVariable_Check(place.ptr()) && THPVariable_Unpack(place.ptr()).is_contiguous()) {
+      blocks.push_back(adopt_tensor(THPVariable_Unpack(place.ptr())));
+    } else {
+      throw py::type_error("a place to load into must be a contiguous tensor or None");
+    }
+  }
+  return blocks;
+}
+
+py::dict stats(PyDeviceLoader& self) {
+  const DeviceLoadStats stats = self.loader().stats();
+  const auto seconds = [](uint64_t nanoseconds) { return static_cast<double>(nanoseconds) * 1e-9; };
+  py::dict result;
+  result["buffered_bytes"] = stats.buffered_bytes;
+  result["direct_bytes"] = stats.direct_bytes;
+  result["copies"] = stats.copies;
+  result["slots_filled"] = stats.slots_filled;
+  result["slots"] = stats.ring.slots;
+  result["pageable_slots"] = stats.ring.pageable_slots;
+  result["blocks"] = stats.blocks;
+  result["block_bytes"] = stats.block_bytes;
+  result["read_s"] = seconds(stats.read_ns);
+  result["copy_s"] = seconds(stats.copy_ns);
+  result["allocate_s"] = seconds(stats.allocate_ns);
+  result["ring_wait_s"] = seconds(stats.ring.wait_ns);
+  return result;
+}
+
+}  // namespace
+
+void register_device_loader(py::module_& module) {
+  py::enum_<ReadMode>(module, "ReadMode")
+      .value("auto", ReadMode::automatic)
+      .value("buffered", ReadMode::buffered)
+      .value("direct", ReadMode::direct);
+
+  py::class_<DeviceTarget>(module, "DeviceTarget",
+                           "An accelerator to load to; page-locking of its ring begins with construction.")
+      .def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<py::gil_scoped_release>(),
+           py::arg("device"), py::arg("slots"), py::arg("slot_bytes"));
+
+  py::class_<PyDeviceLoader> loader(
+      module, "DeviceLoader",
+      "Iterator of (name, tensor) over an accelerator's memory; None in place of tensors that were read in place.");
+  loader
+      .def(py::init([](const DeviceTarget& target, const py::list& files,
+                       const std::vector<std::vector<uint32_t>>& selection, const py::list& places, unsigned threads,
+                       uint64_t block_bytes, ReadMode read) {
+             DeviceLoaderOptions options;
+             options.threads = threads;
+             options.slot_bytes = target.slot_bytes;
+             options.block_bytes = block_bytes;
+             options.read = read;
+             return std::make_unique<PyDeviceLoader>(
+                 files, [&, blocks = adopt(places)](CheckpointFiles opened) mutable {
+                   return std::make_unique<DeviceLoader>(target.device, target.ring, std::move(opened), selection,
+                                                         std::move(blocks), options);
+                 });
+           }),
+           py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::kw_only(),
+           py::arg("threads"), py::arg("block_bytes"), py::arg("read"))
+      .def("stats", &stats, "What the threads have done so far: bytes, counts, and seconds of all threads together.");
+  define_iteration(loader);
+}
+
+}  // namespace weightload

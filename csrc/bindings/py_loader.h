@@ -1,0 +1,121 @@
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "pipeline/checkpoint_file.h"
+
+namespace weightload {
+
+using FileList = std::vector<std::shared_ptr<CheckpointFile>>;
+
+// How long a wait lasts before Python's signal handlers get their turn: Ctrl-C is felt within this.
+inline constexpr std::chrono::milliseconds kSignalInterval{100};
+
+// Iterator of (name, tensor) over a Loader of the pipeline (HostLoader, DeviceLoader), whose items `wrap` makes Python
+// objects of. Threads may share it: each call has the loader to itself.
+template <typename Loader, typename Item, PyObject* (*wrap)(Item&)>
+class PyLoader {
+ public:
+  // Calls `make` with the files, without the GIL.
+  template <typename Make>
+  PyLoader(const pybind11::list& files, Make&& make) : python_files_(pybind11::list(files.attr("copy")())) {
+    const FileList list = pybind11::cast<FileList>(files);
+    pybind11::gil_scoped_release release;
+    loader_ = make(CheckpointFiles(list.begin(), list.end()));
+    total_bytes_ = loader_->total_bytes();
+    tensor_count_ = loader_->tensor_count();
+  }
+  ~PyLoader() { close(); }
+
+  pybind11::object next() {
+    std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock);
+    // In a forked child nobody may ever unlock it; there next() only throws.
+    if (!lock && !loader_->forked()) {
+      pybind11::gil_scoped_release release;
+      lock.lock();
+    }
+    try {
+      Item item;
+      if (take(item)) return pair(item);
+    } catch (...) {
+      // As with a generator, an exception is the end.
+      shut();
+      throw;
+    }
+    shut();
+    throw pybind11::stop_iteration();
+  }
+
+  void close() {
+    std::unique_lock<std::recursive_mutex> lock(mutex_, std::defer_lock);
+    if (!loader_->forked()) {
+      pybind11::gil_scoped_release release;
+      loader_->interrupt();  // a call of next() in another thread returns soon
+      lock.lock();
+    }
+    shut();
+  }
+
+  uint64_t total_bytes() const { return total_bytes_; }
+  size_t tensor_count() const { return tensor_count_; }
+  Loader& loader() { return *loader_; }
+
+ private:
+  // The next tensor, or false at the end. Waits without the GIL.
+  bool take(Item& item) {
+    // Almost always the tensor is there; then letting go of the GIL would cost more than all the rest.
+    typename Loader::Step step = loader_->next(item, std::chrono::milliseconds(0));
+    while (step == Loader::Step::not_ready) {
+      if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+      pybind11::gil_scoped_release release;
+      step = loader_->next(item, kSignalInterval);
+    }
+    return step == Loader::Step::tensor;
+  }
+
+  static pybind11::object pair(Item& item) {
+    const std::string& name = item.info->name;
+    auto text = pybind11::reinterpret_steal<pybind11::object>(
+        PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "strict"));
+    if (!text) throw pybind11::error_already_set();
+    const auto wrapped = pybind11::reinterpret_steal<pybind11::object>(wrap(item));
+    auto both = pybind11::reinterpret_steal<pybind11::object>(PyTuple_Pack(2, text.ptr(), wrapped.ptr()));
+    if (!both) throw pybind11::error_already_set();
+    return both;
+  }
+
+  // With mutex_ held.
+  void shut() {
+    {
+      pybind11::gil_scoped_release release;
+      loader_->close();
+    }
+    python_files_ = pybind11::list();
+  }
+
+  pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
+  // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
+  // the iterator it interrupted.
+  std::recursive_mutex mutex_;
+  std::unique_ptr<Loader> loader_;
+  uint64_t total_bytes_ = 0;
+  size_t tensor_count_ = 0;
+};
+
+// What every loader class has in Python.
+template <typename Class>
+void define_iteration(Class& loader) {
+  using Type = typename Class::type;
+  loader.def("__iter__", [](pybind11::object self) { return self; })
+      .def("__next__", &Type::next)
+      .def("close", &Type::close, "Stops and joins the reading threads and lets go of the files.")
+      .def_property_readonly("total_bytes", &Type::total_bytes, "bytes of the selected tensors")
+      .def("__len__", &Type::tensor_count);
+}
+
+}  // namespace weightload

@@ -1,0 +1,189 @@
+#include "device/accelerator.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/byte_range.h"
+#include "base/error.h"
+
+namespace weightload {
+namespace {
+
+int64_t signed_size(uint64_t bytes) { return static_cast<int64_t>(bytes); }
+
+at::Tensor part(const at::Tensor& bytes, uint64_t offset, uint64_t count) {
+  return bytes.narrow(0, signed_size(offset), signed_size(count));
+}
+
+// Host memory whose copies lie before an event.
+class Slot final : public HostSlot {
+ public:
+  Slot(at::Tensor bytes, c10::DeviceType type, bool pinned) : bytes_(std::move(bytes)), copied_(type) {
+    data_ = static_cast<char*>(bytes_.data_ptr());
+    size_ = bytes_.nbytes();
+    pinned_ = pinned;
+  }
+  // Torch's caching host allocator keeps page-locked memory until the copies that it saw are done, other memory goes
+  // back to the system at once.
+  ~Slot() override {
+    if (pinned_) return;
+    try {
+      copied_.synchronize();
+    } catch (const std::exception&) {
+      // The device has failed: nothing is copying any more.
+    }
+  }
+
+  bool copies_done() override {
+    try {
+      return copied_.query();
+    } catch (const std::exception&) {
+      return false;  // wait_for_copies() will say why
+    }
+  }
+  void wait_for_copies() override { copied_.synchronize(); }
+
+  const at::Tensor& bytes() const { return bytes_; }
+  c10::Event& copied() { return copied_; }
+
+ private:
+  at::Tensor bytes_;
+  c10::Event copied_;
+};
+
+class Block final : public DeviceBlock {
+ public:
+  Block(at::Tensor bytes, bool adopted)
+      : bytes_(std::move(bytes)), copied_(bytes_.device().type()), adopted_(adopted) {}
+
+  const at::Tensor& bytes() const { return bytes_; }
+  c10::Event& copied() { return copied_; }
+  bool adopted() const { return adopted_; }
+
+  // True the first time for each stream. The consumer's calls only.
+  bool starts_on(const c10::Stream& stream) {
+    if (std::find(streams_.begin(), streams_.end(), stream) != streams_.end()) return false;
+    streams_.push_back(stream);
+    return true;
+  }
+
+ private:
+  at::Tensor bytes_;
+  c10::Event copied_;
+  bool adopted_;
+  std::vector<c10::Stream> streams_;  // that were made to wait
+};
+
+class Accelerator final : public Device {
+ public:
+  explicit Accelerator(c10::Device device)
+      : device_(device),
+        backend_(device.type()),
+        owner_(backend_.getStream(device)),
+        side_(backend_.getStreamFromGlobalPool(device)) {
+    // Memory that is loaded into is in use until here, as far as the owner stream knows.
+    order(owner_, side_);
+  }
+
+  std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
+    const auto options = at::TensorOptions().dtype(at::kByte);
+    if (pinned) {
+      at::Tensor memory = at::empty({signed_size(bytes)}, options.pinned_memory(true));
+      return std::make_unique<Slot>(std::move(memory), device_.type(), true);
+    }
+    void* memory = std::aligned_alloc(kDirectAlignment, round_up(bytes, kDirectAlignment));
+    if (!memory) return nullptr;
+    return std::make_unique<Slot>(at::from_blob(memory, {signed_size(bytes)}, &std::free, options), device_.type(),
+                                  false);
+  }
+
+  DeviceBlockRef allocate_block(uint64_t bytes) override {
+    try {
+      const c10::StreamGuard on_owner(owner_);
+      at::Tensor memory = at::empty({signed_size(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
+      order(owner_, side_);
+      return std::make_shared<Block>(std::move(memory), false);
+    } catch (const c10::OutOfMemoryError& error) {
+      throw Error(ErrorKind::device_memory, error.what_without_backtrace());
+    }
+  }
+
+  void copy(HostSlot& slot, uint64_t slot_offset, DeviceBlock& block, uint64_t block_offset, uint64_t bytes) override {
+    const at::AutoDispatchBelowADInplaceOrView no_history;
+    const c10::StreamGuard on_side(side_);
+    part(static_cast<Block&>(block).bytes(), block_offset, bytes)
+        .copy_(part(static_cast<Slot&>(slot).bytes(), slot_offset, bytes), /*non_blocking=*/true);
+  }
+
+  void mark_slot(HostSlot& slot) override { static_cast<Slot&>(slot).copied().record(side_); }
+
+  void mark_block(DeviceBlock& block) override {
+    auto& marked = static_cast<Block&>(block);
+    if (!marked.adopted()) marked.copied().record(side_);
+  }
+
+  void await_block(DeviceBlock& block) override {
+    auto& awaited = static_cast<Block&>(block);
+    const c10::Stream current = backend_.getStream(device_);
+    if (!awaited.starts_on(current)) return;
+    awaited.copied().block(current);
+    // The allocator knows of the owner stream only.
+    if (current != owner_) backend_.recordDataPtrOnStream(awaited.bytes().storage().data_ptr(), current);
+  }
+
+  void await_all() override { order(side_, backend_.getStream(device_)); }
+
+  void abandon(DeviceBlock& block) noexcept override {
+    try {
+      backend_.recordDataPtrOnStream(static_cast<Block&>(block).bytes().storage().data_ptr(), side_);
+    } catch (const std::exception&) {
+      // The device has failed: nothing is copying any more.
+    }
+  }
+
+ private:
+  // What is queued on `second` from now on runs after what `first` has queued so far.
+  void order(const c10::Stream& first, const c10::Stream& second) const {
+    c10::Event event(device_.type());
+    event.record(first);
+    event.block(second);
+  }
+
+  const c10::Device device_;
+  const c10::impl::VirtualGuardImpl backend_;
+  const c10::Stream owner_;
+  const c10::Stream side_;
+};
+
+}  // namespace
+
+std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_shared<Accelerator>(device); }
+
+DeviceBlockRef adopt_tensor(const at::Tensor& tensor) { return std::make_shared<Block>(bytes_of(tensor), true); }
+
+const at::Tensor& block_bytes(const DeviceBlock& block) { return static_cast<const Block&>(block).bytes(); }
+
+at::Tensor bytes_of(const at::Tensor& tensor) {
+  at::Tensor bytes = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(),
+                                                              c10::scalarTypeToTypeMeta(c10::ScalarType::Byte));
+  const std::array<int64_t, 1> sizes{signed_size(tensor.nbytes())};
+  const std::array<int64_t, 1> strides{1};
+  const auto item = static_cast<int64_t>(tensor.element_size());
+  bytes.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, tensor.storage_offset() * item);
+  return bytes;
+}
+
+}  // namespace weightload
