@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import weightload
 from weightload import _C
@@ -134,6 +137,42 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", "F32", [65_536]) for i in range(40)], seed=f)
         for f in range(3)
     ]
+
+
+SEED = int(os.environ.get("WEIGHTLOAD_SIMULATED_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
+
+
+def pytest_report_header() -> str:
+    return f"simulated accelerator: WEIGHTLOAD_SIMULATED_SEED={SEED}"
+
+
+@pytest.fixture
+def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The simulated accelerator, there for one test, its delays seeded; nothing of it may be in use afterwards."""
+    import simulated_accelerator
+
+    native = simulated_accelerator.load()
+    native.set_available(True)
+    native.seed_delays(SEED + zlib.crc32(request.node.nodeid.encode()) % 10_000)
+    torch.accelerator.set_stream(torch.accelerator.current_stream(0))
+    yield native
+    native.limit_device_memory(1 << 40)
+    native.fail_pinned_after(-1)
+    gc.collect()
+    native.empty_cache()
+    in_use = [native.live_bytes(0), native.live_bytes(1), native.pinned_bytes()]
+    native.set_available(False)
+    assert in_use == [0, 0, 0]
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A real GPU. Without one the test is skipped; WEIGHTLOAD_REQUIRE_GPU=1 makes that a failure."""
+    if not torch.cuda.is_available():
+        if os.environ.get("WEIGHTLOAD_REQUIRE_GPU") == "1":
+            pytest.fail("WEIGHTLOAD_REQUIRE_GPU=1, and torch sees no GPU")
+        pytest.skip("no GPU")
+    return torch.device("cuda", 0)
 
 
 def start(files: list[Path], backend: str = "mmap", **options: object) -> WeightIterator:

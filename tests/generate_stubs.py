@@ -16,10 +16,12 @@ MORE_PRECISELY = {
     "def names(self) -> list:": "def names(self) -> list[str]:",
     "def tensors(self) -> list:": "def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:",
     "def metadata(self) -> typing.Any:": "def metadata(self) -> dict[str, str] | None:",
-    "def __iter__(self) -> typing.Any:": "def __iter__(self) -> HostLoader:",
+    "def __iter__(self) -> typing.Any:": "def __iter__(self) -> typing_extensions.Self:",
     "def __next__(self) -> typing.Any:": "def __next__(self) -> tuple[str, torch.Tensor]:",
+    "def stats(self) -> dict:": "def stats(self) -> dict[str, typing.Any]:",
     "files: list,": "files: list[CheckpointFile],",
-    "import typing\n": "import typing\n\nimport torch\n",
+    "places: list,": "places: list[torch.Tensor | None],",
+    "import typing\n": "import typing\n\nimport torch\nimport typing_extensions\n",
 }
 
 

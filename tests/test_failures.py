@@ -17,7 +17,8 @@ from conftest import BACKENDS, evict, run_script, start, write_tensors
 
 import weightload
 from weightload import _C, errors, settings
-from weightload.iterator import WeightIterator, open_files
+from weightload.iterator import WeightIterator
+from weightload.selection import open_files
 
 
 def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path], arm: Callable[..., None]) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 import weightload
 from weightload import errors
-from weightload.iterator import open_files
+from weightload.selection import open_files
 
 U8 = entry("U8", [1], 0, 1)
 

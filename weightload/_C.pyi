@@ -5,12 +5,17 @@ The C++ core of weightload. Private: use the weightload package.
 from __future__ import annotations
 
 import collections.abc
+import typing
 
 import torch
+import typing_extensions
 
 __all__: list[str] = [
     "CheckpointFile",
+    "DeviceLoader",
+    "DeviceTarget",
     "HostLoader",
+    "ReadMode",
     "arm_fault",
     "disarm_fault",
     "from_bytes",
@@ -67,12 +72,80 @@ class HostLoader:
         task_bytes: int,
         block_bytes: int,
     ) -> None: ...
-    def __iter__(self) -> HostLoader: ...
+    def __iter__(self) -> typing_extensions.Self: ...
     def __len__(self) -> int: ...
     def __next__(self) -> tuple[str, torch.Tensor]: ...
     def close(self) -> None:
         """
         Stops and joins the reading threads and lets go of the files.
+        """
+    @property
+    def total_bytes(self) -> int:
+        """
+        bytes of the selected tensors
+        """
+
+class ReadMode:
+    """
+    Members:
+
+      auto
+
+      buffered
+
+      direct
+    """
+
+    __members__: typing.ClassVar[dict[str, ReadMode]]
+    auto: typing.ClassVar[ReadMode]
+    buffered: typing.ClassVar[ReadMode]
+    direct: typing.ClassVar[ReadMode]
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: int) -> None: ...
+    def __int__(self) -> int: ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: int) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class DeviceTarget:
+    """
+    An accelerator to load to; page-locking of its ring begins with construction.
+    """
+    def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
+
+class DeviceLoader:
+    """
+    Iterator of (name, tensor) over an accelerator's memory; None in place of tensors that were read in place.
+    """
+    def __init__(
+        self,
+        target: DeviceTarget,
+        files: list[CheckpointFile],
+        selection: collections.abc.Sequence[collections.abc.Sequence[int]],
+        places: list[torch.Tensor | None],
+        *,
+        threads: int,
+        block_bytes: int,
+        read: ReadMode,
+    ) -> None: ...
+    def __iter__(self) -> typing_extensions.Self: ...
+    def __len__(self) -> int: ...
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def close(self) -> None:
+        """
+        Stops and joins the reading threads and lets go of the files.
+        """
+    def stats(self) -> dict[str, typing.Any]:
+        """
+        What the threads have done so far: bytes, counts, and seconds of all threads together.
         """
     @property
     def total_bytes(self) -> int:

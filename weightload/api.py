@@ -7,44 +7,53 @@ from pathlib import Path
 
 import torch
 
-from weightload import _C
-from weightload.iterator import Backend, WeightIterator, open_files, require_cpu
+from weightload import _C, devices
+from weightload.device_iterator import DeviceWeightIterator, load_to_device, make_target
+from weightload.iterator import Backend, WeightIterator
+from weightload.selection import open_files
 
 
 def load_file(
-    filename: str | os.PathLike[str], device: str | int | torch.device = "cpu", *, backend: Backend = "mmap"
+    filename: str | os.PathLike[str], device: devices.Device = "cpu", *, backend: Backend = "mmap"
 ) -> dict[str, torch.Tensor]:
     """Load every tensor of a file into a dict, ordered by offset.
 
     Args:
         filename: path of the safetensors file.
-        device: only the CPU is implemented.
+        device: the CPU, or an accelerator as for ``safetensors_weights_iterator``.
         backend: ``"mmap"``: copy-on-write views of the mapped file. Its bytes are read before this returns, unless
             the file would not fit comfortably into memory (half of what is available); then they are read as they
-            are touched. ``"pread"``: private memory.
+            are touched. ``"pread"``: private memory. On an accelerator memory is always private.
 
     Raises:
-        FileNotFoundError, HeaderError, ReadError, TensorError: as ``safetensors_weights_iterator``.
-        NotImplementedError: a device other than the CPU.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError: as
+            ``safetensors_weights_iterator``.
     """
-    require_cpu(device)
+    target = devices.resolve(device)
+    if target.type != "cpu":
+        return dict(load_to_device(target, [filename], lambda: open_files([filename]), None))
     files = open_files([filename])
     read_ahead = files[0].size <= available_memory() // 2
     return dict(WeightIterator(files, None, backend=backend, read_ahead=read_ahead))
 
 
-def load(data: bytes) -> dict[str, torch.Tensor]:
-    """Load every tensor of a safetensors file that is in memory into a dict of CPU tensors with their own memory.
+def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
+    """Load every tensor of a safetensors file that is in memory into a dict of tensors with their own memory.
 
     Args:
         data: the whole file.
+        device: the CPU, or an accelerator as for ``safetensors_weights_iterator``.
 
     Raises:
         HeaderError: the bytes break a rule of the format; the subclass names the rule.
         TensorError: torch lacks a tensor's dtype.
+        OutOfMemoryError, ValueError: as ``safetensors_weights_iterator``.
     """
+    target = devices.resolve(device)
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(data))
+    if target.type != "cpu":
+        return dict(DeviceWeightIterator(make_target(target, len(data)), [file], None))
     return dict(WeightIterator([file], None, backend="pread", read_ahead=True))
 
 

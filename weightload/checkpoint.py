@@ -186,7 +186,7 @@ def _require_all_shards(names: list[str], folder: Path) -> None:
 
 def check_contents(files: list[Path], promised: dict[str, Path]) -> None:
     """Refuse tensors that occur in two files, and shards without the tensors that the index promises of them."""
-    from weightload.iterator import open_files
+    from weightload.selection import open_files
 
     owner: dict[str, Path] = {}
     # Only the names are kept: an exception's traceback would keep open files open.

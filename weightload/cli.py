@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from weightload import _C, __version__
 from weightload.checkpoint import check_contents, find_files, resolve_safetensors_files
-from weightload.iterator import open_files
+from weightload.selection import open_files
 
 OK, BROKEN, UNUSABLE = 0, 1, 3
 

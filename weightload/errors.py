@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from safetensors import SafetensorError
 
 
@@ -45,6 +46,10 @@ class ReadError(WeightLoadError, OSError):
 
 class OutOfMemoryError(WeightLoadError, MemoryError):
     """Memory for a tensor could not be had."""
+
+
+class DeviceOutOfMemoryError(OutOfMemoryError, torch.OutOfMemoryError):
+    """An accelerator's memory for a tensor could not be had."""
 
 
 class HeaderTooSmall(HeaderError):
@@ -129,6 +134,7 @@ _KINDS: dict[str, type[WeightLoadError]] = {
     "tensor": TensorError,
     "read": ReadError,
     "memory": OutOfMemoryError,
+    "device_memory": DeviceOutOfMemoryError,
     "usage": WeightLoadError,
 }
 

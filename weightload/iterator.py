@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from weightload import _C, progress, settings
+from weightload import _C, devices, progress, settings
+from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.distributed import require_independent
+from weightload.selection import Names, Path, close_at_exit, open_files, select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Path = str | os.PathLike[str]
-Names = Collection[str] | Callable[[str], bool]
 Backend = Literal["mmap", "pread"]
 
 
@@ -29,8 +27,6 @@ class WeightIterator(_C.HostLoader):
     """
 
     def __init__(self, files: list[_C.CheckpointFile], names: Names | None, *, backend: str, read_ahead: bool) -> None:
-        if backend not in ("mmap", "pread"):
-            raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
         now = settings.current()
         try:
             super().__init__(
@@ -46,7 +42,7 @@ class WeightIterator(_C.HostLoader):
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
             files.clear()
-        _live.add(self)
+        close_at_exit(self)
 
     def __enter__(self) -> WeightIterator:
         return self
@@ -55,53 +51,12 @@ class WeightIterator(_C.HostLoader):
         self.close()
 
 
-_live: weakref.WeakSet[WeightIterator] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Joins the threads of loads that nobody finished, before the interpreter goes away under them."""
-    for weights in list(_live):
-        weights.close()
-
-
-def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
-    """Numbers of the file's tensors that ``names`` (a collection or a predicate; None for all) picks."""
-    if names is None:
-        return list(range(len(file)))
-    if isinstance(names, str):
-        raise TypeError("names must be a collection of tensor names or a predicate, not one string")
-    picked = names if callable(names) else set(names).__contains__
-    return [number for number, name in enumerate(file.names()) if picked(name)]
-
-
-def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
-    """Open checkpoint files and validate their headers, in parallel."""
-    return _C.open_files([os.fsencode(path) for path in paths], settings.current().thread_count())
-
-
-def require_cpu(device: torch.device | str | int | None) -> None:
-    """Accept the CPU, which is the only target so far.
-
-    Raises:
-        NotImplementedError: for any other device.
-    """
-    target = torch.device(device) if device is not None else torch.device("cpu")
-    if target.type != "cpu":
-        raise NotImplementedError(f"weightload cannot load to {target} yet: only the CPU is implemented")
-
-
-def _default_device(to_cpu: bool, device: torch.device | str | int | None) -> torch.device:
-    if to_cpu:
-        if device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"to_cpu=True contradicts device={device!r}")
-        return torch.device("cpu")
-    if device is not None:
-        return torch.device(device)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
+    if not to_cpu:
+        return devices.resolve(device)
+    if device is not None and (isinstance(device, int) or torch.device(device).type != "cpu"):
+        raise ValueError(f"to_cpu=True contradicts device={device!r}")
+    return torch.device("cpu")
 
 
 def safetensors_weights_iterator(
@@ -110,7 +65,7 @@ def safetensors_weights_iterator(
     broadcast: bool = True,
     async_broadcast: bool = False,
     *,
-    device: torch.device | str | int | None = None,
+    device: devices.Device | None = None,
     group: ProcessGroup | None = None,
     strategy: str = "auto",
     names: Names | None = None,
@@ -128,15 +83,17 @@ def safetensors_weights_iterator(
         to_cpu: yield CPU tensors and never communicate.
         broadcast: with more than one rank, one rank reads and the others receive (not implemented yet).
         async_broadcast: accepted; a tensor is complete when it is yielded in any case.
-        device: where to put the tensors; default: the accelerator of this process (``LOCAL_RANK``), or the CPU
-            where there is none. Only the CPU is implemented.
+        device: where to put the tensors: the CPU or an accelerator; default: the accelerator of this process
+            (``LOCAL_RANK``), or the CPU where there is none. On an accelerator a tensor starts at a multiple of 256
+            bytes and shares a block of memory with its neighbours; the stream that is current when it is yielded may
+            use it at once.
         group: the ranks that share the reading; default: all.
         strategy: ``"auto"``, ``"independent"``, ``"broadcast"`` or ``"striped"``.
         names: a collection of tensor names, or a predicate on names: only these are yielded and read.
         show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
             second.
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
-            memory, which later changes of the file cannot reach.
+            memory, which later changes of the file cannot reach. On an accelerator memory is always private.
 
     Yields:
         ``(name, tensor)``. The tensor has the shape and dtype of the header (F4 as ``torch.float4_e2m1fn_x2``,
@@ -147,17 +104,25 @@ def safetensors_weights_iterator(
         HeaderError: a file breaks a rule of the format; the subclass names the rule.
         ReadError: bytes could not be read; raised when the iteration reaches the first tensor they belong to.
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
-        NotImplementedError: a device other than the CPU, or ranks that share the reading.
+        OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
+            ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
+        ValueError: a device that torch cannot use here.
+        NotImplementedError: ranks that share the reading.
     """
-    target = _default_device(to_cpu, device)
+    target = _target(to_cpu, device)
     if not to_cpu:
         require_independent(strategy, broadcast, group)
-    require_cpu(target)
+    if backend not in ("mmap", "pread"):
+        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
     paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
-    weights = WeightIterator(open_files(paths), names, backend=backend, read_ahead=True)
+    weights: WeightIterator | DeviceWeightIterator
+    if target.type == "cpu":
+        weights = WeightIterator(open_files(paths), names, backend=backend, read_ahead=True)
+    else:
+        weights = load_to_device(target, paths, lambda: open_files(paths), names)
     if progress.wanted(show_progress):
         return progress.with_bar(weights, always=show_progress is True)
     return weights
 
 
-__all__ = ["WeightIterator", "safetensors_weights_iterator"]
+__all__ = ["DeviceWeightIterator", "WeightIterator", "safetensors_weights_iterator"]

@@ -11,6 +11,7 @@ from weightload.distributed import global_rank
 if TYPE_CHECKING:
     import torch
 
+    from weightload.device_iterator import DeviceWeightIterator
     from weightload.iterator import WeightIterator
 
 # A load that is over before a person could read the bar shows none.
@@ -24,7 +25,7 @@ def wanted(show_progress: bool | None) -> bool:
     return sys.stderr.isatty() if show_progress is None else show_progress
 
 
-def with_bar(weights: WeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def with_bar(weights: WeightIterator | DeviceWeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The same items; leaving early closes the load.
 
     Args:
@@ -44,5 +45,5 @@ def with_bar(weights: WeightIterator, always: bool) -> Iterator[tuple[str, torch
     )
     with weights, bar:
         for name, tensor in weights:
-            bar.update(tensor.untyped_storage().nbytes())
+            bar.update(tensor.nbytes)
             yield name, tensor

@@ -12,6 +12,7 @@ from typing import Any
 from weightload.cpus import usable_cpus
 
 MIB = 1 << 20
+READ_MODES = ("auto", "buffered", "direct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,35 @@ class Settings:
     block_bytes: int = 64 * MIB
     """Bytes of private memory that neighbouring small tensors share; a larger tensor has its own."""
 
+    pinned_bytes: int = 256 * MIB
+    """Accelerators: bytes of page-locked host memory, in slots that are filled and copied from in turn."""
+
+    slot_bytes: int = 8 * MIB
+    """Accelerators: bytes of one slot, a multiple of 4096: one read and one copy. Smaller slots start the first copy
+    sooner; larger ones cost fewer calls."""
+
+    device_block_bytes: int = 128 * MIB
+    """Accelerators: bytes of device memory that neighbouring tensors share; a larger tensor has its own. Also how far
+    reading may run ahead of the consumer. Allocators round sizes: 128 MiB keeps that below 1 %."""
+
+    read: str = "auto"
+    """Accelerators: "buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what
+    is in the page cache from there, the rest directly on local disks."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "threads" else 4096
-            if not isinstance(value, int) or value < least:
+            if field.name == "read":
+                if value not in READ_MODES:
+                    raise ValueError(f"weightload setting read={value!r}: must be one of {', '.join(READ_MODES)}")
+            elif not isinstance(value, int) or value < least:
                 raise ValueError(f"weightload setting {field.name}={value!r}: must be a whole number from {least}")
+        if self.slot_bytes % 4096:
+            raise ValueError(f"weightload setting slot_bytes={self.slot_bytes}: must be a multiple of 4096")
+        if self.pinned_bytes < self.slot_bytes:
+            raise ValueError(
+                f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
+            )
 
     def thread_count(self) -> int:
         """Threads to start: the setting, or the default of this process now."""
@@ -52,7 +77,7 @@ def current() -> Settings:
         text = os.environ.get(f"WEIGHTLOAD_{field.name.upper()}")
         if text:
             try:
-                values[field.name] = int(text)
+                values[field.name] = text if field.name == "read" else int(text)
             except ValueError:
                 raise ValueError(f"WEIGHTLOAD_{field.name.upper()}={text!r}: must be a whole number") from None
     values.update(_overrides.get({}))
@@ -60,7 +85,7 @@ def current() -> Settings:
 
 
 @contextlib.contextmanager
-def override(**values: int) -> Iterator[None]:
+def override(**values: int | str) -> Iterator[None]:
     """Settings for the loads begun inside a ``with`` block (in this thread or task).
 
     Raises:

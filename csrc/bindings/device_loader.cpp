@@ -13,6 +13,15 @@
 namespace py = pybind11;
 
 namespace weightload {
+
+static void warn_of(DeviceLoader& loader) {
+  if (!loader.found_pageable()) return;
+  const char* const text =
+      "weightload could not page-lock host memory (ulimit -l, or the driver refused) and reads through pageable "
+      "memory: the same bytes, at a fraction of the speed";
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, text, 1) != 0) throw py::error_already_set();
+}
+
 namespace {
 
 using PyDeviceLoader = PyLoader<DeviceLoader, DeviceTensor, wrap_device_tensor>;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pipeline/checkpoint_file.h"
+#include "pipeline/host_loader.h"
 
 namespace weightload {
 
@@ -15,6 +16,9 @@ using FileList = std::vector<std::shared_ptr<CheckpointFile>>;
 
 // How long a wait lasts before Python's signal handlers get their turn: Ctrl-C is felt within this.
 inline constexpr std::chrono::milliseconds kSignalInterval{100};
+
+// Says, once a load, what its user should know. Found by argument type, an overload for each Loader.
+inline void warn_of(const HostLoader&) {}
 
 // Iterator of (name, tensor) over a Loader of the pipeline (HostLoader, DeviceLoader), whose items `wrap` makes Python
 // objects of. Threads may share it: each call has the loader to itself.
@@ -41,7 +45,10 @@ class PyLoader {
     }
     try {
       Item item;
-      if (take(item)) return pair(item);
+      if (take(item)) {
+        warn_of(*loader_);
+        return pair(item);
+      }
     } catch (...) {
       // As with a generator, an exception is the end.
       shut();

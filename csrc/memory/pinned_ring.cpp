@@ -59,7 +59,10 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
   }
   lock.lock();
   if (slot) {
-    if (!slot->pinned()) ++pageable_;
+    if (!slot->pinned()) {
+      ++pageable_;
+      any_pageable_ = true;
+    }
     idle_.push_back(std::move(slot));
   } else {
     --slots_;

@@ -67,6 +67,9 @@ class PinnedRing {
   };
   Stats stats() const;
 
+  // Whether slots are pageable. No lock.
+  bool pageable() const { return any_pageable_.load(std::memory_order_relaxed); }
+
  private:
   bool grow(std::unique_lock<std::mutex>& lock);  // makes one slot idle; unlocks meanwhile
   void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
@@ -84,6 +87,7 @@ class PinnedRing {
   bool waited_for_ = false;                          // a thread waits for the device on behalf of all
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
+  std::atomic<bool> any_pageable_{false};
   std::atomic<uint64_t> wait_ns_{0};
   const uint32_t fork_generation_;
   std::thread filler_;  // last: it uses everything above

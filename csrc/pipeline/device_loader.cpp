@@ -258,6 +258,11 @@ void DeviceLoader::close() noexcept {
   selected_.close();
 }
 
+bool DeviceLoader::found_pageable() {
+  if (pageable_found_ || !ring_->pageable()) return false;
+  return pageable_found_ = true;
+}
+
 DeviceLoadStats DeviceLoader::stats() const {
   DeviceLoadStats stats;
   stats.buffered_bytes = read_counts_.buffered_bytes;

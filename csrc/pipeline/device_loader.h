@@ -69,6 +69,9 @@ class DeviceLoader {
   size_t tensor_count() const { return selected_.size(); }
   DeviceLoadStats stats() const;
 
+  // True once, when page-locking has failed. The consumer's call.
+  bool found_pageable();
+
  private:
   void plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options);
   void open_readers(ReadMode mode);
@@ -99,6 +102,7 @@ class DeviceLoader {
 
   std::atomic<uint64_t> read_ns_{0}, copy_ns_{0}, allocate_ns_{0};
   size_t next_ = 0;
+  bool pageable_found_ = false;
   bool places_awaited_ = true;  // false while the caller's memory may be written
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};

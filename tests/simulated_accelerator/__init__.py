@@ -41,7 +41,7 @@ def _device_module(native: Any) -> types.ModuleType:
     """What torch looks for under ``torch.simulated``."""
     module = types.ModuleType("torch.simulated")
     members = {
-        "is_available": lambda: True,
+        "is_available": native.available,
         "is_initialized": lambda: True,
         "device_count": native.device_count,
         "current_device": native.current_device,

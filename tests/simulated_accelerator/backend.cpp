@@ -151,6 +151,7 @@ REGISTER_ALLOCATOR(c10::DeviceType::PrivateUse1, device_allocator());
 int current_device() { return device_now; }
 int64_t current_stream(int device) { return stream_now[device]; }
 void set_available(bool is) { available = is; }
+bool is_available() { return available; }
 
 DeviceChunk* chunk_of(const c10::DataPtr& data) {
   return data.get_deleter() == &free_device_context ? static_cast<DeviceChunk*>(data.get_context()) : nullptr;

@@ -9,6 +9,7 @@ c10::Allocator* device_allocator();  // on the current device and its current st
 int current_device();
 int64_t current_stream(int device);
 void set_available(bool available);
+bool is_available();
 
 // The chunk behind a pointer that device_allocator() made; null for others.
 DeviceChunk* chunk_of(const c10::DataPtr& data);

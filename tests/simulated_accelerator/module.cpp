@@ -8,7 +8,8 @@ PYBIND11_MODULE(simulated_accelerator, module) {
   using namespace simulated;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("set_available", &set_available);
-  module.def("device_count", [] { return kDevices; });
+  module.def("available", &is_available);
+  module.def("device_count", [] { return is_available() ? kDevices : 0; });
   module.def("current_device", &current_device);
   module.def("in_forked_child", &in_forked_child);
   module.def("seed_delays", &seed_delays, py::arg("seed"), py::arg("longest_us") = 300);

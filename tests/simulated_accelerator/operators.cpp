@@ -9,6 +9,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "backend.h"
 
 namespace simulated {
@@ -56,7 +58,14 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bo
   if (to_device && !from_device && !pinned) staged = source.clone();
   const View from(staged.defined() ? staged : source.expand_as(destination));
   const View to(destination);
-  queue.enqueue([from, to, staged] {
+  const bool plain = from.dtype == to.dtype && from.sizes == to.sizes && from.strides == to.strides &&
+                     destination.is_contiguous();
+  const size_t bytes = plain ? destination.nbytes() : 0;
+  queue.enqueue([from, to, staged, bytes] {
+    if (bytes > 0) {  // keeps bytes that are no value of the dtype, as bool's can be
+      std::memcpy(to.data, from.data, bytes);
+      return;
+    }
     const at::AutoDispatchBelowADInplaceOrView no_history;
     to.tensor().copy_(from.tensor());
   });

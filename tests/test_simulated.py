@@ -1,0 +1,239 @@
+"""The accelerator path on the simulated accelerator: right bytes, in the right place, whatever the order of things."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import SEED, evict, write_tensors
+
+import weightload
+from weightload import _C, settings
+from weightload.device_iterator import LoadStats
+from weightload.iterator import DeviceWeightIterator
+
+pytestmark = pytest.mark.simulated
+
+DEVICE = "simulated:0"
+SMALL = {"slot_bytes": 64 << 10, "pinned_bytes": 256 << 10, "device_block_bytes": 256 << 10, "threads": 4}
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().reshape(-1).view(torch.uint8)
+
+
+def assert_same(ours: dict[str, torch.Tensor], *paths: Path, device: str = DEVICE) -> None:
+    reference = {name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()}
+    assert set(ours) == set(reference)
+    for name, tensor in ours.items():
+        other = reference[name]
+        assert (tensor.dtype, tensor.shape, str(tensor.device)) == (other.dtype, other.shape, device), name
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 256 == 0
+        assert torch.equal(raw(tensor), raw(other)), name
+
+
+def load(*paths: Path, **options: Any) -> DeviceWeightIterator:
+    weights = weightload.safetensors_weights_iterator(list(paths), device=options.pop("device", DEVICE), **options)
+    assert isinstance(weights, DeviceWeightIterator)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files: odd sizes that need padding, hundreds of tiny tensors, and one far larger than a block."""
+    folder = tmp_path_factory.mktemp("mixed")
+    odd = [(f"odd.{i}", "U8", [i * i * 37 % 9001 + i % 3]) for i in range(90)]
+    tiny = [(f"tiny.{i}", "BF16", [i % 5, 3]) for i in range(700)]
+    large = [("first", "F32", [33]), ("large", "BF16", [1000, 1033]), ("last", "F64", [])]
+    return [
+        write_tensors(folder / "odd.safetensors", odd, pad_to=1, seed=1),
+        write_tensors(folder / "tiny.safetensors", tiny, seed=2),
+        write_tensors(folder / "large.safetensors", large, seed=3),
+    ]
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_every_dtype(simulated: Any, all_dtypes: Path, small: bool) -> None:
+    with settings.override(**SMALL) if small else settings.override():
+        assert_same(dict(load(all_dtypes)), all_dtypes)
+
+
+def test_the_real_checkpoint(simulated: Any, real_checkpoint: Path) -> None:
+    assert_same(dict(load(real_checkpoint)), real_checkpoint)
+    assert_same(weightload.load_file(real_checkpoint, DEVICE), real_checkpoint)
+    assert_same(weightload.load(real_checkpoint.read_bytes(), device=DEVICE), real_checkpoint)
+
+
+@pytest.mark.parametrize("read", ["auto", "buffered", "direct"])
+@pytest.mark.parametrize("cold", [True, False])
+def test_every_way_of_reading(simulated: Any, mixed: list[Path], read: str, cold: bool) -> None:
+    if cold:
+        evict(mixed)
+    else:
+        for path in mixed:
+            path.read_bytes()
+    with settings.override(read=read, **SMALL):
+        weights = load(*mixed)
+        assert_same(dict(weights), *mixed)
+    stats = weights.load_stats()
+    assert stats.buffered_bytes + stats.direct_bytes == weights.total_bytes
+    if read == "buffered" or (read == "auto" and not cold):
+        assert stats.direct_bytes == 0
+    if read == "direct" and on_a_local_disk(mixed[0]):
+        assert stats.buffered_bytes == 0
+
+
+def on_a_local_disk(path: Path) -> bool:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True).stdout.strip()
+    return kind in ("ext2/ext3", "xfs", "btrfs", "f2fs")
+
+
+def test_what_is_cold_is_read_directly_and_stays_cold(simulated: Any, tmp_path: Path) -> None:
+    """Larger than any readahead that reading the header may start."""
+    path = write_tensors(tmp_path / "cold.safetensors", [(f"{i}", "F32", [1_000_003]) for i in range(12)])
+    if not on_a_local_disk(path):
+        pytest.skip("not on a local disk")
+    evict([path])
+    with settings.override(slot_bytes=1 << 20):
+        weights = load(path)
+        got = dict(weights)
+    stats = weights.load_stats()
+    assert stats.direct_bytes > path.stat().st_size // 2
+    cached = _C.resident_bytes(os.fsencode(path))
+    assert cached is not None
+    assert cached < path.stat().st_size // 2
+    assert_same(got, path)
+    assert load_stats_of(path).direct_bytes == 0  # the comparison has read it: warm by now
+
+
+def load_stats_of(path: Path) -> LoadStats:
+    weights = load(path)
+    dict(weights)
+    return weights.load_stats()
+
+
+def test_files_in_memory_are_not_read_directly(simulated: Any) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = write_tensors(Path(folder) / "tmpfs.safetensors", [("a", "F32", [300_000]), ("b", "U8", [7])])
+        assert load_stats_of(path).direct_bytes == 0
+        for read in ("auto", "direct"):  # whether tmpfs takes O_DIRECT depends on the kernel
+            with settings.override(read=read):
+                assert_same(dict(load(path)), path)
+
+
+@pytest.mark.parametrize("slot_bytes", [4096, 8192, 16384, 1 << 20])
+@pytest.mark.parametrize("block_bytes", [4096, 100_000, 1 << 30])
+def test_any_cutting_gives_the_same_bytes(simulated: Any, mixed: list[Path], slot_bytes: int, block_bytes: int) -> None:
+    sizes = {"slot_bytes": slot_bytes, "pinned_bytes": slot_bytes * 3, "device_block_bytes": block_bytes}
+    with settings.override(threads=3, **sizes):
+        assert_same(dict(load(*mixed)), *mixed)
+
+
+def test_files_and_tensors_come_in_order(simulated: Any, mixed: list[Path]) -> None:
+    with settings.override(**SMALL):
+        names = [name for name, _ in load(*mixed)]
+    files = [[name for name in safetensors.safe_open(path, "pt").offset_keys()] for path in mixed]
+    assert names == [name for file in files for name in file]
+
+
+def test_selected_names_are_all_that_is_read(simulated: Any, mixed: list[Path]) -> None:
+    wanted = {f"odd.{i}" for i in range(0, 90, 3)} | {"large"}
+    with settings.override(**SMALL):
+        weights = load(*mixed, names=wanted)
+        got = dict(weights)
+        reference = {k: v for path in mixed for k, v in safetensors.torch.load_file(path).items() if k in wanted}
+        assert set(got) == wanted
+        for name, tensor in got.items():
+            assert torch.equal(raw(tensor), raw(reference[name])), name
+    stats = weights.load_stats()
+    assert stats.buffered_bytes + stats.direct_bytes == sum(tensor.nbytes for tensor in reference.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("simulated:1", "simulated:1"),
+        ("simulated", "simulated:0"),
+        (lambda: torch.device("simulated", 1), "simulated:1"),
+        (1, "simulated:1"),
+    ],
+)
+def test_devices_are_named_in_every_way(simulated: Any, all_dtypes: Path, device: Any, expected: str) -> None:
+    device = device() if callable(device) else device
+    assert_same(dict(load(all_dtypes, device=device)), all_dtypes, device=expected)
+    assert_same(weightload.load_file(all_dtypes, device), all_dtypes, device=expected)
+
+
+def test_the_default_device_is_that_of_the_local_rank(
+    simulated: Any, all_dtypes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, expected in (("1", "simulated:1"), ("0", "simulated:0"), ("7", "simulated:0")):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        assert_same(dict(load(all_dtypes, device=None)), all_dtypes, device=expected)
+    monkeypatch.delenv("LOCAL_RANK")
+    torch.accelerator.set_device_index(1)
+    try:
+        assert_same(dict(load(all_dtypes, device=None)), all_dtypes, device="simulated:1")
+    finally:
+        torch.accelerator.set_device_index(0)
+
+
+def test_devices_that_are_not_there_are_refused(simulated: Any, all_dtypes: Path) -> None:
+    for device in ("simulated:2", "cuda:0", "meta", 5):
+        with pytest.raises(ValueError, match="cannot load to|sees 2"):
+            load(all_dtypes, device=device)
+        with pytest.raises(ValueError, match="cannot load to|sees 2"):
+            weightload.load_file(all_dtypes, device)
+    simulated.set_available(False)
+    for device in (DEVICE, 0):
+        with pytest.raises(ValueError, match="no accelerator"):
+            weightload.load_file(all_dtypes, device)
+
+
+def test_to_cpu_wins_over_the_default_device(simulated: Any, all_dtypes: Path) -> None:
+    assert next(weightload.safetensors_weights_iterator([all_dtypes], to_cpu=True))[1].device.type == "cpu"
+    with pytest.raises(ValueError, match="contradicts"):
+        weightload.safetensors_weights_iterator([all_dtypes], to_cpu=True, device=DEVICE)
+
+
+def test_a_progress_bar_counts_every_byte(
+    simulated: Any, mixed: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = weightload.safetensors_weights_iterator(mixed, device=DEVICE, show_progress=True)
+    assert_same(dict(weights), *mixed)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_tensors_of_a_block_share_its_storage(simulated: Any, mixed: list[Path]) -> None:
+    """The storage is the allocator's own: record_stream, which goes by storage, must know the memory."""
+    got = dict(load(mixed[1]))
+    filled = [tensor for tensor in got.values() if tensor.numel()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in filled}) == 1
+    stream = torch.Stream(device=DEVICE)
+    filled[0].record_stream(stream)
+
+
+def test_tensors_are_ordinary_leaves(simulated: Any, all_dtypes: Path) -> None:
+    with torch.inference_mode():
+        assert all(tensor.is_inference() for tensor in dict(load(all_dtypes)).values())
+    for _, tensor in load(all_dtypes):
+        assert tensor.is_leaf
+        assert not tensor.requires_grad
+        assert not tensor.is_inference()
+        assert tensor._version == 0
+
+
+@pytest.mark.parametrize("offset", range(6))
+def test_many_seeds(simulated: Any, mixed: list[Path], offset: int) -> None:
+    """The whole of it under other delays each time; `make stress` runs thousands."""
+    for seed in range(SEED + offset * 5, SEED + offset * 5 + 5):
+        simulated.seed_delays(seed, longest_us=2000)
+        with settings.override(**SMALL):
+            assert_same(dict(load(*mixed)), *mixed)

@@ -1,0 +1,118 @@
+"""The iterator over an accelerator's memory, behind safetensors_weights_iterator, load_file, load and load_into."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weightload import _C, settings
+from weightload.selection import Names, close_at_exit, select
+
+KIB = 1 << 10
+
+
+class DeviceWeightIterator(_C.DeviceLoader):
+    """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
+
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number. ``places`` has memory on the device
+    for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them, and they are complete,
+    for the stream that is current then, when it ends.
+    """
+
+    def __init__(
+        self,
+        target: _C.DeviceTarget,
+        files: list[_C.CheckpointFile],
+        names: Names | None,
+        places: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        now = settings.current()
+        try:
+            super().__init__(
+                target,
+                files,
+                [select(file, names) for file in files],
+                list(places),
+                threads=now.thread_count(),
+                block_bytes=now.device_block_bytes,
+                read=getattr(_C.ReadMode, now.read),
+            )
+        finally:
+            # The core holds them now; an exception's traceback would keep them open through this frame.
+            files.clear()
+        close_at_exit(self)
+
+    def __enter__(self) -> DeviceWeightIterator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def load_stats(self) -> LoadStats:
+        """What the load has done so far."""
+        return LoadStats(**self.stats())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadStats:
+    """What the threads of a load to an accelerator did. Seconds are of all threads together."""
+
+    buffered_bytes: int
+    """Bytes read through the page cache."""
+    direct_bytes: int
+    """Bytes read past the page cache (O_DIRECT)."""
+    slots: int
+    """Slots of the ring that were made."""
+    pageable_slots: int
+    """Of these, slots that could not be page-locked."""
+    slots_filled: int
+    """Slots' worth of reads that the plan has."""
+    copies: int
+    """Host-to-device copies that the plan has."""
+    blocks: int
+    """Allocations on the device that the plan has."""
+    block_bytes: int
+    """Their bytes: the tensors', and padding."""
+    read_s: float
+    """Reading into slots."""
+    copy_s: float
+    """Queueing copies (not the copies themselves)."""
+    allocate_s: float
+    """Allocating blocks."""
+    ring_wait_s: float
+    """Waiting until the device gave a slot back: what remains when reading is faster than copying."""
+
+
+def make_target(device: torch.device, most_bytes: int) -> _C.DeviceTarget:
+    """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now."""
+    now = settings.current()
+    # Also does what torch does lazily on the first use of a device.
+    torch.empty(0, device=device)
+    slot_bytes = now.slot_bytes
+    # A small load needs no large slot.
+    while slot_bytes > 64 * KIB and slot_bytes // 2 >= most_bytes:
+        slot_bytes //= 2
+    slots = min(now.pinned_bytes // now.slot_bytes, most_bytes // slot_bytes + 1)
+    return _C.DeviceTarget(str(device), slots, slot_bytes)
+
+
+def load_to_device(
+    device: torch.device,
+    paths: Sequence[str | os.PathLike[str]],
+    open_them: Callable[[], list[_C.CheckpointFile]],
+    names: Names | None,
+) -> DeviceWeightIterator:
+    """Start a load: slots are page-locked while the headers are opened."""
+    target = make_target(device, sum(map(file_bytes, paths)))
+    return DeviceWeightIterator(target, open_them(), names)
+
+
+def file_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file; 0 for what cannot be asked, which opening it will say better."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,63 @@
+"""Which device a load goes to."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from weightload.errors import WeightLoadError
+
+Device = torch.device | str | int
+
+
+def accelerator() -> torch.device | None:
+    """The kind of accelerator of this process, without an index; None where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process, or the CPU where there is none.
+
+    Under a launcher that is the one with the number ``LOCAL_RANK``; where the launcher shows each process its own
+    accelerator only, or there is no launcher, the current one.
+    """
+    kind = accelerator()
+    if kind is None:
+        return torch.device("cpu")
+    number = os.environ.get("LOCAL_RANK", "")
+    if number.isdigit() and int(number) < torch.accelerator.device_count():
+        return torch.device(kind.type, int(number))
+    return torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def resolve(device: Device | None) -> torch.device:
+    """The CPU, or an accelerator with its index: ``device``, or ``default_device()`` for None.
+
+    Raises:
+        ValueError: a device that is neither the CPU nor an accelerator that this torch can use.
+        WeightLoadError: a process that was forked after its parent had used the accelerator.
+    """
+    if device is None:
+        target = default_device()
+    elif isinstance(device, int):
+        kind = accelerator()
+        if kind is None:
+            raise ValueError(f"device={device}: torch has no accelerator here")
+        target = torch.device(kind.type, device)
+    else:
+        target = torch.device(device)
+    if target.type == "cpu":
+        return torch.device("cpu")
+    kind = accelerator()
+    if kind is None or kind.type != target.type:
+        raise ValueError(f"cannot load to {target}: torch has {f'{kind.type!r}' if kind else 'no accelerator'} here")
+    index = torch.accelerator.current_device_index() if target.index is None else target.index
+    if not 0 <= index < torch.accelerator.device_count():
+        raise ValueError(f"cannot load to {target}: torch sees {torch.accelerator.device_count()} devices")
+    if getattr(torch.get_device_module(target), "_is_in_bad_fork", bool)():
+        raise WeightLoadError(
+            f"cannot load to {target} in a forked child of a process that uses it: "
+            "start processes by the 'spawn' or 'forkserver' method"
+        )
+    return torch.device(target.type, index)

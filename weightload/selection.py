@@ -1,0 +1,42 @@
+"""What every iterator does before and after: opening files, picking tensors, closing at the interpreter's exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from collections.abc import Callable, Collection, Sequence
+
+from weightload import _C, settings
+
+Path = str | os.PathLike[str]
+Names = Collection[str] | Callable[[str], bool]
+
+
+def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
+    """Open checkpoint files and validate their headers, in parallel."""
+    return _C.open_files([os.fsencode(path) for path in paths], settings.current().thread_count())
+
+
+def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
+    """Numbers of the file's tensors that ``names`` (a collection or a predicate; None for all) picks."""
+    if names is None:
+        return list(range(len(file)))
+    if isinstance(names, str):
+        raise TypeError("names must be a collection of tensor names or a predicate, not one string")
+    picked = names if callable(names) else set(names).__contains__
+    return [number for number, name in enumerate(file.names()) if picked(name)]
+
+
+_live: weakref.WeakSet[_C.HostLoader | _C.DeviceLoader] = weakref.WeakSet()
+
+
+def close_at_exit(weights: _C.HostLoader | _C.DeviceLoader) -> None:
+    """Join the threads of a load that nobody finishes before the interpreter goes away under them."""
+    _live.add(weights)
+
+
+@atexit.register
+def _close_all() -> None:
+    for weights in list(_live):
+        weights.close()
