@@ -139,6 +139,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files: odd sizes that need padding, hundreds of tiny tensors, and one far larger than a block."""
+    folder = tmp_path_factory.mktemp("mixed")
+    odd = [(f"odd.{i}", "U8", [i * i * 37 % 9001 + i % 3]) for i in range(90)]
+    tiny = [(f"tiny.{i}", "BF16", [i % 5, 3]) for i in range(700)]
+    large = [("first", "F32", [33]), ("large", "BF16", [1000, 1033]), ("last", "F64", [])]
+    return [
+        write_tensors(folder / "odd.safetensors", odd, pad_to=1, seed=1),
+        write_tensors(folder / "tiny.safetensors", tiny, seed=2),
+        write_tensors(folder / "large.safetensors", large, seed=3),
+    ]
+
+
 SEED = int(os.environ.get("WEIGHTLOAD_SIMULATED_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
 
 

@@ -12,52 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SEED, evict, write_tensors
+from simulated_support import DEVICE, SMALL, assert_same, load, load_stats_of, raw, reference_of
 
 import weightload
 from weightload import _C, settings
-from weightload.device_iterator import LoadStats
-from weightload.iterator import DeviceWeightIterator
 
 pytestmark = pytest.mark.simulated
-
-DEVICE = "simulated:0"
-SMALL = {"slot_bytes": 64 << 10, "pinned_bytes": 256 << 10, "device_block_bytes": 256 << 10, "threads": 4}
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().reshape(-1).view(torch.uint8)
-
-
-def assert_same(ours: dict[str, torch.Tensor], *paths: Path, device: str = DEVICE) -> None:
-    reference = {name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()}
-    assert set(ours) == set(reference)
-    for name, tensor in ours.items():
-        other = reference[name]
-        assert (tensor.dtype, tensor.shape, str(tensor.device)) == (other.dtype, other.shape, device), name
-        assert tensor.is_contiguous()
-        assert tensor.data_ptr() % 256 == 0
-        assert torch.equal(raw(tensor), raw(other)), name
-
-
-def load(*paths: Path, **options: Any) -> DeviceWeightIterator:
-    weights = weightload.safetensors_weights_iterator(list(paths), device=options.pop("device", DEVICE), **options)
-    assert isinstance(weights, DeviceWeightIterator)
-    return weights
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three files: odd sizes that need padding, hundreds of tiny tensors, and one far larger than a block."""
-    folder = tmp_path_factory.mktemp("mixed")
-    odd = [(f"odd.{i}", "U8", [i * i * 37 % 9001 + i % 3]) for i in range(90)]
-    tiny = [(f"tiny.{i}", "BF16", [i % 5, 3]) for i in range(700)]
-    large = [("first", "F32", [33]), ("large", "BF16", [1000, 1033]), ("last", "F64", [])]
-    return [
-        write_tensors(folder / "odd.safetensors", odd, pad_to=1, seed=1),
-        write_tensors(folder / "tiny.safetensors", tiny, seed=2),
-        write_tensors(folder / "large.safetensors", large, seed=3),
-    ]
-
 
 @pytest.mark.parametrize("small", [False, True])
 def test_every_dtype(simulated: Any, all_dtypes: Path, small: bool) -> None:
@@ -113,12 +73,6 @@ def test_what_is_cold_is_read_directly_and_stays_cold(simulated: Any, tmp_path: 
     assert load_stats_of(path).direct_bytes == 0  # the comparison has read it: warm by now
 
 
-def load_stats_of(path: Path) -> LoadStats:
-    weights = load(path)
-    dict(weights)
-    return weights.load_stats()
-
-
 def test_files_in_memory_are_not_read_directly(simulated: Any) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = write_tensors(Path(folder) / "tmpfs.safetensors", [("a", "F32", [300_000]), ("b", "U8", [7])])
@@ -148,7 +102,7 @@ def test_selected_names_are_all_that_is_read(simulated: Any, mixed: list[Path]) 
     with settings.override(**SMALL):
         weights = load(*mixed, names=wanted)
         got = dict(weights)
-        reference = {k: v for path in mixed for k, v in safetensors.torch.load_file(path).items() if k in wanted}
+        reference = {name: tensor for name, tensor in reference_of(*mixed).items() if name in wanted}
         assert set(got) == wanted
         for name, tensor in got.items():
             assert torch.equal(raw(tensor), raw(reference[name])), name

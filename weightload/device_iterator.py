@@ -11,7 +11,7 @@ import torch
 from weightload import _C, settings
 from weightload.selection import Names, close_at_exit, select
 
-KIB = 1 << 10
+LEAST_SLOT = 256 << 10  # bytes; below, a read costs more in calls than in copying
 
 
 class DeviceWeightIterator(_C.DeviceLoader):
@@ -86,16 +86,16 @@ class LoadStats:
     """Waiting until the device gave a slot back: what remains when reading is faster than copying."""
 
 
-def make_target(device: torch.device, most_bytes: int) -> _C.DeviceTarget:
+def make_target(device: torch.device, most_bytes: int, files: int = 1) -> _C.DeviceTarget:
     """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now."""
     now = settings.current()
     # Also does what torch does lazily on the first use of a device.
     torch.empty(0, device=device)
     slot_bytes = now.slot_bytes
-    # A small load needs no large slot.
-    while slot_bytes > 64 * KIB and slot_bytes // 2 >= most_bytes:
+    # A small load is cut as finely as keeps all threads busy.
+    while slot_bytes > LEAST_SLOT and slot_bytes % 8192 == 0 and most_bytes < 2 * now.thread_count() * slot_bytes:
         slot_bytes //= 2
-    slots = min(now.pinned_bytes // now.slot_bytes, most_bytes // slot_bytes + 1)
+    slots = min(now.pinned_bytes // slot_bytes, most_bytes // slot_bytes + files)
     return _C.DeviceTarget(str(device), slots, slot_bytes)
 
 
@@ -106,7 +106,7 @@ def load_to_device(
     names: Names | None,
 ) -> DeviceWeightIterator:
     """Start a load: slots are page-locked while the headers are opened."""
-    target = make_target(device, sum(map(file_bytes, paths)))
+    target = make_target(device, sum(map(file_bytes, paths)), len(paths))
     return DeviceWeightIterator(target, open_them(), names)
 
 

@@ -127,8 +127,8 @@ void free_device(DeviceChunk* chunk) {
   Arena& to = arenas[chunk->device];
   std::vector<MomentRef> pending;
   for (int64_t use : chunk->uses) pending.push_back(stream(chunk->device, use).mark());
-  for (const MomentRef& moment : pending) stream(chunk->device, chunk->owner).wait_for(moment);
-  poison(chunk->device, chunk->owner, chunk->offset, chunk->size, kFreed);
+  // With uses, the memory is nobody's until they have passed; it is poisoned when it is handed out again.
+  if (pending.empty()) poison(chunk->device, chunk->owner, chunk->offset, chunk->size, kFreed);
   to.live -= chunk->size;
   to.free.push_back({chunk->offset, chunk->size, chunk->owner, std::move(pending)});
   delete chunk;

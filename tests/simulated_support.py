@@ -1,0 +1,67 @@
+"""What the tests on the simulated accelerator share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import weightload
+from weightload.device_iterator import LoadStats
+from weightload.iterator import DeviceWeightIterator
+
+DEVICE = "simulated:0"
+# Small enough that slots and blocks are reused many times by a checkpoint of a few megabytes.
+SMALL: dict[str, Any] = {
+    "slot_bytes": 64 << 10,
+    "pinned_bytes": 256 << 10,
+    "device_block_bytes": 256 << 10,
+    "threads": 4,
+}
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, on the CPU."""
+    return tensor.cpu().reshape(-1).view(torch.uint8)
+
+
+def reference_of(*paths: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()}
+
+
+def assert_same(ours: dict[str, torch.Tensor], *paths: Path, device: str = DEVICE) -> None:
+    reference = reference_of(*paths)
+    assert set(ours) == set(reference)
+    for name, tensor in ours.items():
+        other = reference[name]
+        assert (tensor.dtype, tensor.shape, str(tensor.device)) == (other.dtype, other.shape, device), name
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 256 == 0
+        assert torch.equal(raw(tensor), raw(other)), name
+
+
+def load(*paths: Path, **options: Any) -> DeviceWeightIterator:
+    weights = weightload.safetensors_weights_iterator(list(paths), device=options.pop("device", DEVICE), **options)
+    assert isinstance(weights, DeviceWeightIterator)
+    return weights
+
+
+def load_stats_of(path: Path) -> LoadStats:
+    weights = load(path)
+    dict(weights)
+    return weights.load_stats()
+
+
+@contextmanager
+def current_stream(stream: torch.Stream) -> Iterator[None]:
+    """Make the stream the current one of its device."""
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
