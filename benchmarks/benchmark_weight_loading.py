@@ -40,7 +40,7 @@ from report import print_table, save_plot
 from safetensors import safe_open
 
 import weightload
-from weightload.iterator import open_files
+from weightload.selection import open_files
 from weightload.settings import current
 
 Weights = Iterator[tuple[str, torch.Tensor]]

@@ -23,7 +23,7 @@ from machine import describe
 from safetensors import safe_open
 
 import weightload
-from weightload.iterator import open_files
+from weightload.selection import open_files
 
 
 def import_milliseconds(module: str) -> float:

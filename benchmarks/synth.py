@@ -3,7 +3,7 @@
     python benchmarks/synth.py OUT --model llama-3-8b --layers 4
 
 Random bytes, never zeros: zeros can be compressed or left out by file systems and virtual disks, and then measure
-nothing. The size is scaled by the number of layers; every tensor keeps its real shape.
+nothing. The size is scaled by the number of layers; every tensor keeps its real shape. Shards are written side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +48,18 @@ def write_checkpoint(folder: Path, architecture: Architecture, layers: int, shar
     if done.exists() and done.read_text() == recipe:
         return total
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
     weight_map: dict[str, str] = {}
     parts = _split(entries, shards)
-    for number, part in enumerate(parts, 1):
-        name = f"{architecture.file_stem}-{number:05d}-of-{len(parts):05d}.safetensors"
-        if len(parts) == 1:
-            name = f"{architecture.file_stem}.safetensors"
-        _write_file(folder / name, part, random)
-        weight_map.update({entry[0]: name for entry in part})
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        writing = []
+        for number, part in enumerate(parts, 1):
+            name = f"{architecture.file_stem}-{number:05d}-of-{len(parts):05d}.safetensors"
+            if len(parts) == 1:
+                name = f"{architecture.file_stem}.safetensors"
+            writing.append(pool.submit(_write_file, folder / name, part, np.random.SFC64([seed, number])))
+            weight_map.update({entry[0]: name for entry in part})
+        for file in writing:
+            file.result()
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{architecture.file_stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -74,7 +79,7 @@ def _split(entries: list[Entry], shards: int) -> list[list[Entry]]:
     return [part for part in parts if part]
 
 
-def _write_file(path: Path, entries: list[Entry], random: np.random.Generator) -> None:
+def _write_file(path: Path, entries: list[Entry], random: np.random.SFC64) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in entries:
@@ -87,7 +92,8 @@ def _write_file(path: Path, entries: list[Entry], random: np.random.Generator) -
         file.write(struct.pack("<Q", len(text)) + text)
         while offset > 0:
             piece = min(PIECE, offset)
-            file.write(random.bytes(piece))
+            # Raw words, twenty times as fast as Generator.bytes; neither they nor the writing hold the GIL.
+            file.write(random.random_raw(-(-piece // 8)).data.cast("B")[:piece])
             offset -= piece
 
 

@@ -19,6 +19,7 @@ from weightload import _C, settings
 
 pytestmark = pytest.mark.simulated
 
+
 @pytest.mark.parametrize("small", [False, True])
 def test_every_dtype(simulated: Any, all_dtypes: Path, small: bool) -> None:
     with settings.override(**SMALL) if small else settings.override():
@@ -93,7 +94,7 @@ def test_any_cutting_gives_the_same_bytes(simulated: Any, mixed: list[Path], slo
 def test_files_and_tensors_come_in_order(simulated: Any, mixed: list[Path]) -> None:
     with settings.override(**SMALL):
         names = [name for name, _ in load(*mixed)]
-    files = [[name for name in safetensors.safe_open(path, "pt").offset_keys()] for path in mixed]
+    files = [list(safetensors.safe_open(path, "pt").offset_keys()) for path in mixed]
     assert names == [name for file in files for name in file]
 
 
@@ -141,9 +142,9 @@ def test_the_default_device_is_that_of_the_local_rank(
 
 def test_devices_that_are_not_there_are_refused(simulated: Any, all_dtypes: Path) -> None:
     for device in ("simulated:2", "cuda:0", "meta", 5):
-        with pytest.raises(ValueError, match="cannot load to|sees 2"):
+        with pytest.raises(ValueError, match=r"cannot load to|sees 2"):
             load(all_dtypes, device=device)
-        with pytest.raises(ValueError, match="cannot load to|sees 2"):
+        with pytest.raises(ValueError, match=r"cannot load to|sees 2"):
             weightload.load_file(all_dtypes, device)
     simulated.set_available(False)
     for device in (DEVICE, 0):

@@ -1,4 +1,4 @@
-"""What must happen before what, on an accelerator whose streams are late and out of step: see design, "three orders"."""
+"""What must happen before what on an accelerator, whose streams here are late and out of step (device/device.h)."""
 
 from __future__ import annotations
 

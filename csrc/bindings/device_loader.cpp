@@ -30,7 +30,7 @@ using PyDeviceLoader = PyLoader<DeviceLoader, DeviceTensor, wrap_device_tensor>;
 struct DeviceTarget {
   DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes) : slot_bytes(slot_bytes) {
     device = make_accelerator(c10::Device(name));
-    ring = std::make_shared<PinnedRing>(
+    ring = PinnedRing::make(
         slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
   }
 

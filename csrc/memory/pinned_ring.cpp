@@ -21,16 +21,13 @@ PinnedRing::PinnedRing(size_t slots, Allocate allocate)
   }
 }
 
-PinnedRing::~PinnedRing() {
-  if (fork_generation_ != fork_generation()) {
-    // The thread is in the parent only, and so is the driver that could free the slots. The mutex may be held for ever.
-    new std::thread(std::move(filler_));
-    for (auto& slot : idle_) static_cast<void>(slot.release());
-    for (auto& slot : in_flight_) static_cast<void>(slot.release());
-    return;
-  }
-  close();
+std::shared_ptr<PinnedRing> PinnedRing::make(size_t slots, Allocate allocate) {
+  return {new PinnedRing(slots, std::move(allocate)), [](PinnedRing* ring) {
+            if (ring->fork_generation_ == fork_generation()) delete ring;
+          }};
 }
+
+PinnedRing::~PinnedRing() { close(); }
 
 void PinnedRing::close() noexcept {
   stop();

@@ -24,8 +24,10 @@ class PinnedRing {
   // Makes a slot; null or a std::exception when there is no memory of that kind. Called from several threads.
   using Allocate = std::function<std::unique_ptr<HostSlot>(bool pinned)>;
 
-  PinnedRing(size_t slots, Allocate allocate);
-  ~PinnedRing();  // closes; lets go of nothing in a forked child
+  // Shared, because in a child forked meanwhile the ring can only be forgotten: its thread and the device's driver are
+  // in the parent, its mutex may be held, and destroying a condition variable waits for those who wait on it.
+  static std::shared_ptr<PinnedRing> make(size_t slots, Allocate allocate);
+  ~PinnedRing();  // closes
 
   PinnedRing(const PinnedRing&) = delete;
   PinnedRing& operator=(const PinnedRing&) = delete;
@@ -71,6 +73,7 @@ class PinnedRing {
   bool pageable() const { return any_pageable_.load(std::memory_order_relaxed); }
 
  private:
+  PinnedRing(size_t slots, Allocate allocate);
   bool grow(std::unique_lock<std::mutex>& lock);  // makes one slot idle; unlocks meanwhile
   void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
   void fill();

@@ -27,7 +27,7 @@ struct Load {
   explicit Load(const std::vector<std::string>& paths, DeviceLoaderOptions options = small(), size_t slots = 4,
                 std::vector<DeviceBlockRef> places = {})
       : files(CheckpointFile::open_all(paths, 2)) {
-    ring = std::make_shared<PinnedRing>(
+    ring = PinnedRing::make(
         slots, [device = device, options](bool pinned) { return device->allocate_slot(options.slot_bytes, pinned); });
     loader = std::make_unique<DeviceLoader>(device, ring, files, everything(files), std::move(places), options);
   }
@@ -103,8 +103,8 @@ TEST(pageable_slots_carry_the_same_bytes) {
   Load load({});
   load.device->pinned_left = 0;
   load.files = CheckpointFile::open_all(files, 1);
-  load.ring = std::make_shared<PinnedRing>(
-      3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
+  load.ring =
+      PinnedRing::make(3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
   load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
                                                std::vector<DeviceBlockRef>{}, Load::small());
   CHECK(load.drain() == 309);
@@ -210,8 +210,8 @@ TEST(device_memory_that_runs_out_names_the_tensor) {
   for (int blocks : {0, 1, 3}) {
     load.device->blocks_left = blocks;
     load.files = CheckpointFile::open_all(checkpoint.paths(), 1);
-    load.ring = std::make_shared<PinnedRing>(
-        3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
+    load.ring =
+        PinnedRing::make(3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
     load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
                                                  std::vector<DeviceBlockRef>{}, Load::small());
     CHECK_THROWS(load.drain(), Error, error.kind == ErrorKind::device_memory && !error.context.tensor.empty());

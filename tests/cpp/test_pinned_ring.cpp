@@ -23,22 +23,22 @@ PinnedRing::Allocate from(FakeDevice& device) {
 TEST(slots_are_made_ahead_and_no_more_than_asked_for) {
   FakeDevice device;
   {
-    PinnedRing ring(3, from(device));
+    const auto ring = PinnedRing::make(3, from(device));
     std::vector<PinnedRing::Lease> leases;
-    for (int i = 0; i < 3; ++i) leases.push_back(ring.acquire());
+    for (int i = 0; i < 3; ++i) leases.push_back(ring->acquire());
     CHECK(device.slots_alive == 3);
-    CHECK(ring.stats().slots == 3);
+    CHECK(ring->stats().slots == 3);
   }
   CHECK(device.slots_alive == 0);
 }
 
 TEST(an_exhausted_ring_waits_for_a_lease_to_come_back) {
   FakeDevice device;
-  PinnedRing ring(1, from(device));
-  auto lease = std::make_unique<PinnedRing::Lease>(ring.acquire());
+  const auto ring = PinnedRing::make(1, from(device));
+  auto lease = std::make_unique<PinnedRing::Lease>(ring->acquire());
   std::atomic<bool> got{false};
   std::thread other([&] {
-    PinnedRing::Lease second = ring.acquire();
+    PinnedRing::Lease second = ring->acquire();
     got = true;
   });
   CHECK(!got);
@@ -49,10 +49,10 @@ TEST(an_exhausted_ring_waits_for_a_lease_to_come_back) {
 
 TEST(a_slot_in_flight_comes_back_when_its_copies_are_done) {
   FakeDevice device;
-  PinnedRing ring(2, from(device));
+  const auto ring = PinnedRing::make(2, from(device));
   FakeDevice::Block block(4096);
   for (int i = 0; i < 500; ++i) {
-    PinnedRing::Lease lease = ring.acquire();
+    PinnedRing::Lease lease = ring->acquire();
     std::memset(lease->data(), i, 4096);
     device.copy(*lease, 0, block, 0, 4096);
     device.mark_slot(*lease);
@@ -65,60 +65,60 @@ TEST(a_slot_in_flight_comes_back_when_its_copies_are_done) {
 TEST(when_page_locking_fails_the_ring_stays_small) {
   FakeDevice device;
   device.pinned_left = 2;
-  PinnedRing ring(10, from(device));
-  PinnedRing::Lease first = ring.acquire();
-  PinnedRing::Lease second = ring.acquire();
+  const auto ring = PinnedRing::make(10, from(device));
+  PinnedRing::Lease first = ring->acquire();
+  PinnedRing::Lease second = ring->acquire();
   CHECK(first->pinned() && second->pinned());
-  CHECK(ring.stats().slots == 2 && ring.stats().pageable_slots == 0);
+  CHECK(ring->stats().slots == 2 && ring->stats().pageable_slots == 0);
 }
 
 TEST(without_any_page_locked_memory_it_is_pageable) {
   FakeDevice device;
   device.pinned_left = 0;
-  PinnedRing ring(4, from(device));
+  const auto ring = PinnedRing::make(4, from(device));
   std::vector<PinnedRing::Lease> leases;
-  for (int i = 0; i < 4; ++i) leases.push_back(ring.acquire());
+  for (int i = 0; i < 4; ++i) leases.push_back(ring->acquire());
   CHECK(!leases[0]->pinned());
-  CHECK(ring.stats().pageable_slots == 4);
+  CHECK(ring->stats().pageable_slots == 4);
 }
 
 TEST(without_any_memory_it_is_an_error) {
   FakeDevice device;
   device.pinned_left = 0;
   device.no_pageable = true;
-  PinnedRing ring(4, from(device));
-  CHECK_THROWS(ring.acquire(), Error, error.kind == ErrorKind::memory);
+  const auto ring = PinnedRing::make(4, from(device));
+  CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::memory);
 }
 
 TEST(allocators_may_throw) {
   FakeDevice device;
-  PinnedRing ring(4, [&](bool pinned) -> std::unique_ptr<HostSlot> {
+  const auto ring = PinnedRing::make(4, [&](bool pinned) -> std::unique_ptr<HostSlot> {
     if (pinned) throw std::runtime_error("cannot lock");
     return device.allocate_slot(4096, false);
   });
-  CHECK(!ring.acquire()->pinned());
+  CHECK(!ring->acquire()->pinned());
 }
 
 TEST(stop_wakes_those_who_wait) {
   FakeDevice device;
-  PinnedRing ring(1, from(device));
-  PinnedRing::Lease lease = ring.acquire();
+  const auto ring = PinnedRing::make(1, from(device));
+  PinnedRing::Lease lease = ring->acquire();
   std::vector<std::thread> waiting;
   std::atomic<int> woken{0};
   for (int i = 0; i < 4; ++i) {
     waiting.emplace_back([&] {
-      CHECK_THROWS(ring.acquire(), Error, error.kind == ErrorKind::usage);
+      CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::usage);
       ++woken;
     });
   }
-  ring.stop();
+  ring->stop();
   for (std::thread& thread : waiting) thread.join();
   CHECK(woken == 4);
 }
 
 TEST(many_threads_never_share_a_slot) {
   FakeDevice device;
-  PinnedRing ring(3, from(device));
+  const auto ring = PinnedRing::make(3, from(device));
   constexpr int kThreads = 6, kRounds = 400;
   std::vector<std::unique_ptr<FakeDevice::Block>> blocks;
   for (int i = 0; i < kThreads; ++i) blocks.push_back(std::make_unique<FakeDevice::Block>(4096 * 4));
@@ -126,7 +126,7 @@ TEST(many_threads_never_share_a_slot) {
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       for (int round = 0; round < kRounds; ++round) {
-        PinnedRing::Lease lease = ring.acquire();
+        PinnedRing::Lease lease = ring->acquire();
         std::memset(lease->data(), t * 31 + round, 4096);
         if (round % 7 == 0) continue;  // back as idle
         device.copy(*lease, 0, *blocks[t], 4096 * (round % 4), 4096);
@@ -148,15 +148,15 @@ TEST(many_threads_never_share_a_slot) {
 
 TEST(a_forked_child_lets_go_of_nothing) {
   FakeDevice device;
-  auto* ring = new PinnedRing(2, from(device));
+  auto ring = PinnedRing::make(2, from(device));
   PinnedRing::Lease(ring->acquire());
   const pid_t child = ::fork();
   if (child == 0) {
-    delete ring;
+    ring = nullptr;
     ::_exit(0);
   }
   int status = 0;
   CHECK(::waitpid(child, &status, 0) == child);
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  delete ring;
+  ring = nullptr;
 }

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# Builds, tests and measures everything on a machine with one GPU and no network, in under nine minutes.
+#
+#   benchmarks/gpu_check.sh [--dry-run] [OUTDIR]        OUTDIR: default $OUT, else bench-results/gpu
+#
+# WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 29 GB are needed)
+# WEIGHTLOAD_BENCH_SECONDS all that it may take (default 520)
+# WEIGHTLOAD_BENCH_STEPS   which of "build tests sanitizer limits llama moe" (default: all)
+# WEIGHTLOAD_COMMIT        what to call the commit where there is no repository
+# .kit/wheels              wheels that are missing on this machine: the other loaders, nlohmann-json, ninja, pytest
+# .kit/wheels-rc           a safetensors release candidate, used only by the loaders that ask for it
+#
+# --dry-run does the same without a GPU: tiny, on the CPU, without .kit, build and tests; it measures nothing.
+# Every step has a time limit, and a step that fails does not keep the others from running.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry=0
+if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+out=$(realpath -m "${1:-${OUT:-bench-results/gpu}}")
+dir=${WEIGHTLOAD_BENCH_DIR:-/tmp/weightload-bench}
+total=${WEIGHTLOAD_BENCH_SECONDS:-520}
+steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits llama moe}
+python=${PYTHON:-python3}
+device=cuda:0
+if [ $dry = 1 ]; then device=cpu; total=60; fi
+mkdir -p "$out" "$dir"
+site=$dir/site
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD:$site
+export PATH=$site/bin:$PATH
+rm -f "$out"/limits.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
+SECONDS=0
+failed=0
+outcomes=()
+
+wants() { [[ " $steps " == *" $1 "* ]]; }
+left() { echo $((total - SECONDS)); }
+least() { echo $(($1 < $2 ? $1 : $2)); }
+note() { outcomes+=("$(printf '%-14s %s' "$1" "$2")"); printf '[%3d s] %-14s %s\n' "$SECONDS" "$1" "$2"; }
+
+# step NAME LIMIT COMMAND ...: its output goes to OUTDIR/NAME.log, its outcome into the list at the end.
+step() {
+  local name=$1 limit begin=$SECONDS code=0
+  limit=$(least "$2" "$(left)")
+  shift 2
+  if [ "$limit" -lt 5 ]; then failed=1; note "$name" "FAILED: no time left"; return; fi
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  case $code in
+    0) note "$name" "ok, $((SECONDS - begin)) s" ;;
+    124 | 137) failed=1; note "$name" "FAILED: over its limit of $limit s (see $name.log)" ;;
+    *) failed=1; note "$name" "FAILED: exit $code (see $name.log)"; tail -n 4 "$out/$name.log" | sed 's/^/    /' ;;
+  esac
+}
+
+unpack() { # FOLDER TARGET
+  local target=$2
+  rm -rf "$target"
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$target" "$1"/*.whl
+}
+
+generate() {
+  if [ $dry = 1 ]; then
+    "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+    return
+  fi
+  "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+  local size=(--layers 32)
+  # The checkpoints and the file of gpu_limits.py: with less room, a smaller one.
+  if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 30 ] && [ ! -e "$dir/llama/synth.json" ]; then
+    size=(--gigabytes 4)
+  fi
+  "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+  "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16
+  sync -f "$dir" # else the first eviction waits for the disk
+}
+
+benchmark() { # NAME SECONDS CHECKPOINT TITLE OPTION ...
+  local name=$1 limit=$2 checkpoint=$3 title=$4
+  shift 4
+  # Beside the counted rounds, warm and cold: the start of the processes, a warm-up, and a load that is checked.
+  local budget=$((limit * 28 / 100))
+  step "$name" "$limit" "$python" benchmarks/benchmark_gpu_loading.py --model-path "$checkpoint" --title "$title" \
+    --device "$device" --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
+    --log "$out/$name-loaders.log" "$@"
+}
+
+if [ $dry = 1 ]; then
+  note gpu "dry run: device: cpu (logic only, not a measurement); no build, no tests"
+elif ! "$python" -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
+  echo "torch sees no GPU here (to try the script without one: --dry-run)"
+  exit 2
+elif [ -d .kit/wheels ]; then
+  step kit 60 bash -c "$(declare -f unpack); python=$python; unpack .kit/wheels '$site'"
+else
+  note kit "no .kit/wheels: only the loaders that are installed here are compared"
+fi
+if [ $dry = 0 ] && [ -d .kit/wheels-rc ]; then
+  export WEIGHTLOAD_SITE_RC=$dir/site-rc
+  step kit-rc 30 bash -c "$(declare -f unpack); python=$python; unpack .kit/wheels-rc '$WEIGHTLOAD_SITE_RC'"
+  if ! "$python" -c "import safetensors" 2>/dev/null; then
+    note safetensors "not installed: the release candidate stands in for it"
+    export PYTHONPATH=$PYTHONPATH:$WEIGHTLOAD_SITE_RC
+  fi
+fi
+
+generate >"$out/generate.log" 2>&1 &
+generating=$!
+trap 'kill $generating 2>/dev/null || true' EXIT
+
+if [ $dry = 0 ]; then
+  nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1 || true
+  if wants build; then
+    command -v ninja >/dev/null || note ninja "not installed: the build takes one file after the other"
+    step build 240 env MAX_JOBS=16 "$python" setup.py build_ext --inplace
+  fi
+fi
+
+if wait "$generating"; then note generate "ok"; else failed=1; note generate "FAILED (see generate.log)"; fi
+trap - EXIT
+
+if [ $dry = 0 ] && wants tests; then
+  if "$python" -c "import pytest" 2>/dev/null; then
+    step tests 100 env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -m needs_gpu tests
+  else
+    note tests "skipped: pytest is not installed"
+  fi
+fi
+if [ $dry = 0 ] && wants sanitizer; then
+  sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
+  if [ -n "$sanitizer" ]; then
+    # Without torch's caching an access beyond a tensor is one beyond its allocation, which memcheck can see.
+    step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+      "$python" benchmarks/gpu_worker.py weightload --device "$device" "$dir"/tiny/*.safetensors
+  else
+    note sanitizer "skipped: compute-sanitizer is not installed"
+  fi
+fi
+
+if [ $dry = 1 ]; then
+  step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
+    --json "$out/limits.json"
+  benchmark tiny 30 "$dir/tiny" "tiny" --warmup 0 --repeats 1 --loaders "safetensors,weightload,instanttensor"
+else
+  if wants limits; then
+    step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
+  fi
+  share=$(left)
+  if wants moe; then share=$((share * 62 / 100)); fi
+  if wants llama; then benchmark llama "$share" "$dir/llama" "Llama-3-8B" --cold --sweep; fi
+  if wants moe; then benchmark moe "$(left)" "$dir/moe" "Qwen3-30B-A3B, narrow" --cold; fi
+fi
+
+printf '\n%s, %d s, results in %s\n' "$(date -u +%FT%TZ)" "$SECONDS" "$out"
+printf '  %s\n' "${outcomes[@]}"
+shopt -s nullglob
+results=("$out"/limits.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json)
+found=()
+for file in "${results[@]}"; do if [ -e "$file" ]; then found+=("$file"); fi; done
+if [ ${#found[@]} -gt 0 ]; then "$python" benchmarks/gpu_report.py --short "${found[@]}"; fi
+exit $failed
