@@ -64,6 +64,7 @@ class HostLoader:
         self,
         files: list[CheckpointFile],
         selection: collections.abc.Sequence[collections.abc.Sequence[int]],
+        places: list[torch.Tensor | None],
         *,
         map: bool,
         read_ahead: bool,

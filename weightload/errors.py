@@ -36,6 +36,10 @@ class HeaderError(WeightLoadError):
     """A file breaks a rule of the safetensors format. Its subclasses name the rules."""
 
 
+class StateDictError(WeightLoadError, RuntimeError):
+    """A checkpoint does not fit what it is loaded into. Nothing was loaded."""
+
+
 class TensorError(WeightLoadError):
     """One tensor cannot be handed out: torch lacks its dtype or cannot hold its shape."""
 

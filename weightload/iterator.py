@@ -23,15 +23,25 @@ class WeightIterator(_C.HostLoader):
     """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
 
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number. Takes over ``files``: the list is
-    empty afterwards.
+    empty afterwards. ``places`` has CPU memory for some of the tensors, in their order; the iterator then gives
+    ``(name, None)`` for them.
     """
 
-    def __init__(self, files: list[_C.CheckpointFile], names: Names | None, *, backend: str, read_ahead: bool) -> None:
+    def __init__(
+        self,
+        files: list[_C.CheckpointFile],
+        names: Names | None,
+        *,
+        backend: str,
+        read_ahead: bool,
+        places: Sequence[torch.Tensor | None] = (),
+    ) -> None:
         now = settings.current()
         try:
             super().__init__(
                 files,
                 [select(file, names) for file in files],
+                list(places),
                 map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),

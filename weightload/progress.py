@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from weightload.distributed import global_rank
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from weightload.device_iterator import DeviceWeightIterator
     from weightload.iterator import WeightIterator
+
+Advance = Callable[[int], object]
 
 # A load that is over before a person could read the bar shows none.
 SECONDS_BEFORE_THE_BAR = 1.0
@@ -25,17 +28,11 @@ def wanted(show_progress: bool | None) -> bool:
     return sys.stderr.isatty() if show_progress is None else show_progress
 
 
-def with_bar(weights: WeightIterator | DeviceWeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same items; leaving early closes the load.
-
-    Args:
-        weights: the load.
-        always: show the bar from the start, not only once the load has lasted a second.
-    """
+def _bar(total: int, always: bool) -> Any:
     from tqdm.auto import tqdm
 
-    bar = tqdm(
-        total=weights.total_bytes,
+    return tqdm(
+        total=total,
         desc="Loading weights",
         unit="B",
         unit_scale=True,
@@ -43,7 +40,26 @@ def with_bar(weights: WeightIterator | DeviceWeightIterator, always: bool) -> It
         delay=0 if always else SECONDS_BEFORE_THE_BAR,
         file=sys.stderr,
     )
-    with weights, bar:
+
+
+def with_bar(weights: WeightIterator | DeviceWeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same items; leaving early closes the load.
+
+    Args:
+        weights: the load.
+        always: show the bar from the start, not only once the load has lasted a second.
+    """
+    with weights, _bar(weights.total_bytes, always) as shown:
         for name, tensor in weights:
-            bar.update(tensor.nbytes)
+            shown.update(tensor.nbytes)
             yield name, tensor
+
+
+@contextmanager
+def bar(total: int, show_progress: bool | None) -> Iterator[Advance]:
+    """A function to call with bytes as they are loaded, and a bar if one is wanted."""
+    if not wanted(show_progress):
+        yield lambda _: None
+        return
+    with _bar(total, show_progress is True) as shown:
+        yield shown.update

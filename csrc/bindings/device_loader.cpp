@@ -1,7 +1,5 @@
 #include "pipeline/device_loader.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <utility>
 
 #include "base/error.h"
@@ -39,20 +37,7 @@ struct DeviceTarget {
   std::shared_ptr<PinnedRing> ring;
 };
 
-// The memory of the given tensors, None for memory of the loader's making.
-std::vector<DeviceBlockRef> adopt(const py::list& places) {
-  std::vector<DeviceBlockRef> blocks;
-  for (const py::handle place : places) {
-    if (place.is_none()) {
-      blocks.emplace_back();
-    } else if (THPVariable_Check(place.ptr()) && THPVariable_Unpack(place.ptr()).is_contiguous()) {
-      blocks.push_back(adopt_tensor(THPVariable_Unpack(place.ptr())));
-    } else {
-      throw py::type_error("a place to load into must be a contiguous tensor or None");
-    }
-  }
-  return blocks;
-}
+DeviceBlockRef device_place(PyObject* tensor) { return adopt_tensor(THPVariable_Unpack(tensor)); }
 
 py::dict stats(PyDeviceLoader& self) {
   const DeviceLoadStats stats = self.loader().stats();
@@ -99,7 +84,8 @@ void register_device_loader(py::module_& module) {
              options.block_bytes = block_bytes;
              options.read = read;
              return std::make_unique<PyDeviceLoader>(
-                 files, [&, blocks = adopt(places)](CheckpointFiles opened) mutable {
+                 files,
+                 [&, blocks = adopt_places<DeviceBlockRef>(places, device_place)](CheckpointFiles opened) mutable {
                    return std::make_unique<DeviceLoader>(target.device, target.ring, std::move(opened), selection,
                                                          std::move(blocks), options);
                  });

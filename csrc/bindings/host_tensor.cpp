@@ -15,9 +15,26 @@ namespace {
 
 void release_memory(void* memory) { static_cast<HostMemory*>(memory)->release(); }
 
+// A tensor's memory, which the tensor owns.
+class TensorMemory final : public HostMemory {
+ public:
+  explicit TensorMemory(at::Tensor tensor) : tensor_(std::move(tensor)) {
+    data_ = static_cast<char*>(tensor_.data_ptr());
+    size_ = tensor_.nbytes();
+  }
+
+ private:
+  at::Tensor tensor_;
+};
+
 }  // namespace
 
+HostMemoryRef tensor_memory(PyObject* object) {
+  return HostMemoryRef::adopt(new TensorMemory(THPVariable_Unpack(object)));
+}
+
 PyObject* wrap_host_tensor(HostTensor& tensor) {
+  if (tensor.in_place) Py_RETURN_NONE;
   const TensorMeta meta = torch_meta(*tensor.info, tensor.file->path());
   c10::DataPtr data(nullptr, c10::Device(c10::kCPU));
   if (tensor.data) {

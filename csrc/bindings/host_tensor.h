@@ -8,6 +8,10 @@ namespace weightload {
 // A torch.Tensor over the tensor's memory: contiguous, with a storage of exactly its bytes, so that saving
 // it, or looking for tensors that share memory, sees nothing of its neighbours. No bytes are copied. Takes
 // over `tensor.memory`. New reference. Throws Error{tensor} for dtypes and shapes that torch lacks.
+// None for a tensor that was read in place.
 PyObject* wrap_host_tensor(HostTensor& tensor);
+
+// The memory of a contiguous torch.Tensor on the CPU, to read into; keeps the tensor.
+HostMemoryRef tensor_memory(PyObject* tensor);
 
 }  // namespace weightload

@@ -1,6 +1,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <chrono>
 #include <memory>
@@ -113,6 +114,22 @@ class PyLoader {
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;
 };
+
+// Memory to load into: what `adopt` makes of the tensors of a list, and an empty Memory for its Nones.
+template <typename Memory>
+std::vector<Memory> adopt_places(const pybind11::list& places, Memory (*adopt)(PyObject*)) {
+  std::vector<Memory> memory;
+  for (const pybind11::handle place : places) {
+    if (place.is_none()) {
+      memory.emplace_back();
+    } else if (THPVariable_Check(place.ptr()) && THPVariable_Unpack(place.ptr()).is_contiguous()) {
+      memory.push_back(adopt(place.ptr()));
+    } else {
+      throw pybind11::type_error("a place to load into must be a contiguous tensor or None");
+    }
+  }
+  return memory;
+}
 
 // What every loader class has in Python.
 template <typename Class>

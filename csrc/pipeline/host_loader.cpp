@@ -22,9 +22,9 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 }  // namespace
 
 HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
-                       const HostLoaderOptions& options)
+                       std::vector<HostMemoryRef> places, const HostLoaderOptions& options)
     : selected_(std::move(files), selection), readiness_(selected_.size()), fork_generation_(fork_generation()) {
-  plan(options);
+  plan(std::move(places), options);
   map_files();
   find_tasks();
   start(options);
@@ -39,13 +39,14 @@ HostLoader::~HostLoader() {
 
 bool HostLoader::forked() const { return fork_generation_ != fork_generation(); }
 
-void HostLoader::plan(const HostLoaderOptions& options) {
+void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options) {
   std::vector<TensorExtent> extents;
   extents.reserve(selected_.size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
-    const bool can_map = options.map && selected_.file(i)->file() && is_aligned(info);
-    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map});
+    const bool alone = !places.empty() && places.at(i);
+    const bool can_map = options.map && !alone && selected_.file(i)->file() && is_aligned(info);
+    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map, alone});
   }
   LayoutOptions layout;
   layout.block_bytes = options.block_bytes;
@@ -57,10 +58,19 @@ void HostLoader::plan(const HostLoaderOptions& options) {
   reads.task_bytes = options.task_bytes;
   reads_ = plan_reads(layout_, reads);
   blocks_.resize(layout_.blocks.size());
+  in_place_.resize(layout_.blocks.size());
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (!places[i]) continue;
+    in_place_[layout_.places[i].block] = true;
+    blocks_[layout_.places[i].block] = std::move(places[i]);
+  }
 
   // A load's peak is its largest block and a window. Keeping as much for reuse does not raise it.
   uint64_t largest = options.window_bytes;
-  for (const Block& block : layout_.blocks) largest = std::max(largest, block.mapped ? 0 : block.bytes + kHugePage);
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    const Block& block = layout_.blocks[b];
+    if (!block.mapped && !in_place_[b]) largest = std::max(largest, block.bytes + kHugePage);
+  }
   block_cache_ = std::make_shared<BlockCache>(largest);
 }
 
@@ -184,7 +194,8 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   if (file > first_mapped_file_) unmap_passed_files(file);
   tensor.file = selected_.file(next_);
   tensor.info = &selected_.info(next_);
-  if (tensor.info->bytes.empty()) {
+  tensor.in_place = in_place_[place.block];
+  if (tensor.info->bytes.empty() || tensor.in_place) {
     tensor.data = nullptr;
     tensor.memory = {};
   } else if (block.mapped) {

@@ -40,6 +40,7 @@ struct HostTensor {
   const TensorInfo* info = nullptr;
   char* data = nullptr;  // null for an empty tensor
   HostMemoryRef memory;
+  bool in_place = false;  // read into memory of the caller's; data and memory are not set
 };
 
 // Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
@@ -51,8 +52,10 @@ class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, on files that cannot be mapped, and when no thread can be started.
+  // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
+  // the loader's choice.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
-             const HostLoaderOptions& options);
+             std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   ~HostLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -80,7 +83,7 @@ class HostLoader {
   };
 
   bool all_cached() const;
-  void plan(const HostLoaderOptions& options);
+  void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   void map_files();
   void find_tasks();
   void start(const HostLoaderOptions& options);
@@ -99,6 +102,7 @@ class HostLoader {
   std::shared_ptr<BlockCache> block_cache_;
   std::mutex allocating_;              // guards the elements of blocks_ until their tasks are done
   std::vector<HostMemoryRef> blocks_;  // private blocks; allocated by the first thread that needs one
+  std::vector<bool> in_place_;         // by block: the caller's memory
 
   size_t next_ = 0;
   uint32_t first_mapped_file_ = 0;  // maps of files before this one have been let go

@@ -1,0 +1,122 @@
+"""load_into: read a checkpoint straight into the memory of parameters that exist."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from weightload import _C, devices, progress
+from weightload.device_iterator import DeviceWeightIterator, LoadStats, file_bytes, make_target
+from weightload.distributed import require_independent
+from weightload.iterator import WeightIterator
+from weightload.load_report import LoadReport
+from weightload.selection import Path, open_files
+from weightload.state_dict import Match, Target, match
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def load_into(
+    target: Target,
+    files: Sequence[Path] | Path,
+    *,
+    strict: bool = True,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    show_progress: bool | None = None,
+) -> LoadReport:
+    """Load a checkpoint into a module, or into a mapping of tensors, without a second copy of it.
+
+    A tensor that is dense, contiguous and of the file's dtype is read into directly: on the CPU by the reading
+    threads, on an accelerator by the copies out of the pinned ring. Others are loaded beside it, at most a block or
+    two at a time, and copied and cast on their device. Tensors may be on several devices. Tied weights are read once;
+    where the files have several of the tied names, the last in the target's order counts, as with
+    ``Module.load_state_dict``.
+
+    Names, shapes and dtypes are compared before the first byte is read: an error about them leaves the target as it
+    was. An error on the way leaves it partly loaded. Autograd is told of the change (version counters).
+
+    Args:
+        target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
+        files: paths of the safetensors files (one path is taken as one file).
+        strict: whether the names must be the same, as in ``Module.load_state_dict``.
+        group, strategy: the ranks that share the reading. ``"auto"`` and ``"independent"``: every rank reads for
+            itself; other strategies are not implemented yet.
+        show_progress: as for ``safetensors_weights_iterator``.
+
+    Returns:
+        The names that were loaded, missing and unexpected, bytes, and seconds by stage.
+
+    Raises:
+        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target has no memory.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError: as
+            ``safetensors_weights_iterator``.
+    """
+    require_independent(strategy, False, group)
+    paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    begin = time.perf_counter()
+    opened = open_files(paths)
+    try:
+        at_match = time.perf_counter()
+        matched = match(target, opened, strict)
+        sizes = {name: stop - start for file in opened for name, _, _, start, stop in file.tensors()}
+        at_load = time.perf_counter()
+        stats: dict[str, LoadStats] = {}
+        total = sum(sizes[name] for name in matched.places)
+        with progress.bar(total, show_progress) as advance:
+            for device in dict.fromkeys(place.device for place in matched.places.values()):
+                with _start(device, opened, matched, sum(map(file_bytes, paths)), len(paths)) as weights:
+                    _take(weights, matched, sizes, advance)
+                if isinstance(weights, DeviceWeightIterator):
+                    stats[str(device)] = weights.load_stats()
+    finally:
+        # An exception's traceback would keep them open through this frame.
+        opened.clear()
+    # Bytes that changed behind autograd's back.
+    torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
+    end = time.perf_counter()
+    return LoadReport(
+        loaded=matched.loaded,
+        missing=matched.missing,
+        unexpected=matched.unexpected,
+        bytes=sum(sizes[name] for name in matched.loaded),
+        in_place=len(matched.direct),
+        seconds={"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin},
+        stats=stats,
+    )
+
+
+@contextmanager
+def _start(
+    device: torch.device, files: list[_C.CheckpointFile], matched: Match, most_bytes: int, count: int
+) -> Iterator[WeightIterator | DeviceWeightIterator]:
+    """The load of what goes to one device."""
+    here = {name for name, place in matched.places.items() if place.device == device}
+    in_order = [name for file in files for name in file.names() if name in here]
+    places = [matched.places[name].detach() if name in matched.direct else None for name in in_order]
+    weights: WeightIterator | DeviceWeightIterator
+    if device.type == "cpu":
+        weights = WeightIterator(list(files), here, backend="mmap", read_ahead=True, places=places)
+    else:
+        loaded_to = make_target(devices.resolve(device), most_bytes, count)
+        weights = DeviceWeightIterator(loaded_to, list(files), here, places)
+    with weights:
+        yield weights
+
+
+def _take(
+    weights: WeightIterator | DeviceWeightIterator, matched: Match, sizes: dict[str, int], advance: progress.Advance
+) -> None:
+    """Let the load run, and put into place what could not be read there."""
+    with torch.no_grad():
+        for name, tensor in weights:
+            if name not in matched.direct:
+                place = matched.places[name]
+                place.copy_(tensor.reshape(place.shape))
+            advance(sizes[name])

@@ -1,0 +1,34 @@
+"""What load_into says of a load."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from weightload.device_iterator import LoadStats
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and where the time went."""
+
+    loaded: list[str]
+    """Names of the file's tensors that are in the target now, in the order of the files."""
+
+    missing: list[str]
+    """Names of the target that no file has. Tied names are there if one of them is."""
+
+    unexpected: list[str]
+    """Names of the files that the target lacks."""
+
+    bytes: int
+    """Bytes of the loaded tensors in the files."""
+
+    in_place: int
+    """How many tensors were read straight into their memory, without a second copy."""
+
+    seconds: dict[str, float]
+    """By stage: ``open`` (headers), ``match`` (names, shapes, planning), ``load``, and their sum ``total``. On an
+    accelerator the host is done before the device is: work queued on the current stream comes after the load's."""
+
+    stats: dict[str, LoadStats]
+    """By accelerator (``"cuda:0"``): what the threads did."""

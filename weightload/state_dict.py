@@ -1,0 +1,137 @@
+"""Which tensor of a checkpoint goes where in a target: names, shapes, dtypes, memory, tied weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from weightload import _C
+from weightload.dtypes import TORCH_DTYPES, torch_shape
+from weightload.errors import StateDictError, TensorError
+
+Target = torch.nn.Module | Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class Match:
+    """The outcome of matching."""
+
+    places: dict[str, torch.Tensor]
+    """Where each tensor that will be read goes; of tied names, the last."""
+    direct: set[str]
+    """Names whose bytes can be read straight into that memory."""
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def tensors_of(target: Target) -> dict[str, torch.Tensor]:
+    """Names and tensors to load into; of a module, its parameters and persistent buffers.
+
+    Raises:
+        TypeError: neither a module nor a mapping of tensors.
+        StateDictError: a tensor without memory: on the meta device, or of a lazy module.
+    """
+    if isinstance(target, torch.nn.Module):
+        found = {
+            name: tensor
+            for name, tensor in target.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) or not name.endswith("_extra_state")
+        }
+    elif isinstance(target, Mapping):
+        found = dict(target)
+    else:
+        raise TypeError(f"cannot load into a {type(target).__name__}: must be a module or a mapping of tensors")
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
+        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor):
+            raise StateDictError(f"{name!r} has no memory to load into; materialise it first, as Module.to_empty does")
+    return found
+
+
+def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
+    """Decide where every tensor of the files goes, before any byte of them is read.
+
+    Raises:
+        StateDictError: shapes differ, or names do under ``strict``. All differences are named.
+        TensorError: torch lacks the dtype of a tensor that is wanted.
+    """
+    tensors = tensors_of(target)
+    tied = _tied(tensors)
+    here = {name: (dtype, shape) for file in files for name, dtype, shape, _, _ in file.tensors()}
+    problems = []
+    for name, (dtype, shape) in here.items():
+        if name not in tensors:
+            continue
+        if dtype not in TORCH_DTYPES:
+            raise TensorError(f"torch has no dtype for {dtype}, that of tensor `{name}`")
+        theirs, ours = torch_shape(dtype, shape), tuple(tensors[name].shape)
+        # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
+        if theirs != ours and not (ours == () and theirs == (1,)):
+            problems.append(f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}")
+    alive = {key for name, key in tied.items() if name in here}
+    missing = [name for name in tensors if name not in here and tied[name] not in alive]
+    unexpected = [name for name in here if name not in tensors]
+    if strict and missing:
+        problems.append("missing from the checkpoint: " + ", ".join(missing))
+    if strict and unexpected:
+        problems.append("unexpected in the checkpoint: " + ", ".join(unexpected))
+    if problems:
+        kind = type(target).__name__
+        raise StateDictError(f"cannot load into {kind}:\n\t" + "\n\t".join(problems))
+    # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
+    last = {tied[name]: name for name in tensors if name in here}
+    places = {name: tensors[name] for name in here if name in tensors and last[tied[name]] == name}
+    direct = {name for name, place in places.items() if _is_plain(place) and place.dtype == TORCH_DTYPES[here[name][0]]}
+    direct -= _overlapping({name: places[name] for name in direct})
+    return Match(places, direct, [name for name in here if name in tensors], missing, unexpected)
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    """A key for each name, equal for names of the same memory seen in the same way."""
+    keys: dict[str, object] = {}
+    for name, tensor in tensors.items():
+        if _has_storage(tensor) and tensor.numel() > 0:
+            keys[name] = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        else:
+            keys[name] = id(tensor)
+    return keys
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, fake, wrapper subclasses
+        return False
+    return True
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is its memory: dense, contiguous, nothing lazy about it."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names whose memory partly overlaps another's: reading both at once would mix them."""
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        for name, tensor in tensors.items()
+        if tensor.nbytes
+    )
+    mixed: set[str] = set()
+    furthest = ("", 0, "")
+    for device, begin, end, name in spans:
+        if device == furthest[0] and begin < furthest[1]:
+            mixed |= {name, furthest[2]}
+        furthest = max(furthest, (device, end, name))
+    return mixed
