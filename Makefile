@@ -11,6 +11,7 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 OUT = bench-results
 BIG_GB ?= 2.5
+SEEDS ?= 2000
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WEIGHTLOAD_WERROR = 1
@@ -19,7 +20,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench test setup lint stubs clean
+.PHONY: bench test setup lint stubs stress defects clean
 
 setup: $(VENV)/built
 
@@ -45,6 +46,14 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp')
 	$(RUN) tests/generate_stubs.py --check
+
+# Loads to the simulated accelerator under this many seeds.
+stress: setup
+	$(RUN) tests/simulated_accelerator/stress.py --seeds $(SEEDS)
+
+# Shows that the tests on the simulated accelerator catch what they are there for.
+defects: setup
+	$(RUN) tests/simulated_accelerator/defects.py
 
 # The type stubs of the extension, generated from it.
 stubs: setup

@@ -1,12 +1,13 @@
 """Compares the pure-Python way to load safetensors files with weightload, side by side in one run.
 
     python benchmarks/benchmark_weight_loading.py --model-path MODEL [--subfolder NAME] [--warmup 1] [--repeats 5]
-        [--cold] [--json FILE] [--plot FILE]
+        [--device cuda] [--cold] [--json FILE] [--plot FILE]
     torchrun --nproc-per-node 2 benchmarks/benchmark_weight_loading.py --model-path MODEL ...
 
 Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
 tensor, as it is yielded; `untouched` does nothing with the tensors, and a loader that maps files has then read
-nothing yet. Loaders take turns in every round, in rotating order. Under torchrun every rank loads everything, and a
+nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until all have arrived there, and the time runs
+until then; benchmark_gpu_loading.py compares more loaders that way. Loaders take turns in every round, in rotating order. Under torchrun every rank loads everything, and a
 load's time is that of the slowest rank.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_limits import Copy, device_facts
 from machine import (
     PeakMemory,
     back_memory,
@@ -76,6 +78,31 @@ LOADERS: dict[str, Callable[[list[str]], Weights]] = {
     "safetensors clone": per_tensor_cloned,
     "weightload pread": ours_private,
 }
+
+
+def to_device(device: torch.device) -> dict[str, Callable[[list[str]], Weights]]:
+    """The loaders for an accelerator."""
+
+    def made_there(files: list[str]) -> Weights:
+        for file in files:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+
+    def moved_there(files: list[str]) -> Weights:
+        for name, tensor in per_tensor(files):
+            yield name, tensor.to(device)
+
+    def ours_there(files: list[str]) -> Weights:
+        return weightload.safetensors_weights_iterator(
+            files, to_cpu=False, device=device, strategy="independent", show_progress=False
+        )
+
+    # safetensors knows its devices by name.
+    baseline = made_there if device.type in ("cuda", "xpu", "npu", "hpu", "mps") else moved_there
+    return {BASELINE: baseline, "safetensors .to()": moved_there, "weightload": ours_there}
+
+
 # Mapped loads are compared with mapped loads, private memory with private memory.
 COMPARED_WITH = {"weightload": BASELINE, "weightload pread": "safetensors clone"}
 
@@ -84,7 +111,11 @@ def touch(tensor: torch.Tensor) -> None:
     tensor.reshape(-1).view(torch.uint8)[::4096].sum()
 
 
-def load(loader: Callable[[list[str]], Weights], files: list[str], touched: bool) -> None:
+def load(loader: Callable[[list[str]], Weights], files: list[str], touched: bool, device: torch.device) -> None:
+    if device.type != "cpu":
+        kept = [tensor for _, tensor in loader(files)]
+        torch.accelerator.synchronize(kept[0].device)
+        return
     for _, tensor in loader(files):
         if touched:
             touch(tensor)
@@ -146,8 +177,10 @@ def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
 
 def timed(run: Callable[[], object], ranks: Ranks) -> float:
     begin = time.perf_counter()
-    run()
-    return ranks.slowest(time.perf_counter() - begin)
+    result = run()
+    elapsed = time.perf_counter() - begin
+    # A limit may say by itself how long the bytes take.
+    return ranks.slowest(result if isinstance(result, float) else elapsed)
 
 
 def measure(
@@ -156,8 +189,13 @@ def measure(
     """One scenario: every loader and the raw read, taking turns."""
     prepare_scenario(files, cache, ranks, can_evict=options.cold)
     arms: dict[str, Callable[[], object]] = {LIMIT: lambda: raw_parallel_read(files, current().thread_count())}
-    for name, loader in LOADERS.items():
-        arms[name] = lambda loader=loader: load(loader, files, touched)  # type: ignore[misc]
+    device = options.device
+    if device.type != "cpu":
+        copy = Copy(device)
+        total = sum(os.path.getsize(file) for file in files)
+        arms["pinned copy"] = lambda: copy.seconds(8 << 20, total)
+    for name, loader in (LOADERS if device.type == "cpu" else to_device(device)).items():
+        arms[name] = lambda loader=loader: load(loader, files, touched, device)  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int] = dict.fromkeys(arms, 0)
     # Untouched, nobody has the bytes yet: fewer rounds do.
@@ -211,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model-path", required=True, help="a safetensors file, an index or a directory")
     parser.add_argument("--subfolder", help="a folder below, such as diffusers' transformer")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, or an accelerator of this process")
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
     parser.add_argument(
@@ -232,10 +271,12 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for cache in ("cold", "warm", "warm 4K") if options.cold else ("warm",):
-        for touched in (True, False) if cache != "warm 4K" else (True,):
+        for touched in (True, False) if cache != "warm 4K" and options.device.type == "cpu" else (True,):
             rows += measure(files, cache, touched, options, ranks)
     summarise(rows, total)
-    memory = {name: private_peak(loader, files) for name, loader in LOADERS.items()}
+    memory = {}
+    if options.device.type == "cpu":
+        memory = {name: private_peak(loader, files) for name, loader in LOADERS.items()}
     for row in rows:
         row["private_peak_bytes"] = memory.get(row["loader"])
 
@@ -247,6 +288,7 @@ def main() -> None:
         "tensors": tensors,
         "bytes": total,
         "ranks": ranks.count,
+        **device_facts(options.device),
         "threads": current().thread_count(),
         **describe(files),
         "rows": rows,

@@ -212,9 +212,11 @@ def test_the_current_device_is_left_alone(simulated: Any, mixed: list[Path]) -> 
 def test_device_memory_beyond_the_tensors_is_a_block_or_two(simulated: Any, tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "t.safetensors", [(f"{i}", "BF16", [1000, 33]) for i in range(300)])
     block = 1 << 20
-    with settings.override(device_block_bytes=block, slot_bytes=64 << 10, pinned_bytes=1 << 20):
+    simulated.seed_delays(SEED, longest_us=2000)
+    with settings.override(device_block_bytes=block, slot_bytes=64 << 10):
         simulated.reset_peak(0)
         for _, tensor in load(path):
+            tensor.cpu()  # far slower than reading, which must wait for it
             del tensor
         assert simulated.peak_bytes(0) <= 3 * block  # the one in hand, and two
         gc.collect()

@@ -94,8 +94,7 @@ class Accelerator final : public Device {
         backend_(device.type()),
         owner_(backend_.getStream(device)),
         side_(backend_.getStreamFromGlobalPool(device)) {
-    // Memory that is loaded into is in use until here, as far as the owner stream knows.
-    order(owner_, side_);
+    order(owner_, side_);  // what reads the memory that is loaded into
   }
 
   std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
@@ -114,7 +113,7 @@ class Accelerator final : public Device {
     try {
       const c10::StreamGuard on_owner(owner_);
       at::Tensor memory = at::empty({signed_size(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
-      order(owner_, side_);
+      order(owner_, side_);  // what its last user queued
       return std::make_shared<Block>(std::move(memory), false);
     } catch (const c10::OutOfMemoryError& error) {
       throw Error(ErrorKind::device_memory, error.what_without_backtrace());
