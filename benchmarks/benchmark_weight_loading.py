@@ -6,9 +6,9 @@
 
 Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
 tensor, as it is yielded; `untouched` does nothing with the tensors, and a loader that maps files has then read
-nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until all have arrived there, and the time runs
-until then; benchmark_gpu_loading.py compares more loaders that way. Loaders take turns in every round, in rotating order. Under torchrun every rank loads everything, and a
-load's time is that of the slowest rank.
+nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until all have arrived there, and the time
+runs until then; benchmark_gpu_loading.py compares more loaders in that way. Loaders take turns in every round, in
+rotating order. Under torchrun every rank loads everything, and a load's time is that of the slowest rank.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import SEED, evict, write_tensors
+from conftest import SEED, evict, run_script, write_tensors
 from simulated_support import DEVICE, SMALL, assert_same, load, load_stats_of, raw, reference_of
 
 import weightload
@@ -56,22 +56,50 @@ def on_a_local_disk(path: Path) -> bool:
     return kind in ("ext2/ext3", "xfs", "btrfs", "f2fs")
 
 
-def test_what_is_cold_is_read_directly_and_stays_cold(simulated: Any, tmp_path: Path) -> None:
+def test_direct_reads_leave_the_page_cache_alone(simulated: Any, tmp_path: Path) -> None:
     """Larger than any readahead that reading the header may start."""
     path = write_tensors(tmp_path / "cold.safetensors", [(f"{i}", "F32", [1_000_003]) for i in range(12)])
     if not on_a_local_disk(path):
         pytest.skip("not on a local disk")
     evict([path])
-    with settings.override(slot_bytes=1 << 20):
+    with settings.override(slot_bytes=1 << 20, read="direct"):
         weights = load(path)
         got = dict(weights)
-    stats = weights.load_stats()
-    assert stats.direct_bytes > path.stat().st_size // 2
+    assert weights.load_stats().direct_bytes == weights.total_bytes
     cached = _C.resident_bytes(os.fsencode(path))
     assert cached is not None
     assert cached < path.stat().st_size // 2
     assert_same(got, path)
-    assert load_stats_of(path).direct_bytes == 0  # the comparison has read it: warm by now
+
+
+def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None:
+    """In a process of its own, since what was faster is remembered."""
+    path = write_tensors(tmp_path / "cold.safetensors", [(f"{i}", "F32", [3_000_003]) for i in range(12)])
+    if not on_a_local_disk(path):
+        pytest.skip("not on a local disk")
+    evict([path])
+    script = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import simulated_accelerator
+    simulated_accelerator.load().set_available(True)
+    from pathlib import Path
+    from simulated_support import assert_same, load
+    from weightload import settings
+    path = Path(sys.argv[1])
+    with settings.override(slot_bytes=1 << 20):
+        weights = load(path)
+        got = dict(weights)
+    stats = weights.load_stats()
+    assert stats.direct_bytes > 8 << 20, stats
+    assert stats.buffered_bytes > 8 << 20, stats
+    assert_same(got, path)
+    weights = load(path)
+    dict(weights)
+    assert weights.load_stats().direct_bytes == 0, "warm by now"
+    """
+    done = run_script(script, path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_in_memory_are_not_read_directly(simulated: Any) -> None:

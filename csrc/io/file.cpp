@@ -11,7 +11,8 @@
 
 namespace weightload {
 
-File::File(std::string path, UniqueFd fd, uint64_t size) : path_(std::move(path)), fd_(std::move(fd)), size_(size) {}
+File::File(std::string path, UniqueFd fd, uint64_t size, uint64_t device)
+    : path_(std::move(path)), fd_(std::move(fd)), size_(size), device_(device) {}
 
 std::shared_ptr<const File> File::open(const std::string& path) {
   int number;
@@ -29,7 +30,8 @@ std::shared_ptr<const File> File::open(const std::string& path) {
                 S_ISDIR(status.st_mode) ? "is a directory, not a regular file" : "is not a regular file",
                 {path, {}, {}, 0}, "NotARegularFile");
   }
-  return std::shared_ptr<const File>(new File(path, std::move(fd), static_cast<uint64_t>(status.st_size)));
+  return std::shared_ptr<const File>(
+      new File(path, std::move(fd), static_cast<uint64_t>(status.st_size), status.st_dev));
 }
 
 void File::read(uint64_t offset, void* destination, size_t count) const {

@@ -23,13 +23,15 @@ class File final : public ByteSource {
   const std::string& path() const override { return path_; }
   uint64_t size() const override { return size_; }
   int fd() const { return fd_.get(); }
+  uint64_t device() const { return device_; }  // number of the file system's device (st_dev)
 
  private:
-  File(std::string path, UniqueFd fd, uint64_t size);
+  File(std::string path, UniqueFd fd, uint64_t size, uint64_t device);
 
   std::string path_;
   UniqueFd fd_;
   uint64_t size_;
+  uint64_t device_;
 };
 
 }  // namespace weightload

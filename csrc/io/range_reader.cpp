@@ -29,33 +29,48 @@ bool is_cached(const File& file, ByteRange range) {
 }  // namespace
 
 RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadCounts& counts)
-    : source_(source), file_(file), mode_(mode), direct_works_(false), counts_(counts) {
-  if (!file || mode == ReadMode::buffered) return;
+    : source_(source), file_(file), mode_(mode), counts_(counts) {
+  if (!file) return;
+  storage_ = storage_of(*file);
+  if (mode == ReadMode::buffered) return;
   direct_ = DirectFile::open(*file, mode == ReadMode::direct);
   direct_works_ = direct_ != nullptr;
+  if (mode == ReadMode::automatic && direct_) rates_ = &ReadRates::of(*file);
 }
 
-bool RangeReader::prefers_direct(ByteRange range) const {
-  if (!direct_works_.load(std::memory_order_relaxed)) return false;
-  return mode_ == ReadMode::direct || !is_cached(*file_, range);
-}
-
-bool RangeReader::direct(ByteRange range, char* destination) {
-  if (!direct_->read(range, destination)) {
-    direct_works_ = false;
-    return false;
+RangeReader::Attempt RangeReader::begin(ByteRange range) {
+  Attempt attempt{range, false, false, std::chrono::steady_clock::now()};
+  const bool can_be_direct = direct_works_.load(std::memory_order_relaxed);
+  if (mode_ == ReadMode::direct) {
+    attempt.direct = can_be_direct;
+  } else if (file_ && storage_ != Storage::memory) {
+    attempt.cold = !is_cached(*file_, range);
+    attempt.direct = attempt.cold && can_be_direct && rates_->choose_direct();
   }
-  counts_.direct_bytes += range.size();
-  return true;
+  if (attempt.cold && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
+  return attempt;
 }
 
-void RangeReader::buffered(ByteRange range, char* destination) {
-  source_.read(range.begin, destination, static_cast<size_t>(range.size()));
-  counts_.buffered_bytes += range.size();
+bool RangeReader::direct(Attempt& attempt, char* destination) {
+  if (!attempt.direct) return false;
+  attempt.direct = direct_->read(attempt.range, destination);
+  if (attempt.direct) {
+    counts_.direct_bytes += attempt.range.size();
+  } else {
+    direct_works_ = false;
+  }
+  return attempt.direct;
 }
 
-void RangeReader::prepare(ByteRange range) const {
-  if (mapping_) fill_page_cache(*file_, mapping_, range);
+void RangeReader::buffered(ByteRange part, char* destination) {
+  source_.read(part.begin, destination, static_cast<size_t>(part.size()));
+  counts_.buffered_bytes += part.size();
+}
+
+void RangeReader::end(const Attempt& attempt) {
+  if (!attempt.cold || !rates_) return;
+  const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - attempt.begin;
+  rates_->record(attempt.direct, attempt.range.size(), static_cast<uint64_t>(elapsed.count()));
 }
 
 }  // namespace weightload

@@ -1,5 +1,6 @@
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 
@@ -8,11 +9,12 @@
 #include "io/direct_file.h"
 #include "io/file.h"
 #include "io/file_system.h"
+#include "io/read_rates.h"
 
 namespace weightload {
 
 enum class ReadMode : uint8_t {
-  automatic,  // by what the page cache holds of each range, and by file system
+  automatic,  // by what the page cache holds of each range, by file system, and by what was faster
   buffered,   // through the page cache
   direct,     // past it, on any file system that lets us
 };
@@ -23,43 +25,52 @@ struct ReadCounts {
   std::atomic<uint64_t> direct_bytes{0};
 };
 
-// Reads ranges of one file into buffers, each the faster way: through the page cache what is there, directly from the
-// disk what is not. Many threads.
+// Reads ranges of one file into buffers, each the faster way: through the page cache what is there, and what is not
+// either past it or through it, as ReadRates have it. Many threads.
 //
-// Reading cold files through the page cache by several threads is slower than by one (they disturb each other's
-// readahead) and throws out what others have there, so it is what is left where O_DIRECT is not to be had; the page
-// cache is then filled through a mapping, see Note [Populate, then read].
+// Reading a cold file through the page cache by several threads at once is slow (they disturb each other's readahead),
+// so the cache is filled through a mapping first, see Note [Populate, then read].
 class RangeReader {
  public:
+  // How one range is being read.
+  struct Attempt {
+    ByteRange range;
+    bool cold = false;    // not in the page cache
+    bool direct = false;  // to be read with direct()
+    std::chrono::steady_clock::time_point begin;
+  };
+
   // `file` is null for bytes in memory.
   RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadCounts& counts);
 
-  // Whether cold ranges will be read through the page cache, which is then better filled through a mapping.
-  bool wants_mapping() const { return file_ && !direct_ && storage_of(*file_) != Storage::memory; }
+  // Whether ranges may be read through the page cache, which is then better filled through a mapping.
+  bool wants_mapping() const { return file_ && mode_ != ReadMode::direct && storage_ != Storage::memory; }
 
   // The address of the file's byte 0 in a mapping that outlives the reader. Before the first read.
   void fill_cache_through(char* mapping) { mapping_ = mapping; }
 
-  // Whether the next read of `range` should be direct().
-  bool prefers_direct(ByteRange range) const;
+  // Decides, and prepares the page cache where the range will be read through it.
+  Attempt begin(ByteRange range);
 
-  // As DirectFile::read. False: read it with buffered().
-  bool direct(ByteRange range, char* destination);
+  // As DirectFile::read. False: the attempt is no longer direct, read the range with buffered().
+  bool direct(Attempt& attempt, char* destination);
 
-  // Reads [begin, end) to `destination`, at any alignment. prepare() the whole of what several calls read first.
-  void buffered(ByteRange range, char* destination);
+  // Reads a part of the range, or all of it, to `destination`, at any alignment.
+  void buffered(ByteRange part, char* destination);
 
-  // Fills the page cache with `range`, if that helps the buffered() reads that follow.
-  void prepare(ByteRange range) const;
+  // All bytes are there.
+  void end(const Attempt& attempt);
 
  private:
   const ByteSource& source_;
   const File* file_;
-  char* mapping_ = nullptr;
   const ReadMode mode_;
-  std::unique_ptr<const DirectFile> direct_;
-  std::atomic<bool> direct_works_;
   ReadCounts& counts_;
+  Storage storage_ = Storage::memory;
+  char* mapping_ = nullptr;
+  std::unique_ptr<const DirectFile> direct_;
+  std::atomic<bool> direct_works_{false};
+  ReadRates* rates_ = nullptr;
 };
 
 }  // namespace weightload

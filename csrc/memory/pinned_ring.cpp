@@ -40,7 +40,8 @@ void PinnedRing::close() noexcept {
 void PinnedRing::fill() {
   ::pthread_setname_np(::pthread_self(), "weightload");
   std::unique_lock<std::mutex> lock(mutex_);
-  while (!stopped_ && slots_ < capacity_) grow(lock);
+  // Ahead of the first demand as many as may be; from then on those who need one make it.
+  while (!stopped_ && slots_ < capacity_ && !(demanded_ && !idle_.empty())) grow(lock);
 }
 
 // With mutex_ held and slots_ < capacity_. Returns false when no slot came of it.
@@ -80,14 +81,16 @@ PinnedRing::Lease PinnedRing::acquire() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     if (stopped_) throw Error(ErrorKind::usage, "the load was stopped");
-    if (!idle_.empty()) {
-      std::unique_ptr<HostSlot> slot = std::move(idle_.back());
-      idle_.pop_back();
-      return {this, std::move(slot)};
-    }
+    demanded_ = true;
+    // Those that have been round before idle ones: the fewer slots are in use, the more of them stay in the caches.
     if (!in_flight_.empty() && in_flight_.front()->copies_done()) {
       std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
       in_flight_.pop_front();
+      return {this, std::move(slot)};
+    }
+    if (!idle_.empty()) {
+      std::unique_ptr<HostSlot> slot = std::move(idle_.back());
+      idle_.pop_back();
       return {this, std::move(slot)};
     }
     if (slots_ < capacity_) {

@@ -17,8 +17,8 @@ namespace weightload {
 // flight (being copied from) -> idle. acquire() is the back-pressure: it waits while all slots are leased or in flight.
 //
 // Page-locking is slow (about 4 GB/s the first time), so slots are made one by one: by a thread of the ring, from
-// construction on, and by whoever finds none. When page-locking fails the ring stays as small as it is; with no slot at
-// all it takes pageable memory, and says so in stats().
+// construction to the first demand, and by whoever finds none. When page-locking fails the ring stays as small as it
+// is; with no slot at all it takes pageable memory, and says so in stats().
 class PinnedRing {
  public:
   // Makes a slot; null or a std::exception when there is no memory of that kind. Called from several threads.
@@ -85,7 +85,8 @@ class PinnedRing {
   size_t capacity_;                  // shrinks when page-locking fails
   size_t slots_ = 0;                 // made or being made
   size_t pageable_ = 0;
-  bool pin_ = true;  // false once page-locking has failed without a single slot
+  bool pin_ = true;        // false once page-locking has failed without a single slot
+  bool demanded_ = false;  // acquire() was called
   bool stopped_ = false;
   bool waited_for_ = false;                          // a thread waits for the device on behalf of all
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached

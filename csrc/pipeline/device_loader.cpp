@@ -151,13 +151,14 @@ void DeviceLoader::fill(const SlotTask& task, char* slot) {
   char* const image = slot + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
-  if (reader.prefers_direct(task.bytes) && reader.direct(task.bytes, image)) {
+  RangeReader::Attempt attempt = reader.begin(task.bytes);
+  if (reader.direct(attempt, image)) {
     spread(image, task.bytes.begin, first, last);
   } else {
-    reader.prepare(task.bytes);
     for (const SlotPiece* piece = first; piece != last; ++piece)
       reader.buffered(piece->bytes, image + piece->image_offset);
   }
+  reader.end(attempt);
   for (const SlotPiece* piece = first; piece + 1 < last; ++piece) {
     const uint64_t end = piece->image_offset + piece->bytes.size();
     std::memset(image + end, 0, piece[1].image_offset - end);

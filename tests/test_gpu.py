@@ -1,0 +1,148 @@
+"""The accelerator path on a real GPU: what the simulated accelerator cannot show."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import thread_count, write_tensors
+from simulated_support import SMALL, assert_same, load, raw, reference_of
+
+import weightload
+from weightload import errors, settings
+
+pytestmark = pytest.mark.needs_gpu
+
+
+@pytest.fixture(autouse=True)
+def empty_afterwards(gpu: torch.device) -> Iterator[None]:
+    yield
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("read", ["auto", "buffered", "direct"])
+def test_parity(
+    gpu: torch.device, all_dtypes: Path, mixed: list[Path], shards: list[Path], small: bool, read: str
+) -> None:
+    with settings.override(read=read, **(SMALL if small else {})):
+        for paths in ([all_dtypes], mixed, shards):
+            assert_same(dict(load(*paths, device=gpu)), *paths, device=str(gpu))
+
+
+def test_every_call(gpu: torch.device, all_dtypes: Path) -> None:
+    for device in (gpu, "cuda", "cuda:0", 0):
+        assert_same(weightload.load_file(all_dtypes, device), all_dtypes, device="cuda:0")
+    assert_same(weightload.load(all_dtypes.read_bytes(), device=gpu), all_dtypes, device="cuda:0")
+    assert_same(dict(weightload.safetensors_weights_iterator([all_dtypes])), all_dtypes, device="cuda:0")
+
+
+def busy(seconds_of_work: int = 40) -> None:
+    """Occupy the current stream."""
+    matrix = torch.rand(4096, 4096, device="cuda")
+    for _ in range(seconds_of_work):
+        matrix = matrix @ matrix
+        matrix /= matrix.norm()
+
+
+def test_use_and_drop_at_once_under_load(gpu: torch.device, mixed: list[Path]) -> None:
+    reference = reference_of(*mixed)
+    for _ in range(20):
+        with settings.override(**SMALL):
+            busy(4)
+            copies = {name: tensor.clone() for name, tensor in load(*mixed, device=gpu)}
+        for name, tensor in copies.items():
+            assert torch.equal(raw(tensor), raw(reference[name])), name
+
+
+def test_a_consumer_on_streams_of_its_own(gpu: torch.device, mixed: list[Path]) -> None:
+    reference = reference_of(*mixed)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(10):
+        with settings.override(**SMALL):
+            weights, copies = load(*mixed, device=gpu), {}
+            for number in range(len(weights)):
+                with torch.cuda.stream(streams[number % 3]):
+                    if number % 50 == 0:
+                        busy(2)
+                    name, tensor = next(weights)
+                    copies[name] = tensor.clone()
+                    del tensor
+        torch.cuda.synchronize()
+        for name, tensor in copies.items():
+            assert torch.equal(raw(tensor), raw(reference[name])), name
+
+
+def test_the_host_does_not_wait_for_the_device(gpu: torch.device, shards: list[Path]) -> None:
+    """All tensors are there while the stream that owns their memory is still busy."""
+    dict(load(*shards, device=gpu))
+    torch.cuda.synchronize()
+    busy()
+    done = torch.cuda.Event()
+    done.record()
+    got = dict(load(*shards, device=gpu))
+    assert not done.query()
+    assert_same(got, *shards, device=str(gpu))
+
+
+def test_leaving_early_frees_everything(gpu: torch.device, shards: list[Path]) -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for taken in (0, 1, 30):
+        with settings.override(**SMALL), load(*shards, device=gpu) as weights:
+            for _ in range(taken):
+                next(weights)
+        del weights
+        gc.collect()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        assert thread_count() == 0
+
+
+def test_memory_beyond_the_tensors(gpu: torch.device, tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "t.safetensors", [(f"{i}", "BF16", [4096, 1031]) for i in range(120)])
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = weightload.load_file(path, gpu)
+    size = sum(tensor.nbytes for tensor in got.values())
+    assert torch.cuda.max_memory_allocated() - before <= 1.02 * size + settings.current().device_block_bytes
+
+
+def test_out_of_memory_is_an_error_and_less_works(gpu: torch.device, shards: list[Path]) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (16 << 20)) / total)
+        with settings.override(device_block_bytes=1 << 20), pytest.raises(torch.OutOfMemoryError) as caught:
+            dict(load(*shards, device=gpu))
+        assert isinstance(caught.value, errors.DeviceOutOfMemoryError)
+        assert caught.value.tensor in reference_of(*shards)
+        del caught
+        gc.collect()
+        assert_same(dict(load(shards[0], device=gpu)), shards[0], device=str(gpu))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_load_into_a_module(gpu: torch.device, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(20)])
+    import safetensors.torch
+
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "m.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        target = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(20)]).to(gpu, dtype)
+        before = [parameter.data_ptr() for parameter in target.parameters()]
+        busy(4)
+        report = weightload.load_into(target, tmp_path / "m.safetensors")
+        assert report.in_place == (40 if dtype == torch.float32 else 0)
+        assert before == [parameter.data_ptr() for parameter in target.parameters()]
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor.cpu(), model.state_dict()[name].to(dtype)), name
