@@ -105,3 +105,24 @@ def test_a_file_that_cannot_be_evicted_is_not_called_cold(checkpoint: Path) -> N
         evict(files)
     del held
     evict(files)
+
+
+@pytest.mark.simulated
+def test_the_arm_for_an_accelerator(checkpoint: Path, tmp_path: Path) -> None:
+    """On the simulated one: what it measures there says nothing, but that it runs."""
+    script = f"""
+import runpy, sys
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "benchmarks")!r}]
+import simulated_accelerator
+native = simulated_accelerator.load()
+native.set_available(True)
+native.seed_delays(0, 0)
+runpy.run_path({SCRIPT!r}, run_name="__main__")
+"""
+    out = tmp_path / "result.json"
+    run("-c", script, "--model-path", checkpoint, "--device", "simulated:0", "--repeats", "1", "--json", out)
+    result = json.loads(out.read_text())
+    assert result["device"] == "simulated:0"
+    loaders = {row["loader"] for row in result["rows"]}
+    assert loaders == {"raw parallel read", "pinned copy", "safetensors", "safetensors .to()", "weightload"}
+    assert all(row["median_s"] > 0 for row in result["rows"])

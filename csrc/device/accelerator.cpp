@@ -1,5 +1,7 @@
 #include "device/accelerator.h"
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -12,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -98,15 +101,19 @@ class Accelerator final : public Device {
   }
 
   std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
-    const auto options = at::TensorOptions().dtype(at::kByte);
     if (pinned) {
-      at::Tensor memory = at::empty({signed_size(bytes)}, options.pinned_memory(true));
+      // Not at::empty with pinned_memory: that asks the process's first accelerator, which may be another.
+      c10::Allocator* const allocator = at::globalContext().getPinnedMemoryAllocator(device_.type());
+      const std::array<int64_t, 1> sizes{signed_size(bytes)};
+      at::Tensor memory = at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                    at::kByte, std::nullopt);
       return std::make_unique<Slot>(std::move(memory), device_.type(), true);
     }
     void* memory = std::aligned_alloc(kDirectAlignment, round_up(bytes, kDirectAlignment));
     if (!memory) return nullptr;
-    return std::make_unique<Slot>(at::from_blob(memory, {signed_size(bytes)}, &std::free, options), device_.type(),
-                                  false);
+    return std::make_unique<Slot>(
+        at::from_blob(memory, {signed_size(bytes)}, &std::free, at::TensorOptions().dtype(at::kByte)), device_.type(),
+        false);
   }
 
   DeviceBlockRef allocate_block(uint64_t bytes) override {
