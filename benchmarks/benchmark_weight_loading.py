@@ -288,7 +288,7 @@ def main() -> None:
         "tensors": tensors,
         "bytes": total,
         "ranks": ranks.count,
-        **device_facts(options.device),
+        **({"device": "cpu"} if options.device.type == "cpu" else device_facts(options.device)),
         "threads": current().thread_count(),
         **describe(files),
         "rows": rows,
