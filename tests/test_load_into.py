@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import evict
+from conftest import evict, thread_count
 from simulated_support import SMALL, current_stream
 
 import weightload
@@ -270,11 +270,76 @@ def test_an_error_on_the_way_is_raised_with_its_place(device: str, checkpoint: A
     with pytest.raises(errors.ReadError) as caught:
         weightload.load_into(model, paths)
     assert (caught.value.errno, caught.value.tensor in state) == (errno.EIO, True)
+    assert all(parameter._version > 0 for parameter in model.parameters())  # some of them have changed
     arm("interrupt", first=0, count=0)
     del caught
     gc.collect()
     weightload.load_into(model, paths)
     assert_holds(model.state_dict(), state)
+
+
+def test_a_transposed_view_is_overlapping_memory(device: str, tmp_path: Path) -> None:
+    """The one is plain, the other is not; the last in the target's order counts, whatever the order of the file."""
+    state = {"a": torch.rand(300, 200), "b": torch.rand(200, 300)}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    for names in (["a", "b"], ["b", "a"]):
+        weight = torch.zeros(300, 200).to(device)
+        views = {"a": weight, "b": weight.t()}
+        weightload.load_into({name: views[name] for name in names}, tmp_path / "x.safetensors")
+        assert torch.equal(views[names[1]].cpu(), state[names[1]])
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another, as quantised weights are: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrapped = [a.inner if isinstance(a, Wrapper) else a for a in args]
+        result = func(*unwrapped, **(kwargs or {}))
+        return args[0] if func is torch.ops.aten.copy_.default else result
+
+
+def test_wrapped_tensors_are_not_taken_for_tied(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, tmp_path / "x.safetensors")
+    inner = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    report = weightload.load_into({name: Wrapper(t) for name, t in inner.items()}, tmp_path / "x.safetensors")
+    assert report.in_place == 0
+    assert torch.equal(inner["a"], torch.ones(4))
+    assert torch.equal(inner["b"], torch.full((4,), 2.0))
+
+
+def test_freed_memory_is_refused(tmp_path: Path) -> None:
+    """As sharding libraries leave parameters behind."""
+    safetensors.torch.save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
+    freed = torch.zeros(4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(errors.StateDictError, match="no memory"):
+        weightload.load_into({"a": freed}, tmp_path / "x.safetensors")
+
+
+def test_a_state_dict_that_is_made_on_the_fly_is_refused(tmp_path: Path) -> None:
+    """What is read into its tensors would be lost."""
+    model = torch.nn.Linear(3, 3)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "x.safetensors")
+    model.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(weight=state["weight"].clone()))
+    with pytest.raises(errors.StateDictError, match="on the fly"):
+        weightload.load_into(model, tmp_path / "x.safetensors")
+
+
+@pytest.mark.simulated
+def test_a_failed_start_keeps_nothing(simulated: Any, checkpoint: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(checkpoint[0][0].read_bytes()[:-1])
+    with pytest.raises(errors.HeaderError) as caught:
+        weightload.safetensors_weights_iterator([tmp_path / "bad.safetensors"], device="simulated:0")
+    assert (simulated.pinned_bytes(), thread_count()) == (0, 0)  # while the exception lives
+    del caught
 
 
 def test_a_progress_bar(device: str, checkpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:

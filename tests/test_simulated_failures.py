@@ -80,6 +80,14 @@ def test_load_file_and_load_say_so_too(simulated: Any, real_checkpoint: Path) ->
         weightload.load(real_checkpoint.read_bytes(), device=DEVICE)
 
 
+def test_pinned_memory_counts_as_torch_rounds_it(simulated: Any, mixed: list[Path]) -> None:
+    """Slots of 12 KiB lock 16."""
+    with settings.override(slot_bytes=12 << 10, pinned_bytes=64 << 10):
+        weights = load(*mixed)
+        assert_same(dict(weights), *mixed)
+    assert weights.load_stats().slots <= 4
+
+
 @pytest.mark.parametrize("pinned", [1, 2, 3])
 def test_a_smaller_ring_when_page_locking_fails(simulated: Any, mixed: list[Path], pinned: int) -> None:
     simulated.fail_pinned_after(pinned)
@@ -205,10 +213,13 @@ def test_a_load_begun_before_fork_is_an_error_in_the_child(simulated: Any, shard
             next(weights)
         except weightload.WeightLoadError as error:
             code = 0 if "fork" in str(error) else 2
-        try:
-            load(*shards)
-        except weightload.WeightLoadError as error:
-            code += 0 if "spawn" in str(error) else 4
+        for device in (DEVICE, "simulated", 0, None):
+            try:
+                load(*shards, device=device)
+            except weightload.WeightLoadError as error:
+                code += 0 if "spawn" in str(error) else 4
+            else:
+                code += 8
         del weights
         gc.collect()
         os._exit(code)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SEED, write_tensors
+from conftest import SEED, run_script, write_tensors
 from simulated_support import DEVICE, SMALL, assert_same, current_stream, load, raw, reference_of
 
 from weightload import settings
@@ -207,6 +207,35 @@ def test_the_current_device_is_left_alone(simulated: Any, mixed: list[Path]) -> 
         assert torch.accelerator.current_stream("simulated:1").stream_id == 0
     finally:
         torch.accelerator.set_device_index(0)
+
+
+def test_a_load_to_one_device_touches_no_other(simulated: Any, mixed: list[Path]) -> None:
+    """On CUDA every touch is a context: half a gigabyte on GPU 0 for each rank. In a fresh process."""
+    script = f"""
+    import gc, sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import simulated_accelerator
+    native = simulated_accelerator.load()
+    native.set_available(True)
+    from pathlib import Path
+    import torch, weightload
+    from simulated_support import SMALL, load
+    from weightload import settings
+    paths = [Path(path) for path in sys.argv[1:]]
+    with settings.override(**SMALL):
+        got = dict(load(*paths, device="simulated:1"))
+        dict(load(*paths, device="simulated:1"))
+        with load(*paths, device="simulated:1") as weights:
+            next(weights)
+        weightload.load_into(got, paths)
+        native.fail_pinned_after(0)
+        got = dict(load(*paths, device="simulated:1"))
+    del got, weights
+    gc.collect()
+    print(native.has_context(0), native.has_context(1))
+    """
+    done = run_script(script, *mixed)
+    assert (done.returncode, done.stdout) == (0, "False True\n"), done.stderr
 
 
 def test_device_memory_beyond_the_tensors_is_a_block_or_two(simulated: Any, tmp_path: Path) -> None:

@@ -121,6 +121,10 @@ class DeviceTarget:
     An accelerator to load to; page-locking of its ring begins with construction.
     """
     def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
+    def close(self) -> None:
+        """
+        Gives the ring back, for a target that no loader was made with.
+        """
 
 class DeviceLoader:
     """

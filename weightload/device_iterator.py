@@ -95,7 +95,9 @@ def make_target(device: torch.device, most_bytes: int, files: int = 1) -> _C.Dev
     # A small load is cut as finely as keeps all threads busy.
     while slot_bytes > LEAST_SLOT and slot_bytes % 8192 == 0 and most_bytes < 2 * now.thread_count() * slot_bytes:
         slot_bytes //= 2
-    slots = min(now.pinned_bytes // slot_bytes, most_bytes // slot_bytes + files)
+    # torch's host allocator takes powers of two.
+    locked = 1 << (slot_bytes - 1).bit_length()
+    slots = max(1, min(now.pinned_bytes // locked, most_bytes // slot_bytes + files))
     return _C.DeviceTarget(str(device), slots, slot_bytes)
 
 
@@ -107,7 +109,12 @@ def load_to_device(
 ) -> DeviceWeightIterator:
     """Start a load: slots are page-locked while the headers are opened."""
     target = make_target(device, sum(map(file_bytes, paths)), len(paths))
-    return DeviceWeightIterator(target, open_them(), names)
+    try:
+        return DeviceWeightIterator(target, open_them(), names)
+    except BaseException:
+        # An exception's traceback would keep its ring through this frame.
+        target.close()
+        raise
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:

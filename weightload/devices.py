@@ -38,6 +38,8 @@ def resolve(device: Device | None) -> torch.device:
         ValueError: a device that is neither the CPU nor an accelerator that this torch can use.
         WeightLoadError: a process that was forked after its parent had used the accelerator.
     """
+    if device is None or isinstance(device, int) or torch.device(device).type != "cpu":
+        _require_unforked()
     if device is None:
         target = default_device()
     elif isinstance(device, int):
@@ -55,9 +57,14 @@ def resolve(device: Device | None) -> torch.device:
     index = torch.accelerator.current_device_index() if target.index is None else target.index
     if not 0 <= index < torch.accelerator.device_count():
         raise ValueError(f"cannot load to {target}: torch sees {torch.accelerator.device_count()} devices")
-    if getattr(torch.get_device_module(target), "_is_in_bad_fork", bool)():
+    return torch.device(target.type, index)
+
+
+def _require_unforked() -> None:
+    """Say it before torch is asked for anything that would set the accelerator up."""
+    kind = accelerator()
+    if kind is not None and getattr(torch.get_device_module(kind), "_is_in_bad_fork", bool)():
         raise WeightLoadError(
-            f"cannot load to {target} in a forked child of a process that uses it: "
+            f"cannot load to {kind.type!r} in a forked child of a process that uses it: "
             "start processes by the 'spawn' or 'forkserver' method"
         )
-    return torch.device(target.type, index)

@@ -69,17 +69,19 @@ def load_into(
         at_load = time.perf_counter()
         stats: dict[str, LoadStats] = {}
         total = sum(sizes[name] for name in matched.places)
-        with progress.bar(total, show_progress) as advance:
-            for device in dict.fromkeys(place.device for place in matched.places.values()):
-                with _start(device, opened, matched, sum(map(file_bytes, paths)), len(paths)) as weights:
-                    _take(weights, matched, sizes, advance)
-                if isinstance(weights, DeviceWeightIterator):
-                    stats[str(device)] = weights.load_stats()
+        try:
+            with progress.bar(total, show_progress) as advance:
+                for device in dict.fromkeys(place.device for place in matched.places.values()):
+                    with _start(device, opened, matched, sum(map(file_bytes, paths)), len(paths)) as weights:
+                        _take(weights, matched, sizes, advance)
+                    if isinstance(weights, DeviceWeightIterator):
+                        stats[str(device)] = weights.load_stats()
+        finally:
+            # Bytes that changed behind autograd's back, perhaps not all of them.
+            torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
     finally:
         # An exception's traceback would keep them open through this frame.
         opened.clear()
-    # Bytes that changed behind autograd's back.
-    torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
     end = time.perf_counter()
     return LoadReport(
         loaded=matched.loaded,
@@ -105,7 +107,11 @@ def _start(
         weights = WeightIterator(list(files), here, backend="mmap", read_ahead=True, places=places)
     else:
         loaded_to = make_target(devices.resolve(device), most_bytes, count)
-        weights = DeviceWeightIterator(loaded_to, list(files), here, places)
+        try:
+            weights = DeviceWeightIterator(loaded_to, list(files), here, places)
+        except BaseException:
+            loaded_to.close()
+            raise
     with weights:
         yield weights
 
@@ -114,9 +120,19 @@ def _take(
     weights: WeightIterator | DeviceWeightIterator, matched: Match, sizes: dict[str, int], advance: progress.Advance
 ) -> None:
     """Let the load run, and put into place what could not be read there."""
+    held: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, tensor in weights:
-            if name not in matched.direct:
-                place = matched.places[name]
-                place.copy_(tensor.reshape(place.shape))
+            if name in matched.overlapping:
+                held[name] = tensor
+            elif name not in matched.direct:
+                _put(tensor, matched.places[name])
             advance(sizes[name])
+        # One over the other, as load_state_dict would.
+        for name in matched.overlapping:
+            if name in held:
+                _put(held[name], matched.places[name])
+
+
+def _put(tensor: torch.Tensor, place: torch.Tensor) -> None:
+    place.copy_(tensor.reshape(place.shape))

@@ -37,7 +37,7 @@ class Settings:
 
     slot_bytes: int = 8 * MIB
     """Accelerators: bytes of one slot, a multiple of 4096: one read and one copy. Smaller slots start the first copy
-    sooner; larger ones cost fewer calls."""
+    sooner; larger ones cost fewer calls. torch locks the next power of two. Small loads take smaller slots."""
 
     device_block_bytes: int = 128 * MIB
     """Accelerators: bytes of device memory that neighbouring tensors share; a larger tensor has its own. Also how far

@@ -11,6 +11,7 @@ from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
@@ -22,6 +23,8 @@ class Match:
     """Where each tensor that will be read goes; of tied names, the last."""
     direct: set[str]
     """Names whose bytes can be read straight into that memory."""
+    overlapping: list[str]
+    """Names that share memory with others, in the target's order: the last written counts."""
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
@@ -35,11 +38,7 @@ def tensors_of(target: Target) -> dict[str, torch.Tensor]:
         StateDictError: a tensor without memory: on the meta device, or of a lazy module.
     """
     if isinstance(target, torch.nn.Module):
-        found = {
-            name: tensor
-            for name, tensor in target.state_dict(keep_vars=True).items()
-            if isinstance(tensor, torch.Tensor) or not name.endswith("_extra_state")
-        }
+        found = _own_tensors(target)
     elif isinstance(target, Mapping):
         found = dict(target)
     else:
@@ -47,8 +46,25 @@ def tensors_of(target: Target) -> dict[str, torch.Tensor]:
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
-        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor):
+        plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+        freed = plain and tensor.nbytes > 0 and tensor.untyped_storage().nbytes() == 0
+        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor) or freed:
             raise StateDictError(f"{name!r} has no memory to load into; materialise it first, as Module.to_empty does")
+    return found
+
+
+def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the module's state_dict names, where that is the module's own memory.
+
+    Hooks and overrides may make tensors on the fly: what is written to those is lost.
+    """
+    own = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    found = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if id(value) in own:
+            found[name] = value
+        elif not name.endswith("_extra_state"):  # never in a safetensors file; load_state_dict's alone
+            raise StateDictError(f"{name!r} is made by the module's state_dict on the fly; use load_state_dict")
     return found
 
 
@@ -86,15 +102,16 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
     last = {tied[name]: name for name in tensors if name in here}
     places = {name: tensors[name] for name in here if name in tensors and last[tied[name]] == name}
     direct = {name for name, place in places.items() if _is_plain(place) and place.dtype == TORCH_DTYPES[here[name][0]]}
-    direct -= _overlapping({name: places[name] for name in direct})
-    return Match(places, direct, [name for name in here if name in tensors], missing, unexpected)
+    mixed = _overlapping(places)
+    overlapping = [name for name in tensors if name in mixed]
+    return Match(places, direct - mixed, overlapping, [name for name in here if name in tensors], missing, unexpected)
 
 
 def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
     """A key for each name, equal for names of the same memory seen in the same way."""
     keys: dict[str, object] = {}
     for name, tensor in tensors.items():
-        if _has_storage(tensor) and tensor.numel() > 0:
+        if _has_storage(tensor):
             keys[name] = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         else:
             keys[name] = id(tensor)
@@ -102,17 +119,19 @@ def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:
-    try:
-        tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, fake, wrapper subclasses
+    """Whether the tensor is a strided view of memory with an address; empty ones have none."""
+    if tensor.layout is not torch.strided:
         return False
-    return True
+    try:
+        return tensor.data_ptr() != 0  # 0: wrappers around other tensors
+    except (RuntimeError, NotImplementedError):  # fake tensors
+        return False
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor is its memory: dense, contiguous, nothing lazy about it."""
     return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        type(tensor) in PLAIN
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_quantized
@@ -122,11 +141,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names whose memory partly overlaps another's: reading both at once would mix them."""
+    """Names whose memory may overlap another's: reading both at once would mix them."""
     spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
         for name, tensor in tensors.items()
-        if tensor.nbytes
+        if _has_storage(tensor) and tensor.numel() > 0
     )
     mixed: set[str] = set()
     furthest = ("", 0, "")
@@ -135,3 +154,9 @@ def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
             mixed |= {name, furthest[2]}
         furthest = max(furthest, (device, end, name))
     return mixed
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -32,6 +32,14 @@ struct DeviceTarget {
         slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
   }
 
+  // Both wait for a thread that may be in the driver.
+  ~DeviceTarget() {
+    py::gil_scoped_release release;
+    ring.reset();
+    device.reset();
+  }
+  void close() { ring->close(); }
+
   uint64_t slot_bytes;
   std::shared_ptr<Device> device;
   std::shared_ptr<PinnedRing> ring;
@@ -40,7 +48,10 @@ struct DeviceTarget {
 DeviceBlockRef device_place(PyObject* tensor) { return adopt_tensor(THPVariable_Unpack(tensor)); }
 
 py::dict stats(PyDeviceLoader& self) {
-  const DeviceLoadStats stats = self.loader().stats();
+  const DeviceLoadStats stats = [&] {
+    py::gil_scoped_release release;
+    return self.loader().stats();
+  }();
   const auto seconds = [](uint64_t nanoseconds) { return static_cast<double>(nanoseconds) * 1e-9; };
   py::dict result;
   result["buffered_bytes"] = stats.buffered_bytes;
@@ -69,7 +80,9 @@ void register_device_loader(py::module_& module) {
   py::class_<DeviceTarget>(module, "DeviceTarget",
                            "An accelerator to load to; page-locking of its ring begins with construction.")
       .def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<py::gil_scoped_release>(),
-           py::arg("device"), py::arg("slots"), py::arg("slot_bytes"));
+           py::arg("device"), py::arg("slots"), py::arg("slot_bytes"))
+      .def("close", &DeviceTarget::close, py::call_guard<py::gil_scoped_release>(),
+           "Gives the ring back, for a target that no loader was made with.");
 
   py::class_<PyDeviceLoader> loader(
       module, "DeviceLoader",

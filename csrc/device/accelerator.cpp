@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/TensorImpl.h>
@@ -31,49 +32,62 @@ at::Tensor part(const at::Tensor& bytes, uint64_t offset, uint64_t count) {
   return bytes.narrow(0, signed_size(offset), signed_size(count));
 }
 
+// Note [The current device]
+// A thread's current device is 0 until it is told otherwise. CUDA's guard implementation goes back to it after every
+// event call, and going there makes a context on it: half a gigabyte on GPU 0 for each process that loads to another.
+// So everything that touches an event does so with the load's own device current. c10::DeviceGuard leaves without
+// making a context.
+
 // Host memory whose copies lie before an event.
 class Slot final : public HostSlot {
  public:
-  Slot(at::Tensor bytes, c10::DeviceType type, bool pinned) : bytes_(std::move(bytes)), copied_(type) {
+  Slot(at::Tensor bytes, c10::Device device, bool pinned)
+      : bytes_(std::move(bytes)), device_(device), copied_(std::in_place, device.type()) {
     data_ = static_cast<char*>(bytes_.data_ptr());
     size_ = bytes_.nbytes();
     pinned_ = pinned;
   }
-  // Torch's caching host allocator keeps page-locked memory until the copies that it saw are done, other memory goes
-  // back to the system at once.
+  // Torch's caching host allocator keeps page-locked memory until the copies that it saw are done. Other memory goes
+  // back to the system at once, so this waits.
   ~Slot() override {
-    if (pinned_) return;
     try {
-      copied_.synchronize();
+      const c10::DeviceGuard on_device(device_);
+      if (!pinned_) copied_->synchronize();
+      copied_.reset();
     } catch (const std::exception&) {
       // The device has failed: nothing is copying any more.
     }
   }
 
   bool copies_done() override {
-    try {
-      return copied_.query();
-    } catch (const std::exception&) {
-      return false;  // wait_for_copies() will say why
-    }
+    const c10::DeviceGuard on_device(device_);  // see Note [The current device]
+    return copied_->query();
   }
-  void wait_for_copies() override { copied_.synchronize(); }
 
   const at::Tensor& bytes() const { return bytes_; }
-  c10::Event& copied() { return copied_; }
+  c10::Event& copied() { return *copied_; }
 
  private:
   at::Tensor bytes_;
-  c10::Event copied_;
+  const c10::Device device_;
+  std::optional<c10::Event> copied_;
 };
 
 class Block final : public DeviceBlock {
  public:
   Block(at::Tensor bytes, bool adopted)
-      : bytes_(std::move(bytes)), copied_(bytes_.device().type()), adopted_(adopted) {}
+      : bytes_(std::move(bytes)), copied_(std::in_place, bytes_.device().type()), adopted_(adopted) {}
+  ~Block() override {
+    try {
+      const c10::DeviceGuard on_device(bytes_.device());
+      copied_.reset();
+    } catch (const std::exception&) {
+      // The device has failed; so has its event.
+    }
+  }
 
   const at::Tensor& bytes() const { return bytes_; }
-  c10::Event& copied() { return copied_; }
+  c10::Event& copied() { return *copied_; }
   bool adopted() const { return adopted_; }
 
   // True the first time for each stream. The consumer's calls only.
@@ -85,7 +99,7 @@ class Block final : public DeviceBlock {
 
  private:
   at::Tensor bytes_;
-  c10::Event copied_;
+  std::optional<c10::Event> copied_;
   bool adopted_;
   std::vector<c10::Stream> streams_;  // that were made to wait
 };
@@ -97,26 +111,28 @@ class Accelerator final : public Device {
         backend_(device.type()),
         owner_(backend_.getStream(device)),
         side_(backend_.getStreamFromGlobalPool(device)) {
+    const c10::DeviceGuard on_device(device_);
     order(owner_, side_);  // what reads the memory that is loaded into
   }
 
   std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
+    const c10::DeviceGuard on_device(device_);
     if (pinned) {
       // Not at::empty with pinned_memory: that asks the process's first accelerator, which may be another.
       c10::Allocator* const allocator = at::globalContext().getPinnedMemoryAllocator(device_.type());
       const std::array<int64_t, 1> sizes{signed_size(bytes)};
       at::Tensor memory = at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                     at::kByte, std::nullopt);
-      return std::make_unique<Slot>(std::move(memory), device_.type(), true);
+      return std::make_unique<Slot>(std::move(memory), device_, true);
     }
     void* memory = std::aligned_alloc(kDirectAlignment, round_up(bytes, kDirectAlignment));
     if (!memory) return nullptr;
     return std::make_unique<Slot>(
-        at::from_blob(memory, {signed_size(bytes)}, &std::free, at::TensorOptions().dtype(at::kByte)), device_.type(),
-        false);
+        at::from_blob(memory, {signed_size(bytes)}, &std::free, at::TensorOptions().dtype(at::kByte)), device_, false);
   }
 
   DeviceBlockRef allocate_block(uint64_t bytes) override {
+    const c10::DeviceGuard on_device(device_);
     try {
       const c10::StreamGuard on_owner(owner_);
       at::Tensor memory = at::empty({signed_size(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
@@ -129,14 +145,19 @@ class Accelerator final : public Device {
 
   void copy(HostSlot& slot, uint64_t slot_offset, DeviceBlock& block, uint64_t block_offset, uint64_t bytes) override {
     const at::AutoDispatchBelowADInplaceOrView no_history;
+    const c10::DeviceGuard on_device(device_);
     const c10::StreamGuard on_side(side_);
     part(static_cast<Block&>(block).bytes(), block_offset, bytes)
         .copy_(part(static_cast<Slot&>(slot).bytes(), slot_offset, bytes), /*non_blocking=*/true);
   }
 
-  void mark_slot(HostSlot& slot) override { static_cast<Slot&>(slot).copied().record(side_); }
+  void mark_slot(HostSlot& slot) override {
+    const c10::DeviceGuard on_device(device_);
+    static_cast<Slot&>(slot).copied().record(side_);
+  }
 
   void mark_block(DeviceBlock& block) override {
+    const c10::DeviceGuard on_device(device_);
     auto& marked = static_cast<Block&>(block);
     if (!marked.adopted()) marked.copied().record(side_);
   }
@@ -145,15 +166,20 @@ class Accelerator final : public Device {
     auto& awaited = static_cast<Block&>(block);
     const c10::Stream current = backend_.getStream(device_);
     if (!awaited.starts_on(current)) return;
+    const c10::DeviceGuard on_device(device_);
     awaited.copied().block(current);
     // The allocator knows of the owner stream only.
     if (current != owner_) backend_.recordDataPtrOnStream(awaited.bytes().storage().data_ptr(), current);
   }
 
-  void await_all() override { order(side_, backend_.getStream(device_)); }
+  void await_all() override {
+    const c10::DeviceGuard on_device(device_);
+    order(side_, backend_.getStream(device_));
+  }
 
   void abandon(DeviceBlock& block) noexcept override {
     try {
+      const c10::DeviceGuard on_device(device_);
       backend_.recordDataPtrOnStream(static_cast<Block&>(block).bytes().storage().data_ptr(), side_);
     } catch (const std::exception&) {
       // The device has failed: nothing is copying any more.
@@ -161,7 +187,7 @@ class Accelerator final : public Device {
   }
 
  private:
-  // What is queued on `second` from now on runs after what `first` has queued so far.
+  // What is queued on `second` from now on runs after what `first` has queued so far. With the device current.
   void order(const c10::Stream& first, const c10::Stream& second) const {
     c10::Event event(device_.type());
     event.record(first);

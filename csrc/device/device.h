@@ -15,7 +15,7 @@ class DeviceBlock {
 using DeviceBlockRef = std::shared_ptr<DeviceBlock>;
 
 // An accelerator as a load sees it: memory, one side stream for the copies, and events between that stream, the host
-// and the streams of the consumer. The host waits for the device in HostSlot::wait_for_copies only.
+// and the streams of the consumer. The host waits for the device where the ring is exhausted, and nowhere else.
 //
 // Note [Three orders]
 // 1. Write after use. A fresh block may have been freed a moment ago by someone whose kernels still read it; torch's

@@ -10,15 +10,15 @@ class HostSlot {
   HostSlot(const HostSlot&) = delete;
   HostSlot& operator=(const HostSlot&) = delete;
 
-  char* data() const { return data_; }  // aligned to a page at least
+  // Aligned to a page, or direct reads into it may be refused: torch's allocator does so unless it was told to lock
+  // memory of malloc's (pinned_use_cuda_host_register).
+  char* data() const { return data_; }
   size_t size() const { return size_; }
   bool pinned() const { return pinned_; }
 
-  // Whether the copies out of it, as of the last Device::mark_slot, are done. Neither waits nor throws.
+  // Whether the copies out of it, as of the last Device::mark_slot, are done. Does not wait. Throws what the device
+  // says when it has failed.
   virtual bool copies_done() = 0;
-
-  // Waits for them. Throws what the device says when it has failed.
-  virtual void wait_for_copies() = 0;
 
  protected:
   HostSlot() = default;

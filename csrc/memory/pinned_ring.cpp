@@ -10,6 +10,13 @@
 #include "base/fork_generation.h"
 
 namespace weightload {
+namespace {
+
+// How long an exhausted ring sleeps before it asks the device again: a few slots' worth of copying at full speed, and
+// the ring has more of them than that.
+constexpr std::chrono::microseconds kPollInterval{200};
+
+}  // namespace
 
 PinnedRing::PinnedRing(size_t slots, Allocate allocate)
     : allocate_(std::move(allocate)), wanted_(slots), capacity_(slots), fork_generation_(fork_generation()) {
@@ -32,9 +39,12 @@ PinnedRing::~PinnedRing() { close(); }
 void PinnedRing::close() noexcept {
   stop();
   if (filler_.joinable()) filler_.join();
+  // Destroyed without the mutex: it takes calls into the driver.
+  std::vector<std::unique_ptr<HostSlot>> idle;
+  std::deque<std::unique_ptr<HostSlot>> in_flight;
   std::lock_guard<std::mutex> lock(mutex_);
-  idle_.clear();
-  in_flight_.clear();
+  idle.swap(idle_);
+  in_flight.swap(in_flight_);
 }
 
 void PinnedRing::fill() {
@@ -79,6 +89,12 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
 
 PinnedRing::Lease PinnedRing::acquire() {
   std::unique_lock<std::mutex> lock(mutex_);
+  bool polled = false;
+  // Whoever leaves after asking for all lets another take over.
+  const auto lease = [&](std::unique_ptr<HostSlot> slot) -> Lease {
+    if (polled) changed_.notify_one();
+    return {this, std::move(slot)};
+  };
   while (true) {
     if (stopped_) throw Error(ErrorKind::usage, "the load was stopped");
     demanded_ = true;
@@ -86,44 +102,30 @@ PinnedRing::Lease PinnedRing::acquire() {
     if (!in_flight_.empty() && in_flight_.front()->copies_done()) {
       std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
       in_flight_.pop_front();
-      return {this, std::move(slot)};
+      return lease(std::move(slot));
     }
     if (!idle_.empty()) {
       std::unique_ptr<HostSlot> slot = std::move(idle_.back());
       idle_.pop_back();
-      return {this, std::move(slot)};
+      return lease(std::move(slot));
     }
     if (slots_ < capacity_) {
       grow(lock);
       continue;
     }
     if (capacity_ == 0) throw Error(ErrorKind::memory, "no memory for reading: neither page-locked nor pageable");
+    // A device's events can be asked or waited for; only asking can be interrupted, and waiting may spin inside its
+    // driver. One thread asks for all, the others sleep.
     const auto begin = std::chrono::steady_clock::now();
-    // Waiting for a device may spin inside its driver: one thread does it, for the oldest slot, and the others sleep.
-    if (!in_flight_.empty() && !waited_for_) {
-      waited_for_ = true;
-      std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
-      in_flight_.pop_front();
-      Lease lease(this, std::move(slot));
-      lock.unlock();
-      try {
-        lease->wait_for_copies();
-      } catch (...) {
-        lock.lock();
-        waited_for_ = false;
-        changed_.notify_all();
-        lock.unlock();
-        throw;
-      }
-      lock.lock();
-      waited_for_ = false;
-      changed_.notify_all();
-      lock.unlock();
-      wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - begin).count());
-      return lease;
+    if (!in_flight_.empty() && !polling_) {
+      polling_ = polled = true;
+      changed_.wait_for(lock, kPollInterval);
+      polling_ = false;
+    } else {
+      changed_.wait(lock);
     }
-    changed_.wait(lock);
-    wait_ns_ += static_cast<uint64_t>((std::chrono::steady_clock::now() - begin).count());
+    const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - begin;
+    wait_ns_ += static_cast<uint64_t>(waited.count());
   }
 }
 

@@ -88,7 +88,7 @@ class PinnedRing {
   bool pin_ = true;        // false once page-locking has failed without a single slot
   bool demanded_ = false;  // acquire() was called
   bool stopped_ = false;
-  bool waited_for_ = false;                          // a thread waits for the device on behalf of all
+  bool polling_ = false;                             // a thread asks the device on behalf of all
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
   std::atomic<bool> any_pageable_{false};

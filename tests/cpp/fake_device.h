@@ -83,7 +83,6 @@ class FakeDevice final : public weightload::Device {
       --device->slots_alive;
     }
     bool copies_done() override { return device->passed(copied); }
-    void wait_for_copies() override { device->wait(copied); }
     FakeDevice* device;
     uint64_t copied = 0;
   };

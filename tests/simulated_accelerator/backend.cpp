@@ -29,13 +29,33 @@ struct Event {
   }
 };
 
+// Devices that this process has a context on. As in CUDA: a thread that switches to a device makes one, leaving a guard
+// does not, and event calls switch to the event's device and back to whatever was current.
+std::atomic<bool> contexts[kDevices];
+
+void switch_to(int device) {
+  device_now = device;
+  contexts[device] = true;
+}
+
+class Visit {
+ public:
+  explicit Visit(int device) : before_(device_now) { switch_to(device); }
+  ~Visit() { switch_to(before_); }
+
+ private:
+  int before_;
+};
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
   c10::Device exchangeDevice(c10::Device device) const override {
-    return {kType, static_cast<c10::DeviceIndex>(std::exchange(device_now, device.index()))};
+    const c10::Device before = getDevice();
+    switch_to(device.index());
+    return before;
   }
   c10::Device getDevice() const override { return {kType, static_cast<c10::DeviceIndex>(device_now)}; }
-  void setDevice(c10::Device device) const override { device_now = device.index(); }
+  void setDevice(c10::Device device) const override { switch_to(device.index()); }
   void uncheckedSetDevice(c10::Device device) const noexcept override { device_now = device.index(); }
   c10::DeviceIndex deviceCount() const noexcept override { return available ? kDevices : 0; }
 
@@ -61,6 +81,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const c10::DeviceIndex device) const override { synchronize(device); }
 
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    const Visit visit(stream.device_index());
     if (!*event) *event = new Event;
     auto* recorded = static_cast<Event*>(*event);
     MomentRef moment = of(stream).mark();
@@ -68,13 +89,20 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     recorded->latest = std::move(moment);
   }
   void block(void* event, const c10::Stream& stream) const override {
+    const Visit visit(stream.device_index());
     if (event) of(stream).wait_for(static_cast<Event*>(event)->get());
   }
-  bool queryEvent(void* event) const override { return !event || static_cast<Event*>(event)->get()->reached(); }
+  bool queryEvent(void* event) const override {
+    contexts[device_now] = true;
+    return !event || static_cast<Event*>(event)->get()->reached();
+  }
   void synchronizeEvent(void* event) const override {
     if (event) static_cast<Event*>(event)->get()->wait();
   }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
+  void destroyEvent(void* event, const c10::DeviceIndex device) const noexcept override {
+    const Visit visit(device);
+    delete static_cast<Event*>(event);
+  }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
     if (DeviceChunk* chunk = chunk_of(data)) record_use(chunk, stream.id());
   }
@@ -119,7 +147,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return available; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return available ? kDevices : 0; }
-  void setCurrentDevice(c10::DeviceIndex device) const override { device_now = device; }
+  void setCurrentDevice(c10::DeviceIndex device) const override { switch_to(device); }
   c10::DeviceIndex getCurrentDevice() const override { return static_cast<c10::DeviceIndex>(device_now); }
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override {
     return static_cast<c10::DeviceIndex>(std::exchange(device_now, device));
@@ -152,6 +180,7 @@ int current_device() { return device_now; }
 int64_t current_stream(int device) { return stream_now[device]; }
 void set_available(bool is) { available = is; }
 bool is_available() { return available; }
+bool has_context(int device) { return contexts[device]; }
 
 DeviceChunk* chunk_of(const c10::DataPtr& data) {
   return data.get_deleter() == &free_device_context ? static_cast<DeviceChunk*>(data.get_context()) : nullptr;

@@ -53,9 +53,16 @@ DEFECTS = (
     Defect(
         "slot taken without asking its event",
         ACCELERATOR,
-        "return copied_.query();",
+        "return copied_->query();",
         "return true;",
         (ORDER + "slots_are_not_filled_again_before_they_were_copied_from",),
+    ),
+    Defect(
+        "event asked for with another device current",
+        ACCELERATOR,
+        "const c10::DeviceGuard on_device(device_);  // see Note [The current device]",
+        "",
+        (ORDER + "a_load_to_one_device_touches_no_other",),
     ),
     Defect(
         "slot's event on the wrong stream",

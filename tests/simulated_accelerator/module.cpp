@@ -8,6 +8,7 @@ PYBIND11_MODULE(simulated_accelerator, module) {
   using namespace simulated;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("set_available", &set_available);
+  module.def("has_context", &has_context);
   module.def("available", &is_available);
   module.def("device_count", [] { return is_available() ? kDevices : 0; });
   module.def("current_device", &current_device);
