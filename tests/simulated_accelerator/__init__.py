@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ BUILD = HERE.parent.parent / ".build" / "simulated_accelerator"
 def load() -> Any:
     """The extension module, with its device registered; not available to torch until ``set_available(True)``."""
     BUILD.mkdir(parents=True, exist_ok=True)
+    # ninja is beside the interpreter, whether or not the environment was activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
     native = cpp_extension.load(
         "simulated_accelerator",
