@@ -142,13 +142,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """Names whose memory may overlap another's: reading both at once would mix them."""
-    spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
-        for name, tensor in tensors.items()
-        if _has_storage(tensor) and tensor.numel() > 0
-    )
+    devices: dict[torch.device, int] = {}
+    spans = []
+    for name, tensor in tensors.items():
+        if not _has_storage(tensor) or tensor.numel() == 0:
+            continue
+        begin = tensor.data_ptr()
+        spans.append((devices.setdefault(tensor.device, len(devices)), begin, begin + _extent(tensor), name))
+    spans.sort()
     mixed: set[str] = set()
-    furthest = ("", 0, "")
+    furthest = (0, 0, "")
     for device, begin, end, name in spans:
         if device == furthest[0] and begin < furthest[1]:
             mixed |= {name, furthest[2]}
@@ -158,5 +161,7 @@ def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
