@@ -1,6 +1,6 @@
 #include "io/range_reader.h"
 
-#include <algorithm>
+#include <optional>
 
 #include "io/page_in.h"
 #include "io/residency.h"
@@ -11,17 +11,18 @@ namespace {
 // Residency is asked of three samples: asking of every page costs 34 ns a page, a tenth of reading it.
 constexpr uint64_t kSample = 64 << 10;
 
-// Whether most of the range is in the page cache. Unknown counts as cached: who may not know what is there had better
-// not go past it.
-bool is_cached(const File& file, ByteRange range) {
+// Whether most of the range is in the page cache; nothing where the kernel does not say, as of files of other users.
+std::optional<bool> is_cached(const File& file, ByteRange range) {
   if (range.size() <= 3 * kSample) {
     const auto cached = cached_bytes(file, range);
-    return !cached || *cached * 2 >= range.size();
+    if (!cached) return std::nullopt;
+    return *cached * 2 >= range.size();
   }
   int samples = 0;
   for (uint64_t begin : {range.begin, range.begin + (range.size() - kSample) / 2, range.end - kSample}) {
     const auto cached = cached_bytes(file, {begin, begin + kSample});
-    if (!cached || *cached * 2 >= kSample) ++samples;
+    if (!cached) return std::nullopt;
+    if (*cached * 2 >= kSample) ++samples;
   }
   return samples >= 2;
 }
@@ -44,10 +45,12 @@ RangeReader::Attempt RangeReader::begin(ByteRange range) {
   if (mode_ == ReadMode::direct) {
     attempt.direct = can_be_direct;
   } else if (file_ && storage_ != Storage::memory) {
-    attempt.cold = !is_cached(*file_, range);
+    const std::optional<bool> cached = is_cached(*file_, range);
+    attempt.cold = cached == false;
     attempt.direct = attempt.cold && can_be_direct && rates_->choose_direct();
+    // Where nobody knows, going past what may be in memory would be the dearer mistake.
+    if (cached != true && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
   }
-  if (attempt.cold && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
   return attempt;
 }
 

@@ -2,6 +2,7 @@
 #include "pipeline/device_loader.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -216,4 +217,18 @@ TEST(device_memory_that_runs_out_names_the_tensor) {
                                                  std::vector<DeviceBlockRef>{}, Load::small());
     CHECK_THROWS(load.drain(), Error, error.kind == ErrorKind::device_memory && !error.context.tensor.empty());
   }
+}
+
+TEST(files_of_other_users_whose_residency_is_secret_are_read_through_the_page_cache) {
+  if (::geteuid() != 0) return;  // only root can become somebody else
+  const Checkpoint checkpoint;
+  for (const auto& path : checkpoint.paths()) {
+    CHECK(::chmod(path.c_str(), 0644) == 0);
+    evict(path);
+  }
+  CHECK(::seteuid(65534) == 0);
+  Load load(checkpoint.paths());
+  CHECK(load.drain() == 309);
+  CHECK(load.loader->stats().direct_bytes == 0);
+  CHECK(::seteuid(0) == 0);
 }
