@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from weightload import _C, devices
-from weightload.device_iterator import DeviceWeightIterator, load_to_device, make_target
+from weightload.device_iterator import bytes_of_files, load_to_device
 from weightload.iterator import Backend, WeightIterator
 from weightload.selection import open_files
 
@@ -31,7 +31,7 @@ def load_file(
     """
     target = devices.resolve(device)
     if target.type != "cpu":
-        return dict(load_to_device(target, [filename], lambda: open_files([filename]), None))
+        return dict(load_to_device(target, bytes_of_files([filename]), 1, lambda: open_files([filename]), None))
     files = open_files([filename])
     read_ahead = files[0].size <= available_memory() // 2
     return dict(WeightIterator(files, None, backend=backend, read_ahead=read_ahead))
@@ -53,7 +53,7 @@ def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(data))
     if target.type != "cpu":
-        return dict(DeviceWeightIterator(make_target(target, len(data)), [file], None))
+        return dict(load_to_device(target, len(data), 1, lambda: [file], None))
     return dict(WeightIterator([file], None, backend="pread", read_ahead=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ class LoadStats:
     """Waiting until the device gave a slot back: what remains when reading is faster than copying."""
 
 
-def make_target(device: torch.device, most_bytes: int, files: int = 1) -> _C.DeviceTarget:
+def make_target(device: torch.device, most_bytes: int, files: int) -> _C.DeviceTarget:
     """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now."""
     now = settings.current()
     # Also does what torch does lazily on the first use of a device.
@@ -103,23 +104,26 @@ def make_target(device: torch.device, most_bytes: int, files: int = 1) -> _C.Dev
 
 def load_to_device(
     device: torch.device,
-    paths: Sequence[str | os.PathLike[str]],
+    most_bytes: int,
+    files: int,
     open_them: Callable[[], list[_C.CheckpointFile]],
     names: Names | None,
+    places: Sequence[torch.Tensor | None] = (),
 ) -> DeviceWeightIterator:
-    """Start a load: slots are page-locked while the headers are opened."""
-    target = make_target(device, sum(map(file_bytes, paths)), len(paths))
+    """Start a load of at most so many bytes and files: slots are page-locked while ``open_them`` opens the headers."""
+    target = make_target(device, most_bytes, files)
     try:
-        return DeviceWeightIterator(target, open_them(), names)
+        return DeviceWeightIterator(target, open_them(), names, places)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()
         raise
 
 
-def file_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file; 0 for what cannot be asked, which opening it will say better."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+def bytes_of_files(paths: Sequence[str | os.PathLike[str]]) -> int:
+    """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better."""
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            total += os.stat(path).st_size
+    return total

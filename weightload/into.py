@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightload import _C, devices, progress
-from weightload.device_iterator import DeviceWeightIterator, LoadStats, file_bytes, make_target
+from weightload.device_iterator import DeviceWeightIterator, LoadStats, load_to_device
 from weightload.distributed import require_independent
 from weightload.iterator import WeightIterator
 from weightload.load_report import LoadReport
@@ -72,7 +71,7 @@ def load_into(
         try:
             with progress.bar(total, show_progress) as advance:
                 for device in dict.fromkeys(place.device for place in matched.places.values()):
-                    with _start(device, opened, matched, sum(map(file_bytes, paths)), len(paths)) as weights:
+                    with _start(device, opened, matched) as weights:
                         _take(weights, matched, sizes, advance)
                     if isinstance(weights, DeviceWeightIterator):
                         stats[str(device)] = weights.load_stats()
@@ -94,26 +93,17 @@ def load_into(
     )
 
 
-@contextmanager
 def _start(
-    device: torch.device, files: list[_C.CheckpointFile], matched: Match, most_bytes: int, count: int
-) -> Iterator[WeightIterator | DeviceWeightIterator]:
+    device: torch.device, files: list[_C.CheckpointFile], matched: Match
+) -> WeightIterator | DeviceWeightIterator:
     """The load of what goes to one device."""
     here = {name for name, place in matched.places.items() if place.device == device}
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name].detach() if name in matched.direct else None for name in in_order]
-    weights: WeightIterator | DeviceWeightIterator
     if device.type == "cpu":
-        weights = WeightIterator(list(files), here, backend="mmap", read_ahead=True, places=places)
-    else:
-        loaded_to = make_target(devices.resolve(device), most_bytes, count)
-        try:
-            weights = DeviceWeightIterator(loaded_to, list(files), here, places)
-        except BaseException:
-            loaded_to.close()
-            raise
-    with weights:
-        yield weights
+        return WeightIterator(list(files), here, backend="mmap", read_ahead=True, places=places)
+    most_bytes = sum(file.size for file in files)
+    return load_to_device(devices.resolve(device), most_bytes, len(files), lambda: list(files), here, places)
 
 
 def _take(

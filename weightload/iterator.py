@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightload import _C, devices, progress, settings
-from weightload.device_iterator import DeviceWeightIterator, load_to_device
+from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
 from weightload.distributed import require_independent
 from weightload.selection import Names, Path, close_at_exit, open_files, select
 
@@ -129,7 +129,7 @@ def safetensors_weights_iterator(
     if target.type == "cpu":
         weights = WeightIterator(open_files(paths), names, backend=backend, read_ahead=True)
     else:
-        weights = load_to_device(target, paths, lambda: open_files(paths), names)
+        weights = load_to_device(target, bytes_of_files(paths), len(paths), lambda: open_files(paths), names)
     if progress.wanted(show_progress):
         return progress.with_bar(weights, always=show_progress is True)
     return weights

@@ -32,6 +32,17 @@ at::Tensor part(const at::Tensor& bytes, uint64_t offset, uint64_t count) {
   return bytes.narrow(0, signed_size(offset), signed_size(count));
 }
 
+// The bytes of a contiguous tensor, whatever its dtype, without history.
+at::Tensor bytes_of(const at::Tensor& tensor) {
+  at::Tensor bytes = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(),
+                                                              c10::scalarTypeToTypeMeta(c10::ScalarType::Byte));
+  const std::array<int64_t, 1> sizes{signed_size(tensor.nbytes())};
+  const std::array<int64_t, 1> strides{1};
+  const auto item = static_cast<int64_t>(tensor.element_size());
+  bytes.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, tensor.storage_offset() * item);
+  return bytes;
+}
+
 // Note [The current device]
 // A thread's current device is 0 until it is told otherwise. CUDA's guard implementation goes back to it after every
 // event call, and going there makes a context on it: half a gigabyte on GPU 0 for each process that loads to another.
@@ -207,15 +218,5 @@ std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_
 DeviceBlockRef adopt_tensor(const at::Tensor& tensor) { return std::make_shared<Block>(bytes_of(tensor), true); }
 
 const at::Tensor& block_bytes(const DeviceBlock& block) { return static_cast<const Block&>(block).bytes(); }
-
-at::Tensor bytes_of(const at::Tensor& tensor) {
-  at::Tensor bytes = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), tensor.key_set(),
-                                                              c10::scalarTypeToTypeMeta(c10::ScalarType::Byte));
-  const std::array<int64_t, 1> sizes{signed_size(tensor.nbytes())};
-  const std::array<int64_t, 1> strides{1};
-  const auto item = static_cast<int64_t>(tensor.element_size());
-  bytes.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, tensor.storage_offset() * item);
-  return bytes;
-}
 
 }  // namespace weightload

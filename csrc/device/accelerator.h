@@ -21,7 +21,4 @@ DeviceBlockRef adopt_tensor(const at::Tensor& tensor);
 // A block's memory as a one-dimensional uint8 tensor.
 const at::Tensor& block_bytes(const DeviceBlock& block);
 
-// The same bytes of a contiguous tensor, whatever its dtype, without history.
-at::Tensor bytes_of(const at::Tensor& tensor);
-
 }  // namespace weightload

@@ -1,9 +1,9 @@
 #include "io/ordered_pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <utility>
+
+#include "base/thread_name.h"
 
 namespace weightload {
 
@@ -63,7 +63,7 @@ bool OrderedPool::may_start(size_t task) const {
 }
 
 void OrderedPool::run() {
-  ::pthread_setname_np(::pthread_self(), kThreadName);
+  name_this_thread();
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });

@@ -12,9 +12,6 @@
 
 namespace weightload {
 
-// What debuggers, profilers and top call these threads.
-inline constexpr const char* kThreadName = "weightload";
-
 // Threads that work through numbered tasks in order, a bounded distance ahead of one consumer.
 //
 // Tasks start in order and may end out of order; the consumer sees them as done in order. The window counts

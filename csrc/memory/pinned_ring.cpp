@@ -1,13 +1,12 @@
 #include "memory/pinned_ring.h"
 
-#include <pthread.h>
-
 #include <chrono>
 #include <system_error>
 #include <utility>
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/thread_name.h"
 
 namespace weightload {
 namespace {
@@ -48,7 +47,7 @@ void PinnedRing::close() noexcept {
 }
 
 void PinnedRing::fill() {
-  ::pthread_setname_np(::pthread_self(), "weightload");
+  name_this_thread();
   std::unique_lock<std::mutex> lock(mutex_);
   // Ahead of the first demand as many as may be; from then on those who need one make it.
   while (!stopped_ && slots_ < capacity_ && !(demanded_ && !idle_.empty())) grow(lock);
@@ -67,10 +66,7 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
   }
   lock.lock();
   if (slot) {
-    if (!slot->pinned()) {
-      ++pageable_;
-      any_pageable_ = true;
-    }
+    if (!slot->pinned()) ++pageable_;
     idle_.push_back(std::move(slot));
   } else {
     --slots_;
@@ -151,7 +147,7 @@ void PinnedRing::stop() noexcept {
 
 PinnedRing::Stats PinnedRing::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return {slots_, pageable_, wait_ns_.load()};
+  return {slots_, pageable_.load(), wait_ns_.load()};
 }
 
 }  // namespace weightload

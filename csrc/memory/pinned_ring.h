@@ -70,7 +70,7 @@ class PinnedRing {
   Stats stats() const;
 
   // Whether slots are pageable. No lock.
-  bool pageable() const { return any_pageable_.load(std::memory_order_relaxed); }
+  bool pageable() const { return pageable_.load(std::memory_order_relaxed) > 0; }
 
  private:
   PinnedRing(size_t slots, Allocate allocate);
@@ -84,14 +84,13 @@ class PinnedRing {
   std::condition_variable changed_;  // a slot came back, or stop
   size_t capacity_;                  // shrinks when page-locking fails
   size_t slots_ = 0;                 // made or being made
-  size_t pageable_ = 0;
+  std::atomic<size_t> pageable_{0};
   bool pin_ = true;        // false once page-locking has failed without a single slot
   bool demanded_ = false;  // acquire() was called
   bool stopped_ = false;
   bool polling_ = false;                             // a thread asks the device on behalf of all
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
-  std::atomic<bool> any_pageable_{false};
   std::atomic<uint64_t> wait_ns_{0};
   const uint32_t fork_generation_;
   std::thread filler_;  // last: it uses everything above
