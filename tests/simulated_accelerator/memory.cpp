@@ -223,6 +223,11 @@ void fail_pinned_after(int64_t allocations) {
   pinned_allocations_left = allocations;
 }
 
+uint64_t pinned_made() {
+  std::lock_guard<std::mutex> lock(mutex);
+  return pinned.size();
+}
+
 uint64_t pinned_bytes() {
   std::lock_guard<std::mutex> lock(mutex);
   return pinned_live;

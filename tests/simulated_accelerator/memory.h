@@ -46,5 +46,6 @@ PinnedChunk* pinned_chunk(const void* address);  // null for other memory
 void record_copy(PinnedChunk* chunk, MomentRef moment);
 void fail_pinned_after(int64_t allocations);  // -1: never
 uint64_t pinned_bytes();                      // in use
+uint64_t pinned_made();                       // chunks ever made; the others were reused
 
 }  // namespace simulated
