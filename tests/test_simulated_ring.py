@@ -27,7 +27,7 @@ def test_page_locking_begins_before_the_headers_are_open(simulated: Any, shards:
         return open_files(shards)
 
     with settings.override(**SMALL):
-        weights = load_to_device(torch.device(DEVICE), 30 << 20, 3, open_when_locked, None)
+        weights = load_to_device(torch.device(DEVICE), 30 << 20, [""] * 3, open_when_locked, None)
         assert_same(dict(weights), *shards)
 
 

@@ -14,8 +14,11 @@ __all__: list[str] = [
     "CheckpointFile",
     "DeviceLoader",
     "DeviceTarget",
+    "Group",
     "HostLoader",
     "ReadMode",
+    "Strategy",
+    "abandon_groups",
     "arm_fault",
     "disarm_fault",
     "from_bytes",
@@ -29,6 +32,14 @@ class CheckpointFile:
     An open safetensors file with its validated header.
     """
     def __len__(self) -> int: ...
+    def bytes_of(self, tensors: collections.abc.Sequence[int]) -> int:
+        """
+        Bytes of the tensors with these numbers.
+        """
+    def header_digest(self) -> int:
+        """
+        A 64-bit digest of the header as it is in the file; reads it again.
+        """
     def names(self) -> list[str]:
         """
         tensor names by offset
@@ -56,6 +67,59 @@ class CheckpointFile:
         bytes, header included
         """
 
+class DeviceTarget:
+    """
+    An accelerator to load to; page-locking of its ring begins with construction.
+    """
+    def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
+    def close(self) -> None:
+        """
+        Gives the ring back, for a target that no loader was made with.
+        """
+
+class Strategy:
+    """
+    Members:
+
+      independent
+
+      broadcast
+
+      striped
+    """
+
+    __members__: typing.ClassVar[dict[str, Strategy]]
+    broadcast: typing.ClassVar[Strategy]
+    independent: typing.ClassVar[Strategy]
+    striped: typing.ClassVar[Strategy]
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: int) -> None: ...
+    def __int__(self) -> int: ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: int) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Group:
+    """
+    One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.
+    """
+    def __init__(
+        self, group: typing.Any, target: DeviceTarget | None, device: str, strategy: Strategy, load: str
+    ) -> None: ...
+    def agree(self, record: bytes, more: bool) -> list[bytes]:
+        """
+        The records of all ranks, which must have the same size. The first byte of those that agree is 1.
+        """
+    def close(self) -> None: ...
+
 class HostLoader:
     """
     Iterator of (name, tensor) over host memory.
@@ -65,6 +129,7 @@ class HostLoader:
         files: list[CheckpointFile],
         selection: collections.abc.Sequence[collections.abc.Sequence[int]],
         places: list[torch.Tensor | None],
+        group: Group | None,
         *,
         map: bool,
         read_ahead: bool,
@@ -116,16 +181,6 @@ class ReadMode:
     @property
     def value(self) -> int: ...
 
-class DeviceTarget:
-    """
-    An accelerator to load to; page-locking of its ring begins with construction.
-    """
-    def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
-    def close(self) -> None:
-        """
-        Gives the ring back, for a target that no loader was made with.
-        """
-
 class DeviceLoader:
     """
     Iterator of (name, tensor) over an accelerator's memory; None in place of tensors that were read in place.
@@ -136,6 +191,7 @@ class DeviceLoader:
         files: list[CheckpointFile],
         selection: collections.abc.Sequence[collections.abc.Sequence[int]],
         places: list[torch.Tensor | None],
+        group: Group | None,
         *,
         threads: int,
         block_bytes: int,
@@ -157,6 +213,11 @@ class DeviceLoader:
         """
         bytes of the selected tensors
         """
+
+def abandon_groups() -> None:
+    """
+    For the interpreter's exit: stops and joins what finishes loads that were stopped.
+    """
 
 def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0) -> None:
     """

@@ -7,20 +7,32 @@ _built_for.check()
 from weightload._version import __version__  # noqa: E402
 from weightload.api import load, load_file  # noqa: E402
 from weightload.checkpoint import resolve_safetensors_files  # noqa: E402
-from weightload.errors import HeaderError, ReadError, WeightLoadError  # noqa: E402
+from weightload.distributed import node_group  # noqa: E402
+from weightload.errors import (  # noqa: E402
+    GroupError,
+    HeaderError,
+    RankDisagreementError,
+    RankLeftError,
+    ReadError,
+    WeightLoadError,
+)
 from weightload.into import load_into  # noqa: E402
 from weightload.iterator import safetensors_weights_iterator  # noqa: E402
 from weightload.load_report import LoadReport  # noqa: E402
 
 __all__ = [
+    "GroupError",
     "HeaderError",
     "LoadReport",
+    "RankDisagreementError",
+    "RankLeftError",
     "ReadError",
     "WeightLoadError",
     "__version__",
     "load",
     "load_file",
     "load_into",
+    "node_group",
     "resolve_safetensors_files",
     "safetensors_weights_iterator",
 ]

@@ -10,7 +10,7 @@ import torch
 from weightload import _C, devices
 from weightload.device_iterator import bytes_of_files, load_to_device
 from weightload.iterator import Backend, WeightIterator
-from weightload.selection import open_files
+from weightload.selection import open_files, select_all
 
 
 def load_file(
@@ -31,10 +31,12 @@ def load_file(
     """
     target = devices.resolve(device)
     if target.type != "cpu":
-        return dict(load_to_device(target, bytes_of_files([filename]), 1, lambda: open_files([filename]), None))
+        return dict(
+            load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)
+        )
     files = open_files([filename])
     read_ahead = files[0].size <= available_memory() // 2
-    return dict(WeightIterator(files, None, backend=backend, read_ahead=read_ahead))
+    return dict(WeightIterator(files, select_all(files, None), backend=backend, read_ahead=read_ahead))
 
 
 def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
@@ -53,8 +55,8 @@ def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(data))
     if target.type != "cpu":
-        return dict(load_to_device(target, len(data), 1, lambda: [file], None))
-    return dict(WeightIterator([file], None, backend="pread", read_ahead=True))
+        return dict(load_to_device(target, len(data), [""], lambda: [file], None))
+    return dict(WeightIterator([file], select_all([file], None), backend="pread", read_ahead=True))
 
 
 def available_memory() -> int:

@@ -6,11 +6,16 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from weightload import _C, settings
-from weightload.selection import Names, close_at_exit, select
+from weightload.agreement import Sharing
+from weightload.selection import Names, Path, close_at_exit, select_all
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LEAST_SLOT = 256 << 10  # bytes; below, a read costs more in calls than in copying
 
@@ -18,7 +23,8 @@ LEAST_SLOT = 256 << 10  # bytes; below, a read costs more in calls than in copyi
 class DeviceWeightIterator(_C.DeviceLoader):
     """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
 
-    ``total_bytes`` is the size of the selected tensors, ``len()`` their number. ``places`` has memory on the device
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
+    with other ranks took. ``places`` has memory on the device
     for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them, and they are complete,
     for the stream that is current then, when it ends.
     """
@@ -27,16 +33,19 @@ class DeviceWeightIterator(_C.DeviceLoader):
         self,
         target: _C.DeviceTarget,
         files: list[_C.CheckpointFile],
-        names: Names | None,
+        selection: list[list[int]],
         places: Sequence[torch.Tensor | None] = (),
+        sharing: Sharing | None = None,
     ) -> None:
         now = settings.current()
+        self.agreement_seconds = sharing.seconds if sharing else 0.0
         try:
             super().__init__(
                 target,
                 files,
-                [select(file, names) for file in files],
+                selection,
                 list(places),
+                sharing.core if sharing else None,
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
                 read=getattr(_C.ReadMode, now.read),
@@ -105,19 +114,41 @@ def make_target(device: torch.device, most_bytes: int, files: int) -> _C.DeviceT
 def load_to_device(
     device: torch.device,
     most_bytes: int,
-    files: int,
+    paths: Sequence[Path],
     open_them: Callable[[], list[_C.CheckpointFile]],
     names: Names | None,
+    group: ProcessGroup | None = None,
+    strategy: str = "independent",
     places: Sequence[torch.Tensor | None] = (),
 ) -> DeviceWeightIterator:
-    """Start a load of at most so many bytes and files: slots are page-locked while ``open_them`` opens the headers."""
-    target = make_target(device, most_bytes, files)
+    """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
+
+    It is shared with the ranks of ``group`` unless that is None; there are no places then.
+    """
+    own_bytes = most_bytes if group is None else own_share(most_bytes, group, strategy)
+    target = make_target(device, own_bytes, len(paths))
+    sharing: Sharing | None = None
     try:
-        return DeviceWeightIterator(target, open_them(), names, places)
+        if group is None:
+            files = open_them()
+            return DeviceWeightIterator(target, files, select_all(files, names), places)
+        sharing = Sharing(group, strategy, device, target, paths)
+        files, selection = sharing.agree(open_them, names)
+        return DeviceWeightIterator(target, files, selection, sharing=sharing)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()
         raise
+    finally:
+        if sharing is not None:
+            sharing.close()
+
+
+def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:
+    """Bytes of a load that this rank of the group reads."""
+    if strategy == "striped":
+        return total_bytes // group.size()
+    return total_bytes if group.rank() == 0 else 0
 
 
 def bytes_of_files(paths: Sequence[str | os.PathLike[str]]) -> int:

@@ -1,17 +1,23 @@
-"""What this process knows of the others: its rank, and whether a load would have to involve them."""
+"""Which ranks share the reading of a load, and how: groups, nodes, strategies."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+import socket
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 import torch.distributed
+from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from weightload.errors import GroupError
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
+
+# The node groups of the default group they were made in; made again when torch.distributed was.
+_node_groups: dict[str, Any] = {}
 
 
 def _initialised() -> bool:
@@ -26,23 +32,106 @@ def global_rank() -> int:
     return int(text) if text.isdigit() else 0
 
 
-def group_size(group: ProcessGroup | None) -> int:
-    """Ranks of the group; of all of torch.distributed for None; 1 where it is not initialised."""
-    return torch.distributed.get_world_size(group) if _initialised() else 1
+def auto_strategy(device_type: str, ranks: int, nodes: int = 1) -> str:
+    """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale_model.py.
+
+    On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
+    accelerators each byte should cross the bus to the devices of a node once; and a group over several nodes exists
+    to read each byte once for all of them.
+    """
+    if ranks == 1 or (device_type == "cpu" and nodes == 1):
+        return "independent"
+    return "striped"
 
 
-def require_independent(strategy: str, broadcast: bool, group: ProcessGroup | None) -> None:
-    """Accept loads in which this process reads everything itself, which is all there is so far.
+def node_of_this_process() -> str:
+    """A name that the processes of one node share, and no other: the launcher's number, or the machine's."""
+    for variable in ("GROUP_RANK", "SLURM_NODEID", "OMPI_MCA_orte_ess_node_rank"):
+        if os.environ.get(variable, "").isdigit():
+            return f"{variable}={os.environ[variable]}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def world_is_one_node() -> bool:
+    """Whether all ranks are on this node, where that is known without asking them (torchrun says it)."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return torch.distributed.get_world_size() == (int(local) if local.isdigit() else 1)
+
+
+def node_group() -> ProcessGroup | None:
+    """The ranks of this node, as a group; None where torch.distributed is not initialised.
+
+    That is the default group itself if all its ranks are on one node. Otherwise a group for each node is made, the
+    first time: **a collective call, which all ranks of the default group must make.** Loads without ``group=`` make
+    it. The ranks of a node are those with the same ``GROUP_RANK`` (torchrun) or ``SLURM_NODEID``, or, without such a
+    launcher, on the same machine.
 
     Raises:
-        ValueError: no such strategy.
-        NotImplementedError: more than one rank, and the call asks them to share the reading.
+        GroupError: the ranks could not be asked.
+    """
+    if not _initialised():
+        return None
+    world = torch.distributed.group.WORLD
+    if world_is_one_node():
+        return world
+    if _node_groups.get("world") is not world:
+        _node_groups.update(world=world, group=_make_node_group(world))
+    group: ProcessGroup = _node_groups["group"]
+    return group
+
+
+def _make_node_group(world: Any) -> Any:
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    try:
+        torch.distributed.all_gather_object(names, node_of_this_process())
+        if len(set(names)) == 1:
+            return world
+        mine = None
+        for node in sorted(set(names)):
+            ranks = [rank for rank, name in enumerate(names) if name == node]
+            # Every rank takes part in the making of every group.
+            group = torch.distributed.new_group(ranks)
+            if global_rank() in ranks:
+                mine = group
+    except (RuntimeError, OSError) as error:
+        raise GroupError(f"finding out which ranks share a node: {error}") from error
+    return mine
+
+
+def resolve_group(group: ProcessGroup | None, strategy: str, device_type: str) -> tuple[ProcessGroup | None, str]:
+    """The group that shares a load, or None where this process reads everything itself; and the strategy.
+
+    Raises:
+        ValueError: no such strategy, or a group that this process is no member of.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
-    shared = strategy in ("broadcast", "striped") or (strategy == "auto" and broadcast)
-    if shared and group_size(group) > 1:
-        raise NotImplementedError(
-            "weightload cannot yet share the reading between the ranks of a group (strategies broadcast and "
-            "striped); pass to_cpu=True, broadcast=False or strategy='independent' to read on every rank"
-        )
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(f"group={group!r}: this process is not a member of it, or it is no process group")
+    if strategy == "independent" or not _initialised():
+        return None, "independent"
+    nodes = 1
+    if group is None:
+        if strategy == "auto" and auto_strategy(device_type, 2) == "independent":
+            return None, "independent"  # within a node, whatever the node
+        group = node_group()
+    elif strategy == "auto":
+        nodes = _nodes_of(group)
+    assert group is not None
+    ranks = torch.distributed.get_world_size(group)
+    chosen = auto_strategy(device_type, ranks, nodes) if strategy == "auto" else strategy
+    if ranks == 1 or chosen == "independent":
+        return None, "independent"
+    return group, chosen
+
+
+def _nodes_of(group: ProcessGroup) -> int:
+    """How many nodes the group's ranks are on, as far as the launcher tells: torchrun numbers ranks node by node."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not local.isdigit() or int(local) == 0:
+        return 1
+    return len({rank // int(local) for rank in torch.distributed.get_process_group_ranks(group)})

@@ -6,6 +6,7 @@ that cannot be opened raises what ``open()`` would raise: ``FileNotFoundError``,
 
 from __future__ import annotations
 
+import builtins
 import os
 
 import torch
@@ -20,12 +21,14 @@ class WeightLoadError(SafetensorError):
         tensor: the tensor's name.
         offset: bytes from the start of the file.
         errno: the operating system's error number.
+        rank: whose error it is, counted in the group that shared the load; every rank of it raises the same.
     """
 
     filename: str | None = None
     tensor: str | None = None
     offset: int | None = None
     errno: int | None = None
+    rank: int | None = None
 
 
 class CheckpointError(WeightLoadError):
@@ -54,6 +57,18 @@ class OutOfMemoryError(WeightLoadError, MemoryError):
 
 class DeviceOutOfMemoryError(OutOfMemoryError, torch.OutOfMemoryError):
     """An accelerator's memory for a tensor could not be had."""
+
+
+class GroupError(WeightLoadError):
+    """The ranks of a group could not share a load: one died, stopped or never called, or the network failed."""
+
+
+class RankDisagreementError(GroupError):
+    """The ranks of a group were about to load different things. Nothing was loaded."""
+
+
+class RankLeftError(GroupError):
+    """Another rank of the group left the load before its end. ``rank`` says which."""
 
 
 class HeaderTooSmall(HeaderError):
@@ -139,20 +154,54 @@ _KINDS: dict[str, type[WeightLoadError]] = {
     "read": ReadError,
     "memory": OutOfMemoryError,
     "device_memory": DeviceOutOfMemoryError,
+    "group": GroupError,
+    "left": RankLeftError,
     "usage": WeightLoadError,
 }
 
 
+def _os_error(errno: int, filename: str | None, rank: int | None) -> OSError:
+    """OSError picks the subclass that belongs to the number."""
+    where = "" if rank is None else f" (on rank {rank})"
+    error = OSError(errno, os.strerror(errno) + where, filename)
+    error.rank = rank  # type: ignore[attr-defined]
+    return error
+
+
 def from_core(
-    kind: str, rule: str, message: str, filename: str, tensor: str, offset: int | None, errno: int
+    kind: str, rule: str, message: str, filename: str, tensor: str, offset: int | None, errno: int, rank: int | None
 ) -> BaseException:
     """Make the exception for an error of the C++ core (called by its bindings)."""
     if kind == "open":
-        # OSError picks the subclass that belongs to the number.
-        return OSError(errno, os.strerror(errno), filename)
+        return _os_error(errno, filename, rank)
     error = _RULES.get(rule, _KINDS[kind])(message)
     error.filename = filename or None
     error.tensor = tensor or None
     error.offset = offset
     error.errno = errno or None
+    error.rank = rank
+    return error
+
+
+def from_rank(
+    rank: int,
+    load: str,
+    *,
+    type: str,
+    message: str,
+    filename: str | None,
+    tensor: str | None,
+    offset: int | None,
+    errno: int | None,
+) -> BaseException:
+    """Make the exception for an error that a rank told the others of before a load began."""
+    builtin = getattr(builtins, type, None)
+    if errno is not None and isinstance(builtin, builtins.type) and issubclass(builtin, OSError):
+        return _os_error(errno, filename, rank)
+    known = globals().get(type)
+    if isinstance(known, builtins.type) and issubclass(known, WeightLoadError):
+        error = known(f"on rank {rank}: {message}")
+    else:
+        error = GroupError(f"{load}: rank {rank} failed before it began: {type}: {message}")
+    error.filename, error.tensor, error.offset, error.errno, error.rank = filename, tensor, offset, errno, rank
     return error

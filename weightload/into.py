@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightload import _C, devices, progress
 from weightload.device_iterator import DeviceWeightIterator, LoadStats, load_to_device
-from weightload.distributed import require_independent
-from weightload.iterator import WeightIterator
+from weightload.distributed import resolve_group
+from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.selection import Path, open_files
 from weightload.state_dict import Match, Target, match
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Ranks = tuple["ProcessGroup | None", str]
 
 
 def load_into(
@@ -45,8 +48,9 @@ def load_into(
         target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
         files: paths of the safetensors files (one path is taken as one file).
         strict: whether the names must be the same, as in ``Module.load_state_dict``.
-        group, strategy: the ranks that share the reading. ``"auto"`` and ``"independent"``: every rank reads for
-            itself; other strategies are not implemented yet.
+        group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
+            targets must have the same names on the same kind of device. What travels between ranks is blocks of
+            many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
         show_progress: as for ``safetensors_weights_iterator``.
 
     Returns:
@@ -54,16 +58,24 @@ def load_into(
 
     Raises:
         StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target has no memory.
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError: as
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, GroupError: as
             ``safetensors_weights_iterator``.
     """
-    require_independent(strategy, False, group)
+    first = _first_device(target)
+    ranks = resolve_group(group, strategy, first.type)
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     begin = time.perf_counter()
-    opened = open_files(paths)
+    opened: list[_C.CheckpointFile] = []
     try:
-        at_match = time.perf_counter()
-        matched = match(target, opened, strict)
+        try:
+            opened = open_files(paths)
+            at_match = time.perf_counter()
+            matched = match(target, opened, strict)
+        except BaseException as error:
+            _tell(error, first, paths, ranks)
+            raise
+        if ranks[0] is not None:
+            matched = dataclasses.replace(matched, direct=set())
         sizes = {name: stop - start for file in opened for name, _, _, start, stop in file.tensors()}
         at_load = time.perf_counter()
         stats: dict[str, LoadStats] = {}
@@ -71,7 +83,7 @@ def load_into(
         try:
             with progress.bar(total, show_progress) as advance:
                 for device in dict.fromkeys(place.device for place in matched.places.values()):
-                    with _start(device, opened, matched) as weights:
+                    with _start(device, opened, paths, matched, ranks) as weights:
                         _take(weights, matched, sizes, advance)
                     if isinstance(weights, DeviceWeightIterator):
                         stats[str(device)] = weights.load_stats()
@@ -93,17 +105,42 @@ def load_into(
     )
 
 
+def _first_device(target: Target) -> torch.device:
+    tensors: Iterable[object] = ()
+    if isinstance(target, torch.nn.Module):
+        tensors = target.parameters()
+    elif isinstance(target, Mapping):
+        tensors = target.values()
+    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
+
+
+def _tell(error: BaseException, device: torch.device, paths: Sequence[Path], ranks: Ranks) -> None:
+    """Raise this rank's error on every rank: the others are about to agree on the load."""
+    if ranks[0] is None:
+        return
+
+    def fail() -> list[_C.CheckpointFile]:
+        raise error
+
+    if device.type in ("cpu", "meta"):
+        load_to_host(*ranks, paths, fail, None, backend="pread")
+    else:
+        load_to_device(devices.resolve(device), 0, paths, fail, None, *ranks)
+
+
 def _start(
-    device: torch.device, files: list[_C.CheckpointFile], matched: Match
+    device: torch.device, files: list[_C.CheckpointFile], paths: Sequence[Path], matched: Match, ranks: Ranks
 ) -> WeightIterator | DeviceWeightIterator:
     """The load of what goes to one device."""
     here = {name for name, place in matched.places.items() if place.device == device}
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name].detach() if name in matched.direct else None for name in in_order]
+    if ranks[0] is not None:
+        places = []
     if device.type == "cpu":
-        return WeightIterator(list(files), here, backend="mmap", read_ahead=True, places=places)
+        return load_to_host(*ranks, paths, lambda: list(files), here, backend="mmap", places=places)
     most_bytes = sum(file.size for file in files)
-    return load_to_device(devices.resolve(device), most_bytes, len(files), lambda: list(files), here, places)
+    return load_to_device(devices.resolve(device), most_bytes, paths, lambda: list(files), here, *ranks, places)
 
 
 def _take(

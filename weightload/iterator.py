@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from weightload import _C, devices, progress, settings
+from weightload.agreement import Sharing
 from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
-from weightload.distributed import require_independent
-from weightload.selection import Names, Path, close_at_exit, open_files, select
+from weightload.distributed import resolve_group
+from weightload.selection import Names, Path, close_at_exit, open_files, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,26 +23,30 @@ Backend = Literal["mmap", "pread"]
 class WeightIterator(_C.HostLoader):
     """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
 
-    ``total_bytes`` is the size of the selected tensors, ``len()`` their number. Takes over ``files``: the list is
-    empty afterwards. ``places`` has CPU memory for some of the tensors, in their order; the iterator then gives
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
+    with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
+    list for each file. ``places`` has CPU memory for some of the tensors, in their order; the iterator then gives
     ``(name, None)`` for them.
     """
 
     def __init__(
         self,
         files: list[_C.CheckpointFile],
-        names: Names | None,
+        selection: list[list[int]],
         *,
         backend: str,
         read_ahead: bool,
         places: Sequence[torch.Tensor | None] = (),
+        sharing: Sharing | None = None,
     ) -> None:
         now = settings.current()
+        self.agreement_seconds = sharing.seconds if sharing else 0.0
         try:
             super().__init__(
                 files,
-                [select(file, names) for file in files],
+                selection,
                 list(places),
+                sharing.core if sharing else None,
                 map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),
@@ -69,6 +74,29 @@ def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
     return torch.device("cpu")
 
 
+def load_to_host(
+    group: ProcessGroup | None,
+    strategy: str,
+    paths: Sequence[Path],
+    open_them: Callable[[], list[_C.CheckpointFile]],
+    names: Names | None,
+    *,
+    backend: str,
+    read_ahead: bool = True,
+    places: Sequence[torch.Tensor | None] = (),
+) -> WeightIterator:
+    """Start a load to the CPU, shared with the ranks of ``group`` unless that is None."""
+    if group is None:
+        files = open_them()
+        return WeightIterator(files, select_all(files, names), backend=backend, read_ahead=read_ahead, places=places)
+    sharing = Sharing(group, strategy, torch.device("cpu"), None, paths)
+    try:
+        files, selection = sharing.agree(open_them, names)
+        return WeightIterator(files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing)
+    finally:
+        sharing.close()
+
+
 def safetensors_weights_iterator(
     hf_weights_files: Sequence[Path] | Path,
     to_cpu: bool = False,
@@ -91,14 +119,20 @@ def safetensors_weights_iterator(
     Args:
         hf_weights_files: paths of the files (one path is taken as one file).
         to_cpu: yield CPU tensors and never communicate.
-        broadcast: with more than one rank, one rank reads and the others receive (not implemented yet).
+        broadcast: ``False``: with ``strategy="auto"``, every rank reads for itself.
         async_broadcast: accepted; a tensor is complete when it is yielded in any case.
         device: where to put the tensors: the CPU or an accelerator; default: the accelerator of this process
             (``LOCAL_RANK``), or the CPU where there is none. On an accelerator a tensor starts at a multiple of 256
             bytes and shares a block of memory with its neighbours; the stream that is current when it is yielded may
             use it at once.
-        group: the ranks that share the reading; default: all.
-        strategy: ``"auto"``, ``"independent"``, ``"broadcast"`` or ``"striped"``.
+        group: the ranks that share the reading; all of them must make this call, with equal arguments and files.
+            Default: the ranks of this node (``weightload.node_group()``). The group is used as it is, from the calling
+            thread only: while the call runs, and while ``next()`` does, at points that are the same on all ranks. One
+            load a group at a time.
+        strategy: ``"independent"``: every rank reads everything, nobody communicates. ``"broadcast"``: the group's
+            first rank reads, the others receive. ``"striped"``: each of N ranks reads an N-th of every block of
+            memory, then an all-gather completes it. ``"auto"``: independent on the CPU within a node, else striped.
+            CPU tensors of shared loads are in private memory.
         names: a collection of tensor names, or a predicate on names: only these are yielded and read.
         show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
             second.
@@ -116,20 +150,25 @@ def safetensors_weights_iterator(
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
         OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
             ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
-        ValueError: a device that torch cannot use here.
-        NotImplementedError: ranks that share the reading.
+        ValueError: a device that torch cannot use here, or a group that this process is not a member of.
+        RankDisagreementError: the ranks of the group would load different files, tensors, ....
+        GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
+        RankLeftError: a rank of the group left the load before its end.
+
+    An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
+    depended on what failed.
     """
     target = _target(to_cpu, device)
-    if not to_cpu:
-        require_independent(strategy, broadcast, group)
     if backend not in ("mmap", "pread"):
         raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+    alone = to_cpu or (strategy == "auto" and not broadcast)
+    group, chosen = resolve_group(group, "independent" if alone else strategy, target.type)
     paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
-        weights = WeightIterator(open_files(paths), names, backend=backend, read_ahead=True)
+        weights = load_to_host(group, chosen, paths, lambda: open_files(paths), names, backend=backend)
     else:
-        weights = load_to_device(target, bytes_of_files(paths), len(paths), lambda: open_files(paths), names)
+        weights = load_to_device(target, bytes_of_files(paths), paths, lambda: open_files(paths), names, group, chosen)
     if progress.wanted(show_progress):
         return progress.with_bar(weights, always=show_progress is True)
     return weights

@@ -28,6 +28,11 @@ def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
     return [number for number, name in enumerate(file.names()) if picked(name)]
 
 
+def select_all(files: Sequence[_C.CheckpointFile], names: Names | None) -> list[list[int]]:
+    """``select`` for each file."""
+    return [select(file, names) for file in files]
+
+
 _live: weakref.WeakSet[_C.HostLoader | _C.DeviceLoader] = weakref.WeakSet()
 
 

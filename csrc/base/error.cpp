@@ -8,6 +8,7 @@ namespace {
 
 std::string full_sentence(const std::string& message, const ErrorContext& context) {
   std::string text;
+  if (context.rank) text += "on rank " + std::to_string(*context.rank) + ": ";
   if (!context.path.empty()) text += context.path + ": ";
   if (!context.tensor.empty()) text += "tensor `" + context.tensor + "`: ";
   text += message;

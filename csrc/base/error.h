@@ -14,6 +14,8 @@ enum class ErrorKind : uint8_t {
   read,           // bytes could not be read, or the file ended early
   memory,         // host memory could not be had
   device_memory,  // an accelerator's memory could not be had
+  group,          // the ranks of a group could not agree or communicate
+  left,           // another rank has left the load
   usage,          // a call that makes no sense in this state (an iterator used in a forked child, ...)
 };
 
@@ -21,8 +23,9 @@ enum class ErrorKind : uint8_t {
 struct ErrorContext {
   std::string path;
   std::string tensor;
-  std::optional<uint64_t> offset;  // bytes from the start of the file
-  int error_number = 0;            // errno
+  std::optional<uint64_t> offset;               // bytes from the start of the file
+  int error_number = 0;                         // errno
+  std::optional<uint32_t> rank = std::nullopt;  // in its group, of an error that all ranks raise
 };
 
 // The one exception type of the core. what() is a full sentence with file, tensor, offset and errno in it;

@@ -2,6 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <functional>
+#include <string>
+
 #include "bindings/register.h"
 #include "io/residency.h"
 
@@ -43,6 +46,19 @@ uint64_t read_all(const CheckpointFile& file) {
   return file.size();
 }
 
+// Of the header's text. All ranks that compare it run the same build of the same standard library (Murmur, in GNU's).
+uint64_t header_digest(const CheckpointFile& file) {
+  std::string text(file.header().data_begin, '\0');
+  file.source().read(0, text.data(), text.size());
+  return std::hash<std::string>()(text);
+}
+
+uint64_t bytes_of(const CheckpointFile& file, const std::vector<uint32_t>& tensors) {
+  uint64_t total = 0;
+  for (const uint32_t tensor : tensors) total += file.header().tensors.at(tensor).bytes.size();
+  return total;
+}
+
 std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
   const std::string path = encoded_path;
   py::gil_scoped_release release;
@@ -67,6 +83,9 @@ void register_checkpoint_file(py::module_& module) {
       .def("__len__", [](const CheckpointFile& file) { return file.header().tensors.size(); })
       .def("names", names, "tensor names by offset")
       .def("tensors", tensors, "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
+      .def("header_digest", header_digest, py::call_guard<py::gil_scoped_release>(),
+           "A 64-bit digest of the header as it is in the file; reads it again.")
+      .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, py::call_guard<py::gil_scoped_release>(),
            "Reads every byte once and returns their number.");
 

@@ -1,9 +1,12 @@
 #include "pipeline/device_loader.h"
 
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
+#include "bindings/device_target.h"
 #include "bindings/device_tensor.h"
+#include "bindings/group.h"
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
 #include "device/accelerator.h"
@@ -23,27 +26,6 @@ static void warn_of(DeviceLoader& loader) {
 namespace {
 
 using PyDeviceLoader = PyLoader<DeviceLoader, DeviceTensor, wrap_device_tensor>;
-
-// An accelerator and its pinned ring, which starts to fill at once.
-struct DeviceTarget {
-  DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes) : slot_bytes(slot_bytes) {
-    device = make_accelerator(c10::Device(name));
-    ring = PinnedRing::make(
-        slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
-  }
-
-  // Both wait for a thread that may be in the driver.
-  ~DeviceTarget() {
-    py::gil_scoped_release release;
-    ring.reset();
-    device.reset();
-  }
-  void close() { ring->close(); }
-
-  uint64_t slot_bytes;
-  std::shared_ptr<Device> device;
-  std::shared_ptr<PinnedRing> ring;
-};
 
 DeviceBlockRef device_place(PyObject* tensor) { return adopt_tensor(THPVariable_Unpack(tensor)); }
 
@@ -77,20 +59,13 @@ void register_device_loader(py::module_& module) {
       .value("buffered", ReadMode::buffered)
       .value("direct", ReadMode::direct);
 
-  py::class_<DeviceTarget>(module, "DeviceTarget",
-                           "An accelerator to load to; page-locking of its ring begins with construction.")
-      .def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<py::gil_scoped_release>(),
-           py::arg("device"), py::arg("slots"), py::arg("slot_bytes"))
-      .def("close", &DeviceTarget::close, py::call_guard<py::gil_scoped_release>(),
-           "Gives the ring back, for a target that no loader was made with.");
-
   py::class_<PyDeviceLoader> loader(
       module, "DeviceLoader",
       "Iterator of (name, tensor) over an accelerator's memory; None in place of tensors that were read in place.");
   loader
       .def(py::init([](const DeviceTarget& target, const py::list& files,
-                       const std::vector<std::vector<uint32_t>>& selection, const py::list& places, unsigned threads,
-                       uint64_t block_bytes, ReadMode read) {
+                       const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
+                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, ReadMode read) {
              DeviceLoaderOptions options;
              options.threads = threads;
              options.slot_bytes = target.slot_bytes;
@@ -100,11 +75,12 @@ void register_device_loader(py::module_& module) {
                  files,
                  [&, blocks = adopt_places<DeviceBlockRef>(places, device_place)](CheckpointFiles opened) mutable {
                    return std::make_unique<DeviceLoader>(target.device, target.ring, std::move(opened), selection,
-                                                         std::move(blocks), options);
+                                                         std::move(blocks), exchange_of(group.value_or(nullptr)),
+                                                         options);
                  });
            }),
-           py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::kw_only(),
-           py::arg("threads"), py::arg("block_bytes"), py::arg("read"))
+           py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"),
+           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("read"))
       .def("stats", &stats, "What the threads have done so far: bytes, counts, and seconds of all threads together.");
   define_iteration(loader);
 }

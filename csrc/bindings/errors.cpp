@@ -17,6 +17,8 @@ const char* kind_name(ErrorKind kind) {
     case ErrorKind::read: return "read";
     case ErrorKind::memory: return "memory";
     case ErrorKind::device_memory: return "device_memory";
+    case ErrorKind::group: return "group";
+    case ErrorKind::left: return "left";
     case ErrorKind::usage: return "usage";
   }
   return "usage";
@@ -36,10 +38,11 @@ void translate(std::exception_ptr pointer) {
     try {
       const ErrorContext& where = error.context;
       py::object offset = where.offset ? py::object(py::int_(*where.offset)) : py::none();
+      py::object rank = where.rank ? py::object(py::int_(*where.rank)) : py::none();
       py::object exception =
           py::module_::import("weightload.errors")
               .attr("from_core")(kind_name(error.kind), error.rule, to_text(error.what()), to_text(where.path),
-                                 to_text(where.tensor), offset, where.error_number);
+                                 to_text(where.tensor), offset, where.error_number, rank);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
     } catch (py::error_already_set& failed) {
       failed.restore();

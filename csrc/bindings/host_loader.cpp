@@ -1,7 +1,9 @@
 #include "pipeline/host_loader.h"
 
+#include <optional>
 #include <utility>
 
+#include "bindings/group.h"
 #include "bindings/host_tensor.h"
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
@@ -18,8 +20,8 @@ using PyHostLoader = PyLoader<HostLoader, HostTensor, wrap_host_tensor>;
 void register_host_loader(py::module_& module) {
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");
   loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,
-                         const py::list& places, bool map, bool read_ahead, unsigned threads, uint64_t window_bytes,
-                         uint64_t task_bytes, uint64_t block_bytes) {
+                         const py::list& places, std::optional<PyGroup*> group, bool map, bool read_ahead,
+                         unsigned threads, uint64_t window_bytes, uint64_t task_bytes, uint64_t block_bytes) {
                HostLoaderOptions options;
                options.map = map;
                options.read_ahead = read_ahead;
@@ -29,10 +31,11 @@ void register_host_loader(py::module_& module) {
                options.block_bytes = block_bytes;
                auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
                return std::make_unique<PyHostLoader>(files, [&](CheckpointFiles opened) {
-                 return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory), options);
+                 return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory),
+                                                     exchange_of(group.value_or(nullptr)), options);
                });
              }),
-             py::arg("files"), py::arg("selection"), py::arg("places"), py::kw_only(), py::arg("map"),
+             py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::kw_only(), py::arg("map"),
              py::arg("read_ahead"), py::arg("threads"), py::arg("window_bytes"), py::arg("task_bytes"),
              py::arg("block_bytes"));
   define_iteration(loader);

@@ -129,12 +129,7 @@ class Accelerator final : public Device {
   std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
     const c10::DeviceGuard on_device(device_);
     if (pinned) {
-      // Not at::empty with pinned_memory: that asks the process's first accelerator, which may be another.
-      c10::Allocator* const allocator = at::globalContext().getPinnedMemoryAllocator(device_.type());
-      const std::array<int64_t, 1> sizes{signed_size(bytes)};
-      at::Tensor memory = at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                    at::kByte, std::nullopt);
-      return std::make_unique<Slot>(std::move(memory), device_, true);
+      return std::make_unique<Slot>(pinned_bytes(device_, bytes), device_, true);
     }
     void* memory = std::aligned_alloc(kDirectAlignment, round_up(bytes, kDirectAlignment));
     if (!memory) return nullptr;
@@ -188,16 +183,41 @@ class Accelerator final : public Device {
     order(side_, backend_.getStream(device_));
   }
 
+  void behind_copies(DeviceBlock& block) override {
+    const c10::DeviceGuard on_device(device_);
+    static_cast<Block&>(block).copied().block(collective_stream());
+  }
+
+  void on_collective_stream(const std::function<void()>& issue) override {
+    const at::AutoDispatchBelowADInplaceOrView no_history;
+    const c10::DeviceGuard on_device(device_);
+    const c10::StreamGuard on_stream(collective_stream());
+    issue();
+  }
+
+  void mark_shared(DeviceBlock& block) override {
+    const c10::DeviceGuard on_device(device_);
+    static_cast<Block&>(block).copied().record(collective_stream());
+  }
+
   void abandon(DeviceBlock& block) noexcept override {
     try {
       const c10::DeviceGuard on_device(device_);
-      backend_.recordDataPtrOnStream(static_cast<Block&>(block).bytes().storage().data_ptr(), side_);
+      const c10::DataPtr& memory = static_cast<Block&>(block).bytes().storage().data_ptr();
+      backend_.recordDataPtrOnStream(memory, side_);
+      if (collective_) backend_.recordDataPtrOnStream(memory, *collective_);
     } catch (const std::exception&) {
       // The device has failed: nothing is copying any more.
     }
   }
 
  private:
+  // The consumer's calls only.
+  const c10::Stream& collective_stream() {
+    if (!collective_) collective_ = backend_.getStreamFromGlobalPool(device_);
+    return *collective_;
+  }
+
   // What is queued on `second` from now on runs after what `first` has queued so far. With the device current.
   void order(const c10::Stream& first, const c10::Stream& second) const {
     c10::Event event(device_.type());
@@ -209,9 +229,18 @@ class Accelerator final : public Device {
   const c10::impl::VirtualGuardImpl backend_;
   const c10::Stream owner_;
   const c10::Stream side_;
+  std::optional<c10::Stream> collective_;
 };
 
 }  // namespace
+
+at::Tensor pinned_bytes(c10::Device device, uint64_t bytes) {
+  // Not at::empty with pinned_memory: that asks the process's first accelerator, which may be another.
+  c10::Allocator* const allocator = at::globalContext().getPinnedMemoryAllocator(device.type());
+  const std::array<int64_t, 1> sizes{signed_size(bytes)};
+  return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), at::kByte,
+                                   std::nullopt);
+}
 
 std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_shared<Accelerator>(device); }
 

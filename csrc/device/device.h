@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "memory/host_slot.h"
@@ -15,7 +16,8 @@ class DeviceBlock {
 using DeviceBlockRef = std::shared_ptr<DeviceBlock>;
 
 // An accelerator as a load sees it: memory, one side stream for the copies, and events between that stream, the host
-// and the streams of the consumer. The host waits for the device where the ring is exhausted, and nowhere else.
+// and the streams of the consumer; where ranks share the reading, a second side stream for the collectives. The host
+// waits for the device where the ring is exhausted, and nowhere else.
 //
 // Note [Three orders]
 // 1. Write after use. A fresh block may have been freed a moment ago by someone whose kernels still read it; torch's
@@ -25,6 +27,7 @@ using DeviceBlockRef = std::shared_ptr<DeviceBlock>;
 // 3. Reuse after read. A slot is filled again when its event has passed, which lies behind its last copy. A block that
 //    dies before the consumer's stream was made to wait for it is marked as used by the side stream; so is one that is
 //    consumed on another stream than the one that owns it.
+// A collective lies between 1 and 2: the collective stream waits for the block's event, and moves it behind itself.
 //
 // Thread safety: everything may be called by several threads at once, except that one block's calls are ordered by the
 // caller: copies, then mark_block, then await_block.
@@ -55,7 +58,16 @@ class Device {
   // Makes the calling thread's current stream wait for everything queued so far.
   virtual void await_all() = 0;
 
-  // The block may be gone before its copies are done: nobody was handed a tensor of it.
+  // Makes the collective stream wait for a marked block.
+  virtual void behind_copies(DeviceBlock& block) = 0;
+
+  // Calls `issue` with the collective stream as the thread's current one.
+  virtual void on_collective_stream(const std::function<void()>& issue) = 0;
+
+  // After a block's collective: await_block() then waits for that.
+  virtual void mark_shared(DeviceBlock& block) = 0;
+
+  // The block may be gone before its copies and its collective are done: nobody was handed a tensor of it.
   virtual void abandon(DeviceBlock& block) noexcept = 0;
 };
 

@@ -1,5 +1,6 @@
 #include "pipeline/device_loader.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -35,19 +36,25 @@ void spread(char* image, uint64_t file_begin, const SlotPiece* first, const Slot
 
 DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
                            const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
-                           const DeviceLoaderOptions& options)
+                           std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options)
     : device_(std::move(device)),
       ring_(std::move(ring)),
       selected_(std::move(files), selection),
+      shared_(std::move(exchange)),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
   start(options);
+  const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
+    return prepare(static_cast<uint32_t>(block), patience, payload);
+  };
+  shared_.begin(layout_, ready, selected_.files());
 }
 
 DeviceLoader::~DeviceLoader() {
   if (forked()) {
     // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
+    shared_.forget();
     static_cast<void>(pool_.release());
     new std::vector<DeviceBlockRef>(std::move(blocks_));
     new std::shared_ptr<Device>(device_);
@@ -69,9 +76,8 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   layout.block_bytes = options.block_bytes;
   layout_ = plan_layout(extents, layout);
 
-  ReadPlanOptions reads;
-  reads.task_bytes = options.slot_bytes;
-  slots_ = plan_slots(plan_reads(layout_, reads).tasks, layout_.blocks.size(), options.slot_bytes);
+  const ReadPlan reads = plan_reads(layout_, shared_.reads(options.slot_bytes));
+  slots_ = plan_slots(reads.tasks, layout_.blocks.size(), options.slot_bytes);
 
   blocks_.resize(layout_.blocks.size());
   in_place_.resize(layout_.blocks.size());
@@ -113,7 +119,7 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   uint64_t total = 0;
   for (const SlotTask& task : slots_.tasks) ends.push_back(total += task.bytes.size());
   // The window is what bounds the device memory that no tensor owns yet: the block in hand, and one more.
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, options.block_bytes,
+  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, shared_.own_part(options.block_bytes),
                                         [this](size_t task) { work(task); });
 }
 
@@ -171,7 +177,7 @@ DeviceBlock& DeviceLoader::block(uint32_t number) {
   if (!block) {
     Stopwatch watch(allocate_ns_);
     try {
-      block = device_->allocate_block(layout_.blocks[number].bytes);
+      block = device_->allocate_block(shared_.buffer(layout_.blocks[number].bytes));
     } catch (const Error& error) {
       throw selected_.for_tensor(error, layout_.blocks[number].first_tensor);
     }
@@ -199,13 +205,8 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
   const uint32_t number = place.block;
   const bool empty = selected_.info(next_).bytes.empty();
   if (!empty) {
-    const uint32_t last_task = slots_.last_task_of_block[number];
-    pool_->advance(last_task);
-    try {
-      if (!pool_->wait(last_task, patience)) return interrupted_ ? Step::end : Step::not_ready;
-    } catch (const Error& error) {
-      throw selected_.name_tensor(error, next_);
-    }
+    const bool complete = shared_ ? shared_.complete(number, patience) : await(number, patience);
+    if (!complete) return interrupted_ ? Step::end : Step::not_ready;
     if (!in_place_[number]) device_->await_block(*blocks_[number]);
     awaited_[number] = true;
   }
@@ -218,6 +219,29 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
   // The last tensor of a block takes the loader's own reference with it.
   if (next_ == layout_.blocks[number].last_tensor && !in_place_[number]) blocks_[number] = nullptr;
   return Step::tensor;
+}
+
+// Until this rank's copies into the block are queued.
+bool DeviceLoader::await(uint32_t block, std::chrono::milliseconds patience) {
+  if (slots_.tasks_of_block[block] == 0) return true;
+  const uint32_t last_task = slots_.last_task_of_block[block];
+  pool_->advance(last_task);
+  try {
+    return pool_->wait(last_task, patience);
+  } catch (const Error& error) {
+    throw selected_.name_tensor(error, std::max<size_t>(next_, layout_.blocks[block].first_tensor));
+  }
+}
+
+// GroupExchange::Prepare.
+bool DeviceLoader::prepare(uint32_t number, std::chrono::milliseconds patience, Payload& payload) {
+  if (!await(number, patience)) return false;
+  DeviceBlock& memory = block(number);
+  // What is only received must still be written after its memory's last user.
+  if (slots_.tasks_of_block[number] == 0) device_->mark_block(memory);
+  payload.device = blocks_[number];
+  payload.bytes = shared_.buffer(layout_.blocks[number].bytes);
+  return true;
 }
 
 DeviceBlockRef DeviceLoader::empty_block() {
@@ -243,6 +267,7 @@ void DeviceLoader::close() noexcept {
   interrupt();
   if (forked()) return;
   if (pool_) pool_->join();
+  shared_.leave();
   for (size_t b = 0; b < blocks_.size(); ++b) {
     if (blocks_[b] && !in_place_[b] && !awaited_[b]) device_->abandon(*blocks_[b]);
   }
@@ -276,7 +301,7 @@ DeviceLoadStats DeviceLoader::stats() const {
   for (size_t b = 0; b < layout_.blocks.size(); ++b) {
     if (in_place_[b]) continue;
     ++stats.blocks;
-    stats.block_bytes += layout_.blocks[b].bytes;
+    stats.block_bytes += shared_.buffer(layout_.blocks[b].bytes);
   }
   stats.ring = ring_->stats();
   return stats;

@@ -12,6 +12,7 @@
 #include "memory/host_memory.h"
 #include "memory/pinned_ring.h"
 #include "pipeline/selected_tensors.h"
+#include "pipeline/shared_blocks.h"
 #include "plan/layout.h"
 #include "plan/slot_plan.h"
 
@@ -51,10 +52,11 @@ struct DeviceLoadStats {
 class DeviceLoader {
  public:
   // `selection` as for SelectedTensors. `places`, if not empty, has an element for each tensor in order: the memory to
-  // load it into (the whole of the block), or null for memory of the loader's making.
+  // load it into (the whole of the block), or null for memory of the loader's making. `exchange`, if not null, is an
+  // agreement with other ranks to share the reading; places are not supported then.
   DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
                const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
-               const DeviceLoaderOptions& options);
+               std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options);
   ~DeviceLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -80,12 +82,15 @@ class DeviceLoader {
   void fill(const SlotTask& task, char* slot);
   DeviceBlock& block(uint32_t block);
   void mark_blocks(const SlotTask& task);
+  bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
+  bool await(uint32_t block, std::chrono::milliseconds patience);
   void await_places();
   DeviceBlockRef empty_block();
 
   const std::shared_ptr<Device> device_;
   const std::shared_ptr<PinnedRing> ring_;
   SelectedTensors selected_;
+  SharedBlocks shared_;
   Layout layout_;
   SlotPlan slots_;
   ReadCounts read_counts_;

@@ -22,12 +22,20 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 }  // namespace
 
 HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
-                       std::vector<HostMemoryRef> places, const HostLoaderOptions& options)
-    : selected_(std::move(files), selection), readiness_(selected_.size()), fork_generation_(fork_generation()) {
+                       std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
+                       const HostLoaderOptions& options)
+    : selected_(std::move(files), selection),
+      shared_(std::move(exchange)),
+      readiness_(selected_.size()),
+      fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   map_files();
   find_tasks();
   start(options);
+  const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
+    return prepare(static_cast<uint32_t>(block), patience, payload);
+  };
+  shared_.begin(layout_, ready, selected_.files());
 }
 
 HostLoader::~HostLoader() {
@@ -45,7 +53,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool can_map = options.map && !alone && selected_.file(i)->file() && is_aligned(info);
+    const bool can_map = options.map && !shared_ && !alone && selected_.file(i)->file() && is_aligned(info);
     extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map, alone});
   }
   LayoutOptions layout;
@@ -54,9 +62,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   layout.align_every_tensor = false;
   layout_ = plan_layout(extents, layout);
 
-  ReadPlanOptions reads;
-  reads.task_bytes = options.task_bytes;
-  reads_ = plan_reads(layout_, reads);
+  reads_ = plan_reads(layout_, shared_.reads(options.task_bytes));
   blocks_.resize(layout_.blocks.size());
   in_place_.resize(layout_.blocks.size());
   for (size_t i = 0; i < places.size(); ++i) {
@@ -101,6 +107,10 @@ void HostLoader::map_files() {
 void HostLoader::find_tasks() {
   uint32_t task = 0;
   last_task_of_file_.resize(selected_.files().size());
+  if (shared_) {  // whole blocks count, not tensors
+    for (uint32_t t = 0; t < reads_.tasks.size(); ++t) last_task_of_file_[reads_.tasks[t].file] = t;
+    return;
+  }
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorPlace& place = layout_.places[i];
     const ByteRange bytes = selected_.info(i).bytes;
@@ -130,7 +140,7 @@ void HostLoader::start(const HostLoaderOptions& options) {
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, options.window_bytes,
+  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
 }
 
@@ -144,20 +154,37 @@ void HostLoader::work(size_t task) {
     return;
   }
   if (mapping) fill_page_cache(*file.file(), mapping, read.bytes);
-  file.source().read(read.bytes.begin, block_memory(read.block) + read.block_offset, read.bytes.size());
+  file.source().read(read.bytes.begin, block_memory(read.block)->data() + read.block_offset, read.bytes.size());
 }
 
-char* HostLoader::block_memory(uint32_t block) {
+HostMemoryRef HostLoader::block_memory(uint32_t block) {
   std::lock_guard<std::mutex> lock(allocating_);
   HostMemoryRef& memory = blocks_[block];
   if (!memory) {
     try {
-      memory = block_cache_->allocate(layout_.blocks[block].bytes);
+      memory = block_cache_->allocate(shared_.buffer(layout_.blocks[block].bytes));
     } catch (const Error& error) {
       throw selected_.for_tensor(error, layout_.blocks[block].first_tensor);
     }
   }
-  return memory->data();
+  return memory;
+}
+
+// GroupExchange::Prepare: the block is ready when this rank's reads of it are done.
+bool HostLoader::prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload) {
+  const uint32_t first = block == 0 ? 0 : reads_.block_ends[block - 1];
+  const uint32_t last = reads_.block_ends[block];
+  if (first < last) {
+    pool_->advance(last - 1);
+    try {
+      if (!pool_->wait(last - 1, patience)) return false;
+    } catch (const Error& error) {
+      throw selected_.name_tensor(error, layout_.blocks[block].first_tensor);
+    }
+  }
+  payload.host = block_memory(block);
+  payload.bytes = shared_.buffer(layout_.blocks[block].bytes);
+  return true;
 }
 
 // A mapping costs page tables (1/512 of what was touched) for as long as anything holds it; files that the
@@ -187,7 +214,9 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   const uint32_t file = selected_.file_index(next_);
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
-  if (pool_) {
+  if (shared_) {
+    if (block.bytes > 0 && !shared_.complete(place.block, patience)) return interrupted_ ? Step::end : Step::not_ready;
+  } else if (pool_) {
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
   }
@@ -218,7 +247,9 @@ void HostLoader::interrupt() noexcept {
 
 void HostLoader::close() noexcept {
   interrupted_ = true;
+  if (forked()) shared_.forget();
   if (pool_ && !forked()) pool_->join();
+  shared_.leave();
   blocks_.clear();
   block_cache_->close();
   maps_.clear();

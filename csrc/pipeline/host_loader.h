@@ -10,6 +10,7 @@
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
 #include "pipeline/selected_tensors.h"
+#include "pipeline/shared_blocks.h"
 #include "plan/layout.h"
 #include "plan/read_plan.h"
 
@@ -53,9 +54,11 @@ class HostLoader {
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, on files that cannot be mapped, and when no thread can be started.
   // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
-  // the loader's choice.
+  // the loader's choice. `exchange`, if not null, is an agreement with other ranks to share the reading; memory is then
+  // private, and places are not supported.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
-             std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
+             std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
+             const HostLoaderOptions& options);
   ~HostLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -88,11 +91,13 @@ class HostLoader {
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task);
-  char* block_memory(uint32_t block);
+  HostMemoryRef block_memory(uint32_t block);
+  bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);
   void unmap_passed_files(uint32_t current_file);
 
   SelectedTensors selected_;
+  SharedBlocks shared_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
   std::vector<Readiness> readiness_;         // by tensor

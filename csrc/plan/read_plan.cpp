@@ -28,6 +28,11 @@ uint64_t stripe_bytes(uint64_t block_bytes, uint32_t ranks) {
   return round_up((block_bytes + ranks - 1) / ranks, kStripeAlignment);
 }
 
+uint64_t buffer_bytes(uint64_t block_bytes, const ReadPlanOptions& options) {
+  if (options.strategy != Strategy::striped) return block_bytes;
+  return stripe_bytes(block_bytes, options.ranks) * options.ranks;
+}
+
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options) {
   switch (options.strategy) {
     case Strategy::independent: return {0, block_bytes};

@@ -43,6 +43,9 @@ struct ReadPlanOptions {
 // padding.
 uint64_t stripe_bytes(uint64_t block_bytes, uint32_t ranks);
 
+// Bytes of a block's buffer: the block's, or for `striped` its stripes'.
+uint64_t buffer_bytes(uint64_t block_bytes, const ReadPlanOptions& options);
+
 // The part of a block [0, block_bytes) that `rank` reads from files.
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options);
 

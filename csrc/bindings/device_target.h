@@ -1,0 +1,34 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "device/accelerator.h"
+#include "memory/pinned_ring.h"
+
+namespace weightload {
+
+// An accelerator and its pinned ring, which starts to fill at once.
+struct DeviceTarget {
+  DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes) : slot_bytes(slot_bytes) {
+    device = make_accelerator(c10::Device(name));
+    ring = PinnedRing::make(
+        slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
+  }
+
+  // Both wait for a thread that may be in the driver.
+  ~DeviceTarget() {
+    pybind11::gil_scoped_release release;
+    ring.reset();
+    device.reset();
+  }
+  void close() { ring->close(); }
+
+  uint64_t slot_bytes;
+  std::shared_ptr<Device> device;
+  std::shared_ptr<PinnedRing> ring;
+};
+
+}  // namespace weightload

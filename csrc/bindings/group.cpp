@@ -1,0 +1,90 @@
+#include "bindings/group.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/fork_generation.h"
+#include "bindings/device_target.h"
+#include "bindings/py_loader.h"
+#include "bindings/register.h"
+#include "collective/process_group.h"
+#include "pipeline/group_registry.h"
+
+namespace py = pybind11;
+
+namespace weightload {
+
+namespace {
+
+// Calls `step`, which waits a little, without the GIL until it is true; signal handlers run in between.
+template <typename Step>
+void wait_for(Step&& step) {
+  while (true) {
+    {
+      py::gil_scoped_release release;
+      if (step()) return;
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+std::unique_ptr<PyGroup> join(const py::object& python_group, std::optional<const DeviceTarget*> target,
+                              const std::string& device, Strategy strategy, std::string load) {
+  auto* const group = py::cast<c10d::ProcessGroup*>(python_group);
+  // An earlier load may still owe the others something.
+  wait_for([&] { return group_registry::settled(group, kSignalInterval); });
+  auto collective = make_collective(c10::intrusive_ptr<c10d::ProcessGroup>::reclaim_copy(group), c10::Device(device),
+                                    target ? (*target)->device : nullptr);
+  auto exchange = std::make_shared<GroupExchange>(std::move(collective), strategy, std::move(load));
+  group_registry::claim(group, exchange);
+  return std::make_unique<PyGroup>(std::move(exchange));
+}
+
+}  // namespace
+
+std::vector<py::bytes> PyGroup::agree(const py::bytes& bytes, bool more) {
+  if (!exchange_) throw py::value_error("this group's part of the load is over");
+  const std::string record = bytes;
+  Records records;
+  wait_for([&] { return exchange_->agree(record, more, kSignalInterval, records); });
+  return {records.begin(), records.end()};
+}
+
+void PyGroup::close() {
+  auto exchange = std::move(exchange_);
+  if (!exchange) return;
+  if (generation_ != fork_generation()) {
+    new std::shared_ptr<GroupExchange>(std::move(exchange));  // the communicator belongs to the parent
+    return;
+  }
+  py::gil_scoped_release release;
+  group_registry::leave(exchange);
+  exchange.reset();
+}
+
+void register_group(py::module_& module) {
+  py::enum_<Strategy>(module, "Strategy")
+      .value("independent", Strategy::independent)
+      .value("broadcast", Strategy::broadcast)
+      .value("striped", Strategy::striped);
+
+  py::class_<PyGroup>(module, "Group",
+                      "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.")
+      .def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
+           py::arg("load"))
+      .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"),
+           "The records of all ranks, which must have the same size. The first byte of those that agree is 1.")
+      .def("close", &PyGroup::close);
+
+  module.def("abandon_groups", &group_registry::abandon, py::call_guard<py::gil_scoped_release>(),
+             "For the interpreter's exit: stops and joins what finishes loads that were stopped.");
+}
+
+}  // namespace weightload

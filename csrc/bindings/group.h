@@ -1,0 +1,37 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/fork_generation.h"
+#include "pipeline/group_exchange.h"
+
+namespace weightload {
+
+// One load's share of a group, until a loader takes it over.
+class PyGroup {
+ public:
+  explicit PyGroup(std::shared_ptr<GroupExchange> exchange) : exchange_(std::move(exchange)) {}
+  ~PyGroup() { close(); }
+
+  // The records of all ranks. Waits without the GIL, and lets signal handlers run.
+  std::vector<pybind11::bytes> agree(const pybind11::bytes& record, bool more);
+
+  // Leaves the load.
+  void close();
+
+  std::shared_ptr<GroupExchange> take() { return std::move(exchange_); }
+
+ private:
+  std::shared_ptr<GroupExchange> exchange_;
+  const uint32_t generation_ = fork_generation();
+};
+
+// What `group` has, which gives it up; null for null.
+inline std::shared_ptr<GroupExchange> exchange_of(PyGroup* group) { return group ? group->take() : nullptr; }
+
+}  // namespace weightload

@@ -1,0 +1,85 @@
+#include "pipeline/rank_status.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace weightload {
+namespace {
+
+enum class State : uint8_t { ready = 1, failed, left };
+
+constexpr uint32_t kNoFile = UINT32_MAX;
+constexpr size_t kTextBytes = 224;
+
+// As it travels. Ranks of one group run the same build (they have agreed on that), so the layout is the same.
+struct Status {
+  State state = State::ready;
+  ErrorKind kind = ErrorKind::read;
+  uint8_t has_offset = 0;
+  int32_t error_number = 0;
+  uint32_t file = kNoFile;
+  uint64_t offset = 0;
+  char tensor[kTextBytes] = {};
+  char message[kTextBytes] = {};
+};
+static_assert(std::is_trivially_copyable_v<Status> && sizeof(Status) <= kStatusBytes);
+
+std::string record_of(const Status& status) {
+  std::string record(kStatusBytes, '\0');
+  std::memcpy(record.data(), &status, sizeof(status));
+  return record;
+}
+
+// Without a torn UTF-8 character at the end.
+void put(char (&field)[kTextBytes], const std::string& text) {
+  size_t size = std::min(text.size(), kTextBytes - 1);
+  while (size > 0 && size < text.size() && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;
+  std::memcpy(field, text.data(), size);
+}
+
+std::string text_of(const char (&field)[kTextBytes]) { return std::string(field, ::strnlen(field, kTextBytes)); }
+
+}  // namespace
+
+std::string ready_status() { return record_of({}); }
+
+std::string left_status() {
+  Status status;
+  status.state = State::left;
+  return record_of(status);
+}
+
+std::string failed_status(const Error& error, const CheckpointFiles& files) {
+  Status status;
+  status.state = State::failed;
+  status.kind = error.kind;
+  status.error_number = error.context.error_number;
+  status.has_offset = error.context.offset.has_value();
+  status.offset = error.context.offset.value_or(0);
+  for (uint32_t f = 0; f < files.size(); ++f) {
+    if (files[f]->path() == error.context.path) status.file = f;
+  }
+  put(status.tensor, error.context.tensor);
+  put(status.message, error.message);
+  return record_of(status);
+}
+
+std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const CheckpointFiles& files) {
+  Status status;
+  std::memcpy(&status, record.data(), sizeof(status));
+  if (status.state == State::ready) return std::nullopt;
+  ErrorContext where;
+  where.rank = rank;
+  if (status.state == State::left) {
+    return Error(ErrorKind::left, "the rank has left the load (its iterator was closed, or its consumer failed)",
+                 where);
+  }
+  where.error_number = status.error_number;
+  if (status.has_offset) where.offset = status.offset;
+  if (status.file < files.size()) where.path = files[status.file]->path();
+  where.tensor = text_of(status.tensor);
+  return Error(status.kind, text_of(status.message), where);
+}
+
+}  // namespace weightload

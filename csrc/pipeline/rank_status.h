@@ -1,0 +1,24 @@
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "base/error.h"
+#include "pipeline/checkpoint_file.h"
+
+namespace weightload {
+
+// What a rank tells the others before a block travels: that its part is in place, or why it never will be. Records of
+// kStatusBytes, so that it can be gathered; texts that are longer lose their end.
+constexpr size_t kStatusBytes = 512;
+
+std::string ready_status();
+std::string failed_status(const Error& error, const CheckpointFiles& files);
+
+// The rank takes no further part in the load.
+std::string left_status();
+
+// The error in `rank`'s record, as every rank raises it; nothing if the rank is ready.
+std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const CheckpointFiles& files);
+
+}  // namespace weightload

@@ -1,0 +1,76 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "pipeline/group_exchange.h"
+#include "pipeline/group_registry.h"
+#include "plan/layout.h"
+#include "plan/read_plan.h"
+
+namespace weightload {
+
+// The blocks of a load that travel between the ranks of a group; none where every rank reads for itself.
+class SharedBlocks {
+ public:
+  explicit SharedBlocks(std::shared_ptr<GroupExchange> exchange) : exchange_(std::move(exchange)) {
+    if (!exchange_) return;
+    reads_.rank = exchange_->rank();
+    reads_.ranks = exchange_->ranks();
+    reads_.strategy = exchange_->strategy();
+  }
+  ~SharedBlocks() { leave(); }
+
+  explicit operator bool() const { return exchange_ != nullptr; }
+
+  // What this rank reads.
+  ReadPlanOptions reads(uint64_t task_bytes) const {
+    ReadPlanOptions options = reads_;
+    options.task_bytes = task_bytes;
+    return options;
+  }
+
+  // Bytes of a block's memory: as it travels.
+  uint64_t buffer(uint64_t block_bytes) const { return buffer_bytes(block_bytes, reads_); }
+
+  // Of a bound in bytes of blocks, this rank's part: it reads a stripe of each.
+  uint64_t own_part(uint64_t bytes) const {
+    return reads_.strategy == Strategy::striped ? bytes / reads_.ranks + 1 : bytes;
+  }
+
+  // `prepare` as GroupExchange::Prepare, for blocks of the layout by their number there; empty ones do not travel.
+  void begin(const Layout& layout, GroupExchange::Prepare prepare, CheckpointFiles files) {
+    if (!exchange_) return;
+    for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
+      turn_of_.push_back(turns_.size());
+      if (layout.blocks[b].bytes > 0) turns_.push_back(b);
+    }
+    exchange_->begin(
+        turns_.size(),
+        [this, prepare = std::move(prepare)](size_t turn, std::chrono::milliseconds patience, Payload& payload) {
+          return prepare(turns_[turn], patience, payload);
+        },
+        std::move(files));
+  }
+
+  // See GroupExchange::complete().
+  bool complete(uint32_t block, std::chrono::milliseconds patience) {
+    return exchange_->complete(turn_of_[block], patience);
+  }
+
+  void leave() noexcept {
+    if (auto exchange = std::move(exchange_)) group_registry::leave(exchange);
+  }
+
+  // In a forked child: the communicator belongs to the parent.
+  void forget() noexcept { new std::shared_ptr<GroupExchange>(std::move(exchange_)); }
+
+ private:
+  ReadPlanOptions reads_;
+  std::shared_ptr<GroupExchange> exchange_;
+  std::vector<uint32_t> turns_;  // blocks that travel
+  std::vector<size_t> turn_of_;  // by block
+};
+
+}  // namespace weightload

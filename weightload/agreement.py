@@ -1,0 +1,170 @@
+"""What the ranks of a group compare before the first byte of a load travels, and how they fail together."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightload import _C, errors, settings
+from weightload._version import __version__
+from weightload.selection import Names, Path, select_all
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Of the record that every rank gives: enough for an error's sentence and for what follows.
+RECORD_BYTES = 2048
+# Files whose own digest is in the record, so that the first one that differs can be named.
+NAMED_FILES = 64
+AGREED, FAILED = b"\1", b"\0"
+
+Opened = tuple[list[_C.CheckpointFile], list[list[int]]]
+
+
+class Sharing:
+    """This process's part in a load that the ranks of a group share: the agreement, then the group's part of a loader.
+
+    Attributes:
+        core: what a loader takes over.
+        seconds: how long the agreement took, from the moment this rank was ready for it.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        strategy: str,
+        device: torch.device,
+        target: _C.DeviceTarget | None,
+        paths: Sequence[Path],
+    ) -> None:
+        first = f" (first: {os.path.basename(os.fsdecode(paths[0]))})" if paths else ""
+        load = f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
+        self.seconds = 0.0
+        self._strategy, self._kind, self._load = strategy, device.type, load
+        self.core = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
+
+    def agree(self, open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None) -> Opened:
+        """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
+
+        Raises:
+            RankDisagreementError: the ranks are about to load different things.
+            GroupError: a rank cannot be reached.
+            Exception: what a rank raised before the agreement, on every rank.
+        """
+        files: list[_C.CheckpointFile] = []
+        selection: list[list[int]] = []
+        failure: BaseException | None = None
+        try:
+            files = open_them()
+            selection = select_all(files, names)
+            record = self._record(files, selection)
+        except BaseException as error:  # the others must not wait for a rank that was interrupted
+            failure = error
+            record = FAILED + _describe(error)
+        begin = time.perf_counter()
+        more = any(file.bytes_of(chosen) for file, chosen in zip(files, selection, strict=True))
+        try:
+            records = self.core.agree(record.ljust(RECORD_BYTES, b" "), more)
+            self.seconds = time.perf_counter() - begin
+            _check(records, self._load, failure)
+        except BaseException:
+            files.clear()
+            raise
+        return files, selection
+
+    def close(self) -> None:
+        """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
+        self.core.close()
+
+    def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]]) -> bytes:
+        """What must be the same on every rank, as JSON, so that a difference can be said in words."""
+        now = settings.current()
+        names = [os.path.basename(file.path) for file in files]
+        sizes = [str(file.size) for file in files]
+        headers = [f"{file.header_digest():016x}" for file in files]
+        same: dict[str, Any] = {
+            "versions": [__version__, torch.__version__],
+            "strategy": self._strategy,
+            "device": self._kind,
+            "settings": [now.block_bytes if self._kind == "cpu" else now.device_block_bytes],
+            "number of files": len(files),
+            "file names": _digest(names),
+            "file sizes": _digest(sizes),
+            "headers": _digest(headers),
+            "selection": _digest(array("I", chosen).tobytes().hex() for chosen in selection),
+            "files": [_digest(one)[:8] for one in list(zip(names, sizes, headers, strict=True))[:NAMED_FILES]],
+        }
+        return AGREED + json.dumps(same, separators=(",", ":")).encode()
+
+
+def _digest(texts: Any) -> str:
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+def _check(records: list[bytes], load: str, failure: BaseException | None) -> None:
+    """Raise what every rank raises, unless all are the same."""
+    failed = [rank for rank, record in enumerate(records) if record[:1] == FAILED]
+    if failed:
+        if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+            raise failure
+        raise errors.from_rank(failed[0], load, **json.loads(records[failed[0]][1:])) from failure
+    if all(record == records[0] for record in records):
+        return
+    views = [json.loads(record[1:]) for record in records]
+    # Whom most of the others agree with is right; of two halves, the one with the first rank.
+    right = max(views, key=lambda view: (views.count(view), -views.index(view)))
+    odd = [rank for rank, view in enumerate(views) if view != right]
+    differing = [name for name in right if any(views[rank][name] != right[name] for rank in odd)]
+    words = [_in_words(name, right, [views[rank] for rank in odd]) for name in differing if name != "files"]
+    at = next(
+        (
+            f" (first in file number {number + 1})"
+            for number, one in enumerate(right["files"])
+            if any(views[rank]["files"][number : number + 1] != [one] for rank in odd)
+        ),
+        "",
+    )
+    ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd[:8]))}{', ...' * (len(odd) > 8)}"
+    raise errors.RankDisagreementError(
+        f"{load}: the ranks of the group would load different things: {ranks} of {len(records)} "
+        f"{'differs' if len(odd) == 1 else 'differ'} in {', '.join(words)}{at}"
+    )
+
+
+def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    if name in ("file names", "file sizes", "headers", "selection"):
+        return name
+    values = dict.fromkeys(str(view[name]) for view in others if view[name] != right[name])
+    return f"{name} ({', '.join(values)} where the others have {right[name]})"
+
+
+def _describe(error: BaseException) -> bytes:
+    """An error as JSON of limited length."""
+    limit = RECORD_BYTES // 4
+    filename = getattr(error, "filename", None)
+    message = str(error)
+    while True:
+        fields = {
+            "type": type(error).__name__,
+            "message": message[:limit],
+            "filename": None if filename is None else os.fsdecode(filename)[-limit:],
+            "tensor": (getattr(error, "tensor", None) or "")[:limit] or None,
+            "offset": getattr(error, "offset", None),
+            "errno": getattr(error, "errno", None),
+        }
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        if len(text) < RECORD_BYTES:
+            return text
+        limit //= 2  # characters that take several bytes each
+
+
+# Before torch.distributed's own cleaning up, which waits for what is on its way.
+atexit.register(_C.abandon_groups)
