@@ -61,6 +61,11 @@ class FakeDevice final : public weightload::Device {
   void await_all() override {
     wait(enqueue([] {}));
   }
+  void behind_copies(weightload::DeviceBlock& block) override { wait(static_cast<Block&>(block).copied); }
+  void on_collective_stream(const std::function<void()>& issue) override { issue(); }
+  void mark_shared(weightload::DeviceBlock& block) override {
+    static_cast<Block&>(block).copied = enqueue([] {});
+  }
   void abandon(weightload::DeviceBlock& block) noexcept override { static_cast<Block&>(block).abandoned = true; }
 
   std::atomic<int> pinned_left{1 << 30};

@@ -30,7 +30,8 @@ struct Load {
       : files(CheckpointFile::open_all(paths, 2)) {
     ring = PinnedRing::make(
         slots, [device = device, options](bool pinned) { return device->allocate_slot(options.slot_bytes, pinned); });
-    loader = std::make_unique<DeviceLoader>(device, ring, files, everything(files), std::move(places), options);
+    loader =
+        std::make_unique<DeviceLoader>(device, ring, files, everything(files), std::move(places), nullptr, options);
   }
   static DeviceLoaderOptions small() {
     DeviceLoaderOptions options;
@@ -107,7 +108,7 @@ TEST(pageable_slots_carry_the_same_bytes) {
   load.ring =
       PinnedRing::make(3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
   load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
-                                               std::vector<DeviceBlockRef>{}, Load::small());
+                                               std::vector<DeviceBlockRef>{}, nullptr, Load::small());
   CHECK(load.drain() == 309);
   CHECK(load.loader->stats().ring.pageable_slots > 0);
 }
@@ -214,7 +215,7 @@ TEST(device_memory_that_runs_out_names_the_tensor) {
     load.ring =
         PinnedRing::make(3, [device = load.device](bool pinned) { return device->allocate_slot(64 << 10, pinned); });
     load.loader = std::make_unique<DeviceLoader>(load.device, load.ring, load.files, everything(load.files),
-                                                 std::vector<DeviceBlockRef>{}, Load::small());
+                                                 std::vector<DeviceBlockRef>{}, nullptr, Load::small());
     CHECK_THROWS(load.drain(), Error, error.kind == ErrorKind::device_memory && !error.context.tensor.empty());
   }
 }

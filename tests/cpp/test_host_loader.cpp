@@ -48,7 +48,7 @@ void load_and_check(const CheckpointFiles& files, const std::vector<std::vector<
                     const HostLoaderOptions& options) {
   std::vector<HostTensor> kept;
   {
-    HostLoader loader(files, selection, {}, options);
+    HostLoader loader(files, selection, {}, nullptr, options);
     HostTensor tensor;
     while (take(loader, tensor) == HostLoader::Step::tensor) kept.push_back(tensor);
     CHECK(kept.size() == loader.tensor_count());
@@ -106,7 +106,7 @@ TEST(an_error_at_any_call_is_thrown_with_its_place) {
   const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
   for (uint64_t first = 0; first < 60; first += 7) {
     fault_hook::arm({fault_hook::Fault::error, first, 1'000'000, EIO, {}});
-    HostLoader loader(files, everything(files), {}, small_options(false));
+    HostLoader loader(files, everything(files), {}, nullptr, small_options(false));
     HostTensor tensor;
     const auto all = [&] {
       while (take(loader, tensor) == HostLoader::Step::tensor) check_bytes(files, tensor);
@@ -124,7 +124,7 @@ TEST(leaving_early_joins_and_keeps_what_was_taken) {
   for (size_t count = 0; count < 40; count += 3) {
     std::vector<HostTensor> kept;
     {
-      HostLoader loader(files, everything(files), {}, small_options(count % 2 == 0));
+      HostLoader loader(files, everything(files), {}, nullptr, small_options(count % 2 == 0));
       for (size_t i = 0; i < count; ++i) {
         HostTensor tensor;
         CHECK(take(loader, tensor) == HostLoader::Step::tensor);
@@ -147,7 +147,7 @@ TEST(an_interrupt_from_another_thread_ends_a_wait) {
   const Checkpoint checkpoint;
   const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
   fault_hook::arm({fault_hook::Fault::delay, 0, 1'000'000, 0, milliseconds(20)});
-  HostLoader loader(files, everything(files), {}, small_options(false));
+  HostLoader loader(files, everything(files), {}, nullptr, small_options(false));
   std::thread stopper([&] { loader.interrupt(); });
   HostTensor tensor;
   while (loader.next(tensor, milliseconds(60'000)) != HostLoader::Step::end) {

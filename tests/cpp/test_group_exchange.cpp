@@ -1,0 +1,216 @@
+// Loads that ranks share, with threads as ranks, so that sanitizers see all of it.
+#include "pipeline/group_exchange.h"
+
+#include <functional>
+#include <thread>
+
+#include "check.h"
+#include "checkpoint.h"
+#include "fake_group.h"
+#include "io/fault_hook.h"
+#include "pipeline/group_registry.h"
+#include "pipeline/host_loader.h"
+#include "pipeline/rank_status.h"
+
+using namespace weightload;
+using std::chrono::milliseconds;
+
+namespace {
+
+const std::string kRecord(1, GroupExchange::kAgreed);
+
+HostLoaderOptions small_options() {
+  HostLoaderOptions options;
+  options.threads = 2;
+  options.window_bytes = 100'000;
+  options.task_bytes = 4096;
+  options.block_bytes = 20'000;
+  return options;
+}
+
+struct Outcome {
+  std::vector<std::string> names;  // of the tensors that were yielded
+  std::optional<Error> error;
+};
+
+// A rank's load. `stop_at`: leaves before that tensor.
+class Rank {
+ public:
+  Rank(FakeGroup& group, uint32_t rank, Strategy strategy, const Checkpoint& checkpoint)
+      : exchange_(std::make_shared<GroupExchange>(group.rank(rank), strategy, "load of 3 files")),
+        files_(CheckpointFile::open_all(checkpoint.paths(), 1)) {}
+
+  void agree() {
+    Records records;
+    while (!exchange_->agree(kRecord, true, milliseconds(1000), records)) {
+    }
+    loader_ = std::make_unique<HostLoader>(files_, everything(files_), std::vector<HostMemoryRef>{},
+                                           std::move(exchange_), small_options());
+  }
+
+  Outcome run(size_t stop_at = SIZE_MAX) {
+    Outcome outcome;
+    std::vector<HostTensor> kept;
+    try {
+      agree();
+      HostTensor tensor;
+      while (outcome.names.size() < stop_at) {
+        const HostLoader::Step step = loader_->next(tensor, milliseconds(1000));
+        if (step == HostLoader::Step::end) break;
+        if (step == HostLoader::Step::not_ready) continue;
+        outcome.names.push_back(tensor.info->name);
+        kept.push_back(tensor);
+      }
+    } catch (const Error& error) {
+      outcome.error.emplace(error);
+    }
+    for (const HostTensor& tensor : kept) check(tensor);
+    loader_.reset();
+    return outcome;
+  }
+
+  HostLoader& loader() { return *loader_; }
+  void close() { loader_.reset(); }
+
+ private:
+  void check(const HostTensor& tensor) const {
+    uint64_t number = 0;
+    while (files_[number].get() != tensor.file) ++number;
+    const ByteRange bytes = tensor.info->bytes;
+    for (uint64_t i = 0; i < bytes.size(); ++i)
+      CHECK(static_cast<unsigned char>(tensor.data[i]) == byte_at(number, bytes.begin + i));
+  }
+
+  std::shared_ptr<GroupExchange> exchange_;
+  CheckpointFiles files_;
+  std::unique_ptr<HostLoader> loader_;
+};
+
+std::vector<Outcome> on_all(uint32_t ranks, const std::function<Outcome(uint32_t)>& body) {
+  std::vector<Outcome> outcomes(ranks);
+  std::vector<std::thread> threads;
+  for (uint32_t r = 0; r < ranks; ++r) threads.emplace_back([&, r] { outcomes[r] = body(r); });
+  for (std::thread& thread : threads) thread.join();
+  return outcomes;
+}
+
+constexpr Strategy kShared[] = {Strategy::broadcast, Strategy::striped};
+
+}  // namespace
+
+TEST(every_rank_gets_every_byte) {
+  const Checkpoint checkpoint;
+  for (const Strategy strategy : kShared) {
+    for (const uint32_t ranks : {2u, 3u, 4u}) {
+      FakeGroup group(ranks);
+      const auto outcomes = on_all(ranks, [&](uint32_t r) { return Rank(group, r, strategy, checkpoint).run(); });
+      for (const Outcome& outcome : outcomes) CHECK(!outcome.error && outcome.names.size() == 309);
+      CHECK(group.unmatched() == 0);
+    }
+  }
+}
+
+TEST(a_read_error_of_one_rank_is_every_ranks_and_comes_at_the_same_tensor) {
+  const Checkpoint checkpoint;
+  for (const Strategy strategy : kShared) {
+    for (const uint64_t first : {20u, 90u, 700u}) {
+      FakeGroup group(3);
+      std::vector<std::unique_ptr<Rank>> ranks;
+      for (uint32_t r = 0; r < 3; ++r) ranks.push_back(std::make_unique<Rank>(group, r, strategy, checkpoint));
+      fault_hook::Plan plan;
+      plan.error_number = 5;
+      plan.first = first;
+      fault_hook::arm(plan);
+      const auto outcomes = on_all(3, [&](uint32_t r) { return ranks[r]->run(); });
+      fault_hook::disarm();
+      for (const Outcome& outcome : outcomes) {
+        CHECK(outcome.error && outcome.error->kind == ErrorKind::read && outcome.error->context.error_number == 5);
+        CHECK(outcome.error->context.rank && !outcome.error->context.path.empty() && outcome.error->context.offset);
+        CHECK(!outcome.error->context.tensor.empty());
+        CHECK(std::string(outcome.error->what()) == outcomes[0].error->what());
+        CHECK(outcome.names == outcomes[0].names);
+      }
+      CHECK(group.unmatched() == 0);
+    }
+  }
+}
+
+TEST(a_rank_that_leaves_ends_the_others) {
+  const Checkpoint checkpoint;
+  for (const Strategy strategy : kShared) {
+    for (const size_t stop_at : {0u, 1u, 4u, 100u, 308u}) {
+      FakeGroup group(3);
+      const auto outcomes =
+          on_all(3, [&](uint32_t r) { return Rank(group, r, strategy, checkpoint).run(r == 1 ? stop_at : SIZE_MAX); });
+      CHECK(!outcomes[1].error);
+      for (const uint32_t r : {0u, 2u}) {
+        // Where everything was on its way already, the others finish.
+        CHECK(outcomes[r].error || outcomes[r].names.size() == 309);
+        if (outcomes[r].error)
+          CHECK(outcomes[r].error->kind == ErrorKind::left && *outcomes[r].error->context.rank == 1);
+      }
+      CHECK(stop_at == 308 || outcomes[0].error);
+      CHECK(group.unmatched() == 0);
+    }
+  }
+}
+
+// Stopped while it waits for a rank that is late: it has said `ready` and must keep its word.
+TEST(a_rank_that_is_stopped_while_others_are_late_keeps_its_promise) {
+  const Checkpoint checkpoint;
+  for (const Strategy strategy : kShared) {
+    FakeGroup group(2);
+    Rank hasty(group, 0, strategy, checkpoint), late(group, 1, strategy, checkpoint);
+    std::thread other([&] { late.agree(); });
+    hasty.agree();
+    other.join();
+    HostTensor tensor;
+    while (group.operations() < 2) CHECK(hasty.loader().next(tensor, milliseconds(1)) == HostLoader::Step::not_ready);
+    hasty.close();  // hands what it owes to a thread
+    Outcome outcome;
+    try {
+      while (late.loader().next(tensor, milliseconds(1000)) != HostLoader::Step::end) {
+      }
+    } catch (const Error& error) {
+      outcome.error.emplace(error);
+    }
+    CHECK(outcome.error && outcome.error->kind == ErrorKind::left && *outcome.error->context.rank == 0);
+    late.close();
+    group_registry::abandon();
+    CHECK(group.unmatched() == 0);
+  }
+}
+
+TEST(a_dead_communicator_is_an_error_with_the_stage) {
+  const Checkpoint checkpoint;
+  FakeGroup group(2);
+  Rank alive(group, 0, Strategy::striped, checkpoint);
+  group.fail();
+  const Outcome outcome = alive.run();
+  CHECK(outcome.error && outcome.error->kind == ErrorKind::group);
+  CHECK(std::string(outcome.error->what()).find("load of 3 files, agreement") != std::string::npos);
+}
+
+TEST(a_group_has_one_load_at_a_time) {
+  FakeGroup group(1);
+  auto first = std::make_shared<GroupExchange>(group.rank(0), Strategy::broadcast, "first");
+  auto second = std::make_shared<GroupExchange>(group.rank(0), Strategy::broadcast, "second");
+  group_registry::claim(&group, first);
+  CHECK_THROWS(group_registry::claim(&group, second), Error, error.kind == ErrorKind::usage);
+  group_registry::leave(first);
+  group_registry::claim(&group, second);
+}
+
+TEST(statuses_keep_errors_and_cut_long_texts_between_characters) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  CHECK(!error_of_status(ready_status(), 0, files));
+  CHECK(error_of_status(left_status(), 4, files)->context.rank == 4u);
+  std::string name;
+  while (name.size() < 400) name += "\xC3\xA4";
+  const Error error(ErrorKind::read, "no", {files[1]->path(), name, 77, 5});
+  const auto same = error_of_status(failed_status(error, files), 3, files);
+  CHECK(same->context.path == files[1]->path() && same->context.offset == 77u && same->context.error_number == 5);
+  CHECK(name.compare(0, same->context.tensor.size(), same->context.tensor) == 0);
+  CHECK(same->context.tensor.size() > 100 && same->context.tensor.size() % 2 == 0);
+}
