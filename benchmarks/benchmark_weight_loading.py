@@ -2,13 +2,14 @@
 
     python benchmarks/benchmark_weight_loading.py --model-path MODEL [--subfolder NAME] [--warmup 1] [--repeats 5]
         [--device cuda] [--cold] [--json FILE] [--plot FILE]
-    torchrun --nproc-per-node 2 benchmarks/benchmark_weight_loading.py --model-path MODEL ...
+    torchrun [--nnodes 2 ...] --nproc-per-node 2 benchmarks/benchmark_weight_loading.py --model-path MODEL ...
 
 Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
 tensor, as it is yielded; `untouched` does nothing with the tensors, and a loader that maps files has then read
 nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until all have arrived there, and the time
 runs until then; benchmark_gpu_loading.py compares more loaders in that way. Loaders take turns in every round, in
-rotating order. Under torchrun every rank loads everything, and a load's time is that of the slowest rank.
+rotating order. Under torchrun every rank loads everything for itself, all at the same time and beginning together, and
+a load's time is that of the slowest rank; benchmark_weight_loading_comparison.py has the ranks share the reading.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from gpu_limits import Copy, device_facts
 from machine import (
     PeakMemory,
@@ -38,10 +38,12 @@ from machine import (
     raw_parallel_read,
     resident_share,
 )
+from ranks import Ranks
 from report import print_table, save_plot
 from safetensors import safe_open
 
 import weightload
+from weightload.devices import default_device
 from weightload.selection import open_files
 from weightload.settings import current
 
@@ -121,38 +123,13 @@ def load(loader: Callable[[list[str]], Weights], files: list[str], touched: bool
             touch(tensor)
 
 
-class Ranks:
-    """The processes of a torchrun, or this one alone."""
-
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.first = os.environ.get("RANK", "0") == "0"
-        self.first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
-        if self.count > 1:
-            dist.init_process_group("gloo")
-
-    def barrier(self) -> None:
-        if self.count > 1:
-            dist.barrier()
-
-    def slowest(self, seconds: float) -> float:
-        if self.count == 1:
-            return seconds
-        value = torch.tensor([seconds], dtype=torch.float64)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return float(value.item())
-
-    def close(self) -> None:
-        if self.count > 1:
-            dist.destroy_process_group()
-
-
 def prepare_scenario(files: list[str], cache: str, ranks: Ranks, can_evict: bool) -> None:
     """What all rounds of a scenario start from: which pages a warm cache holds."""
     gc.collect()
     ranks.barrier()
+    if cache != "cold" and can_evict:
+        ranks.in_turns(lambda: evict(files))
     if ranks.first_of_node and cache != "cold" and can_evict:
-        evict(files)
         if cache == "warm 4K":
             fill_cache_with_small_pages(files)
         else:
@@ -164,11 +141,11 @@ def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
     """The same state before every run: garbage collected, cache cold or warm and verified, memory backed."""
     gc.collect()
     ranks.barrier()
+    if cold:
+        ranks.in_turns(lambda: evict(files))
     if ranks.first_of_node:
         total = sum(os.path.getsize(file) for file in files)
-        if cold:
-            evict(files)
-        elif resident_share(files) < 1:
+        if not cold and resident_share(files) < 1:
             fill_cache(files)
         # The page cache of a cold run, private copies, and as much again.
         back_memory((3 if cold else 2) * total)
@@ -263,6 +240,8 @@ def main() -> None:
     options = parser.parse_args()
 
     ranks = Ranks()
+    if ranks.count > 1 and options.device.type != "cpu" and options.device.index is None:
+        options.device = default_device()  # each rank has its own
     files = weightload.resolve_safetensors_files(options.model_path, options.subfolder)
     opened = open_files(files)
     tensors = sum(len(file) for file in opened)
@@ -288,6 +267,7 @@ def main() -> None:
         "tensors": tensors,
         "bytes": total,
         "ranks": ranks.count,
+        "nodes": ranks.nodes,
         **({"device": "cpu"} if options.device.type == "cpu" else device_facts(options.device)),
         "threads": current().thread_count(),
         **describe(files),

@@ -1,4 +1,4 @@
-"""Turns a benchmark's results into a table for people and a picture."""
+"""Turns results of benchmark_weight_loading.py into a table for people and a picture; the README's tables of both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import group_report
 
 FOOTNOTE = """\
 GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with
@@ -19,7 +21,7 @@ def print_table(result: dict[str, Any]) -> None:
     """Print a result of benchmark_weight_loading.py."""
     print(
         f"\n{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, "
-        f"{result['files']} files; {result['ranks']} rank(s), {result['threads']} threads"
+        f"{result['files']} files; {result['ranks']} rank(s){_nodes(result)}, {result['threads']} threads"
     )
     memory = f"{result['memory_bytes'] / 2**30:.0f} GiB"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
@@ -41,6 +43,10 @@ def print_table(result: dict[str, Any]) -> None:
             f"{row['peak_bytes'] / 1e6:8.0f} {_megabytes(row['private_peak_bytes'])}"
         )
     print(f"\n{FOOTNOTE}\n")
+
+
+def _nodes(result: dict[str, Any]) -> str:
+    return f" on {result['nodes']} nodes" if result.get("nodes", 1) > 1 else ""
 
 
 def _time(seconds: float) -> str:
@@ -85,7 +91,9 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The touched rows as a table for the README."""
+    """The table for the README: of benchmark_weight_loading.py the touched rows."""
+    if result["benchmark"] == "weight_loading_comparison":
+        return group_report.markdown(result)
     lines = [
         f"**{result['checkpoint']}**: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors\n",
         "| page cache | loader | median | GB/s | against safetensors | of the raw read | private memory |",
