@@ -15,6 +15,7 @@ import torch
 
 from weightload import _C, errors, settings
 from weightload._version import __version__
+from weightload.distributed import load_name
 from weightload.selection import Names, Path, select_all
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class Sharing:
         target: _C.DeviceTarget | None,
         paths: Sequence[Path],
     ) -> None:
-        first = f" (first: {os.path.basename(os.fsdecode(paths[0]))})" if paths else ""
-        load = f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
+        load = load_name(paths)
         self.seconds = 0.0
         self._strategy, self._kind, self._load = strategy, device.type, load
         self.core = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
@@ -68,13 +68,13 @@ class Sharing:
             record = self._record(files, selection)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
-            record = FAILED + _describe(error)
+            record = FAILED + _describe(error, self._load)
         begin = time.perf_counter()
         more = any(file.bytes_of(chosen) for file, chosen in zip(files, selection, strict=True))
         try:
             records = self.core.agree(record.ljust(RECORD_BYTES, b" "), more)
             self.seconds = time.perf_counter() - begin
-            _check(records, self._load, failure)
+            _check(records, failure)
         except BaseException:
             files.clear()
             raise
@@ -90,11 +90,13 @@ class Sharing:
         names = [os.path.basename(file.path) for file in files]
         sizes = [str(file.size) for file in files]
         headers = [f"{file.header_digest():016x}" for file in files]
+        setting = "block_bytes" if self._kind == "cpu" else "device_block_bytes"
         same: dict[str, Any] = {
+            "load": self._load,
             "versions": [__version__, torch.__version__],
             "strategy": self._strategy,
             "device": self._kind,
-            "settings": [now.block_bytes if self._kind == "cpu" else now.device_block_bytes],
+            setting: getattr(now, setting),
             "number of files": len(files),
             "file names": _digest(names),
             "file sizes": _digest(sizes),
@@ -109,13 +111,13 @@ def _digest(texts: Any) -> str:
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def _check(records: list[bytes], load: str, failure: BaseException | None) -> None:
+def _check(records: list[bytes], failure: BaseException | None) -> None:
     """Raise what every rank raises, unless all are the same."""
     failed = [rank for rank, record in enumerate(records) if record[:1] == FAILED]
     if failed:
         if isinstance(failure, (KeyboardInterrupt, SystemExit)):
             raise failure
-        raise errors.from_rank(failed[0], load, **json.loads(records[failed[0]][1:])) from failure
+        raise errors.from_rank(failed[0], **json.loads(records[failed[0]][1:])) from failure
     if all(record == records[0] for record in records):
         return
     views = [json.loads(record[1:]) for record in records]
@@ -123,7 +125,9 @@ def _check(records: list[bytes], load: str, failure: BaseException | None) -> No
     right = max(views, key=lambda view: (views.count(view), -views.index(view)))
     odd = [rank for rank, view in enumerate(views) if view != right]
     differing = [name for name in right if any(views[rank][name] != right[name] for rank in odd)]
-    words = [_in_words(name, right, [views[rank] for rank in odd]) for name in differing if name != "files"]
+    words = [
+        _in_words(name, right, [views[rank] for rank in odd]) for name in differing if name not in ("files", "load")
+    ]
     at = next(
         (
             f" (first in file number {number + 1})"
@@ -134,7 +138,7 @@ def _check(records: list[bytes], load: str, failure: BaseException | None) -> No
     )
     ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd[:8]))}{', ...' * (len(odd) > 8)}"
     raise errors.RankDisagreementError(
-        f"{load}: the ranks of the group would load different things: {ranks} of {len(records)} "
+        f"{right['load']}: the ranks of the group would load different things: {ranks} of {len(records)} "
         f"{'differs' if len(odd) == 1 else 'differ'} in {', '.join(words)}{at}"
     )
 
@@ -146,13 +150,14 @@ def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) ->
     return f"{name} ({', '.join(values)} where the others have {right[name]})"
 
 
-def _describe(error: BaseException) -> bytes:
+def _describe(error: BaseException, load: str) -> bytes:
     """An error as JSON of limited length."""
     limit = RECORD_BYTES // 4
     filename = getattr(error, "filename", None)
     message = str(error)
     while True:
         fields = {
+            "load": load[:limit],
             "type": type(error).__name__,
             "message": message[:limit],
             "filename": None if filename is None else os.fsdecode(filename)[-limit:],

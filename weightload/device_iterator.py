@@ -96,8 +96,11 @@ class LoadStats:
     """Waiting until the device gave a slot back: what remains when reading is faster than copying."""
 
 
-def make_target(device: torch.device, most_bytes: int, files: int) -> _C.DeviceTarget:
-    """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now."""
+def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.DeviceTarget:
+    """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now.
+
+    ``pieces``: how many contiguous ranges of files they are, as far as is known; each may end in a slot of its own.
+    """
     now = settings.current()
     # Also does what torch does lazily on the first use of a device.
     torch.empty(0, device=device)
@@ -107,7 +110,7 @@ def make_target(device: torch.device, most_bytes: int, files: int) -> _C.DeviceT
         slot_bytes //= 2
     # torch's host allocator takes powers of two.
     locked = 1 << (slot_bytes - 1).bit_length()
-    slots = max(1, min(now.pinned_bytes // locked, most_bytes // slot_bytes + files))
+    slots = max(1, min(now.pinned_bytes // locked, most_bytes // slot_bytes + pieces))
     return _C.DeviceTarget(str(device), slots, slot_bytes)
 
 
@@ -125,8 +128,12 @@ def load_to_device(
 
     It is shared with the ranks of ``group`` unless that is None; there are no places then.
     """
-    own_bytes = most_bytes if group is None else own_share(most_bytes, group, strategy)
-    target = make_target(device, own_bytes, len(paths))
+    own_bytes, pieces = most_bytes, len(paths)
+    if group is not None:
+        own_bytes = own_share(most_bytes, group, strategy)
+        # Shares of blocks, which are cut where blocks and files are.
+        pieces += 2 * (1 + own_bytes * group.size() // settings.current().device_block_bytes)
+    target = make_target(device, own_bytes, pieces)
     sharing: Sharing | None = None
     try:
         if group is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
+from weightload import _C
 from weightload.errors import GroupError
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
@@ -62,13 +64,22 @@ def world_is_one_node() -> bool:
     return torch.distributed.get_world_size() == (int(local) if local.isdigit() else 1)
 
 
-def node_group() -> ProcessGroup | None:
+def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """What errors call a load."""
+    first = f" (first: {os.path.basename(os.fsdecode(paths[0]))})" if paths else ""
+    return f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
+
+
+def node_group(load: str = "") -> ProcessGroup | None:
     """The ranks of this node, as a group; None where torch.distributed is not initialised.
 
     That is the default group itself if all its ranks are on one node. Otherwise a group for each node is made, the
     first time: **a collective call, which all ranks of the default group must make.** Loads without ``group=`` make
     it. The ranks of a node are those with the same ``GROUP_RANK`` (torchrun) or ``SLURM_NODEID``, or, without such a
     launcher, on the same machine.
+
+    Args:
+        load: for errors, what the group is wanted for.
 
     Raises:
         GroupError: the ranks could not be asked.
@@ -79,30 +90,46 @@ def node_group() -> ProcessGroup | None:
     if world_is_one_node():
         return world
     if _node_groups.get("world") is not world:
-        _node_groups.update(world=world, group=_make_node_group(world))
+        _node_groups.update(world=world, group=_make_node_group(world, load))
     group: ProcessGroup = _node_groups["group"]
     return group
 
 
-def _make_node_group(world: Any) -> Any:
-    names: list[Any] = [None] * torch.distributed.get_world_size()
-    try:
-        torch.distributed.all_gather_object(names, node_of_this_process())
-        if len(set(names)) == 1:
-            return world
-        mine = None
-        for node in sorted(set(names)):
-            ranks = [rank for rank, name in enumerate(names) if name == node]
-            # Every rank takes part in the making of every group.
-            group = torch.distributed.new_group(ranks)
-            if global_rank() in ranks:
-                mine = group
-    except (RuntimeError, OSError) as error:
-        raise GroupError(f"finding out which ranks share a node: {error}") from error
+def _make_node_group(world: Any, load: str) -> Any:
+    names = _names_of_nodes(world, f"{load or 'node_group()'}, ranks of a node")
+    if len(set(names)) == 1:
+        return world
+    mine = None
+    for node in sorted(set(names)):
+        ranks = [rank for rank, name in enumerate(names) if name == node]
+        # Every rank takes part in the making of every group.
+        group = torch.distributed.new_group(ranks)
+        if global_rank() in ranks:
+            mine = group
     return mine
 
 
-def resolve_group(group: ProcessGroup | None, strategy: str, device_type: str) -> tuple[ProcessGroup | None, str]:
+def _names_of_nodes(world: Any, stage: str) -> list[str]:
+    """Every rank's node."""
+    mine = node_of_this_process()
+    if any(device.type == "cpu" for device in world._device_types):
+        # Felt by Ctrl-C, unlike torch's own.
+        asked = _C.Group(world, None, "cpu", _C.Strategy.broadcast, stage)
+        try:
+            return [name.decode() for name in asked.agree(mine.encode()[:256].ljust(256), False)]
+        finally:
+            asked.close()
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    try:
+        torch.distributed.all_gather_object(names, mine)
+    except (RuntimeError, OSError) as error:
+        raise GroupError(f"{stage}: {error}") from error
+    return names
+
+
+def resolve_group(
+    group: ProcessGroup | None, strategy: str, device_type: str, load: str
+) -> tuple[ProcessGroup | None, str]:
     """The group that shares a load, or None where this process reads everything itself; and the strategy.
 
     Raises:
@@ -118,7 +145,7 @@ def resolve_group(group: ProcessGroup | None, strategy: str, device_type: str) -
     if group is None:
         if strategy == "auto" and auto_strategy(device_type, 2) == "independent":
             return None, "independent"  # within a node, whatever the node
-        group = node_group()
+        group = node_group(load)
     elif strategy == "auto":
         nodes = _nodes_of(group)
     assert group is not None

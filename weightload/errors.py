@@ -185,8 +185,8 @@ def from_core(
 
 def from_rank(
     rank: int,
-    load: str,
     *,
+    load: str,
     type: str,
     message: str,
     filename: str | None,

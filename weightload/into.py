@@ -12,7 +12,7 @@ import torch
 
 from weightload import _C, devices, progress
 from weightload.device_iterator import DeviceWeightIterator, LoadStats, load_to_device
-from weightload.distributed import resolve_group
+from weightload.distributed import load_name, resolve_group
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.selection import Path, open_files
@@ -62,8 +62,8 @@ def load_into(
             ``safetensors_weights_iterator``.
     """
     first = _first_device(target)
-    ranks = resolve_group(group, strategy, first.type)
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    ranks = resolve_group(group, strategy, first.type, load_name(paths))
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:

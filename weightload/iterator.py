@@ -11,7 +11,7 @@ import torch
 from weightload import _C, devices, progress, settings
 from weightload.agreement import Sharing
 from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
-from weightload.distributed import resolve_group
+from weightload.distributed import load_name, resolve_group
 from weightload.selection import Names, Path, close_at_exit, open_files, select_all
 
 if TYPE_CHECKING:
@@ -161,9 +161,9 @@ def safetensors_weights_iterator(
     target = _target(to_cpu, device)
     if backend not in ("mmap", "pread"):
         raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
-    alone = to_cpu or (strategy == "auto" and not broadcast)
-    group, chosen = resolve_group(group, "independent" if alone else strategy, target.type)
     paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
+    chosen = "independent" if to_cpu or (strategy == "auto" and not broadcast) else strategy
+    group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
         weights = load_to_host(group, chosen, paths, lambda: open_files(paths), names, backend=backend)

@@ -76,8 +76,11 @@ class PyLoader {
  private:
   // The next tensor, or false at the end. Waits without the GIL.
   bool take(Item& item) {
-    // Almost always the tensor is there; then letting go of the GIL would cost more than all the rest.
-    typename Loader::Step step = loader_->next(item, std::chrono::milliseconds(0));
+    // Almost always the tensor is there; then letting go of the GIL would cost more than all the rest. Collectives are
+    // never issued with the GIL held: a backend's thread may want it, to free a tensor of the caller's, under the lock
+    // that issuing takes (Gloo's does).
+    typename Loader::Step step = Loader::Step::not_ready;
+    if (!loader_->needs_others()) step = loader_->next(item, std::chrono::milliseconds(0));
     while (step == Loader::Step::not_ready) {
       if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
       pybind11::gil_scoped_release release;

@@ -63,6 +63,10 @@ DeviceLoader::~DeviceLoader() {
   close();
 }
 
+bool DeviceLoader::needs_others() const {
+  return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
+}
+
 bool DeviceLoader::forked() const { return fork_generation_ != fork_generation(); }
 
 void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options) {
@@ -118,9 +122,10 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   ends.reserve(slots_.tasks.size());
   uint64_t total = 0;
   for (const SlotTask& task : slots_.tasks) ends.push_back(total += task.bytes.size());
-  // The window is what bounds the device memory that no tensor owns yet: the block in hand, and one more.
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, shared_.own_part(options.block_bytes),
-                                        [this](size_t task) { work(task); });
+  // The window is what bounds the device memory that no tensor owns yet: the block in hand, and one more. Where ranks
+  // share the reading, the block that travels comes between these two.
+  const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.block_bytes;
+  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, window, [this](size_t task) { work(task); });
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.

@@ -67,6 +67,9 @@ class DeviceLoader {
   void close() noexcept;
   bool forked() const;
 
+  // Whether the next next() communicates with other ranks.
+  bool needs_others() const;
+
   uint64_t total_bytes() const { return selected_.total_bytes(); }
   size_t tensor_count() const { return selected_.size(); }
   DeviceLoadStats stats() const;

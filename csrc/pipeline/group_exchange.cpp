@@ -53,7 +53,6 @@ void GroupExchange::end() noexcept {
   moving_.clear();
   payload_ = {};
   prepare_ = nullptr;
-  files_.clear();
   collective_.reset();
 }
 
@@ -95,10 +94,10 @@ bool GroupExchange::agree(const std::string& record, bool more, Milliseconds pat
   fail(error);
 }
 
-void GroupExchange::begin(size_t blocks, Prepare prepare, CheckpointFiles files) {
+void GroupExchange::begin(size_t blocks, Prepare prepare, std::vector<std::string> paths) {
   blocks_ = blocks;
   prepare_ = std::move(prepare);
-  files_ = std::move(files);
+  paths_ = std::move(paths);
   if (blocks == 0) end();
 }
 
@@ -132,7 +131,7 @@ bool GroupExchange::step(Milliseconds patience) {
       if (!prepare_(next_, patience, payload_)) return false;
       status_ = ready_status();
     } catch (const Error& error) {
-      status_ = failed_status(error, files_);
+      status_ = failed_status(error, paths_);
     }
     asked_ = collective_->gather(status_);
     stage_ = Stage::asking;
@@ -151,7 +150,7 @@ void GroupExchange::judge(const Records& records) {
   stage_ = Stage::preparing;
   for (const bool leavers : {false, true}) {  // why somebody left matters less than what failed
     for (uint32_t r = 0; r < records.size() && !failure_; ++r) {
-      std::optional<Error> error = error_of_status(records[r], r, files_);
+      std::optional<Error> error = error_of_status(records[r], r, paths_);
       if (error && (error->kind == ErrorKind::left) == leavers) failure_ = std::move(error);
     }
   }

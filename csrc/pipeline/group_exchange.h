@@ -7,10 +7,10 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "collective/collective.h"
-#include "pipeline/checkpoint_file.h"
 #include "plan/read_plan.h"
 
 namespace weightload {
@@ -52,7 +52,9 @@ class GroupExchange {
   bool agree(const std::string& record, bool more, Milliseconds patience, Records& records);
 
   // Blocks that will travel; the same on every rank.
-  void begin(size_t blocks, Prepare prepare, CheckpointFiles files);
+  void begin(size_t blocks, Prepare prepare, std::vector<std::string> paths);
+
+  bool is_complete(size_t block) const { return block < done_; }
 
   // Brings blocks 0 .. `block` to completion, and the one after it on its way. False when that takes longer than the
   // patience. Throws the error of the rank that failed first (the lowest, of those that failed at one block), on
@@ -84,7 +86,7 @@ class GroupExchange {
 
   Stage stage_ = Stage::idle;
   Prepare prepare_;
-  CheckpointFiles files_;
+  std::vector<std::string> paths_;  // of the files, for errors: an exchange may outlive the load that had them open
   size_t blocks_ = 0;
   size_t next_ = 0;  // the block whose turn it is
   size_t done_ = 0;  // blocks 0 .. done_ - 1 are complete

@@ -45,6 +45,10 @@ HostLoader::~HostLoader() {
   if (forked()) static_cast<void>(pool_.release());
 }
 
+bool HostLoader::needs_others() const {
+  return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
+}
+
 bool HostLoader::forked() const { return fork_generation_ != fork_generation(); }
 
 void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options) {

@@ -76,6 +76,9 @@ class HostLoader {
   // True in a child forked after construction: it has none of the threads and can only let go.
   bool forked() const;
 
+  // Whether the next next() communicates with other ranks.
+  bool needs_others() const;
+
   uint64_t total_bytes() const { return selected_.total_bytes(); }
   size_t tensor_count() const { return selected_.size(); }
 

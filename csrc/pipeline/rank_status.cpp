@@ -50,22 +50,22 @@ std::string left_status() {
   return record_of(status);
 }
 
-std::string failed_status(const Error& error, const CheckpointFiles& files) {
+std::string failed_status(const Error& error, const std::vector<std::string>& paths) {
   Status status;
   status.state = State::failed;
   status.kind = error.kind;
   status.error_number = error.context.error_number;
   status.has_offset = error.context.offset.has_value();
   status.offset = error.context.offset.value_or(0);
-  for (uint32_t f = 0; f < files.size(); ++f) {
-    if (files[f]->path() == error.context.path) status.file = f;
+  for (uint32_t f = 0; f < paths.size(); ++f) {
+    if (paths[f] == error.context.path) status.file = f;
   }
   put(status.tensor, error.context.tensor);
   put(status.message, error.message);
   return record_of(status);
 }
 
-std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const CheckpointFiles& files) {
+std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const std::vector<std::string>& paths) {
   Status status;
   std::memcpy(&status, record.data(), sizeof(status));
   if (status.state == State::ready) return std::nullopt;
@@ -77,7 +77,7 @@ std::optional<Error> error_of_status(const std::string& record, uint32_t rank, c
   }
   where.error_number = status.error_number;
   if (status.has_offset) where.offset = status.offset;
-  if (status.file < files.size()) where.path = files[status.file]->path();
+  if (status.file < paths.size()) where.path = paths[status.file];
   where.tensor = text_of(status.tensor);
   return Error(status.kind, text_of(status.message), where);
 }

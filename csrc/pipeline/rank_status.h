@@ -2,9 +2,9 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
-#include "pipeline/checkpoint_file.h"
 
 namespace weightload {
 
@@ -13,12 +13,12 @@ namespace weightload {
 constexpr size_t kStatusBytes = 512;
 
 std::string ready_status();
-std::string failed_status(const Error& error, const CheckpointFiles& files);
+std::string failed_status(const Error& error, const std::vector<std::string>& paths);
 
 // The rank takes no further part in the load.
 std::string left_status();
 
 // The error in `rank`'s record, as every rank raises it; nothing if the rank is ready.
-std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const CheckpointFiles& files);
+std::optional<Error> error_of_status(const std::string& record, uint32_t rank, const std::vector<std::string>& paths);
 
 }  // namespace weightload

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -40,18 +41,28 @@ class SharedBlocks {
   }
 
   // `prepare` as GroupExchange::Prepare, for blocks of the layout by their number there; empty ones do not travel.
-  void begin(const Layout& layout, GroupExchange::Prepare prepare, CheckpointFiles files) {
+  void begin(const Layout& layout, GroupExchange::Prepare prepare, const CheckpointFiles& files) {
     if (!exchange_) return;
     for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
       turn_of_.push_back(turns_.size());
       if (layout.blocks[b].bytes > 0) turns_.push_back(b);
     }
+    for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
+      if (layout.blocks[b].bytes == 0) turn_of_[b] = turns_.size();
+    }
+    std::vector<std::string> paths;
+    for (const auto& file : files) paths.push_back(file->path());
     exchange_->begin(
         turns_.size(),
         [this, prepare = std::move(prepare)](size_t turn, std::chrono::milliseconds patience, Payload& payload) {
           return prepare(turns_[turn], patience, payload);
         },
-        std::move(files));
+        std::move(paths));
+  }
+
+  // Without communicating. Empty blocks are.
+  bool is_complete(uint32_t block) const {
+    return turn_of_[block] == turns_.size() || exchange_->is_complete(turn_of_[block]);
   }
 
   // See GroupExchange::complete().
