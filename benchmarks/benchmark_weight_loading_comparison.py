@@ -1,8 +1,8 @@
 """Compares the ways in which several ranks can load one checkpoint, side by side in one process group.
 
     torchrun --nproc-per-node 2 benchmarks/benchmark_weight_loading_comparison.py --model-path MODEL
-        [--subfolder NAME] [--warmup 1] [--repeats 5] [--device cpu] [--group node] [--ways NAME,NAME]
-        [--json FILE] [--plot FILE] [--title NAME]
+        [--subfolder NAME] [--warmup 1] [--repeats 5] [--device cpu] [--group node] [--backend NAME]
+        [--ways NAME,NAME] [--json FILE] [--plot FILE] [--title NAME]
 
 Also under `torchrun --nnodes=2`, and plainly as one rank. Every rank wants all tensors: each reads for itself, or one
 rank of a group (by default the ranks of a node) reads and the others receive, or each reads a share. The tensors are
@@ -41,6 +41,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
     parser.add_argument("--device", help="cpu or cuda; default: this rank's accelerator, or the CPU without one")
     parser.add_argument("--group", choices=("node", "all"), default="node", help="the ranks that load together")
+    parser.add_argument("--backend", metavar="NAME", help="torch.distributed's; default: the CPU's and the device's")
     parser.add_argument("--ways", metavar="NAME,NAME", help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
@@ -73,7 +74,7 @@ def main() -> None:
     """Command line."""
     options = parsed()
     device = the_device(options.device)
-    ranks = GroupedRanks(device, whole=options.group == "all")
+    ranks = GroupedRanks(device, whole=options.group == "all", backend=options.backend)
     files = weightload.resolve_safetensors_files(options.model_path, options.subfolder)
     opened = open_files(files)
     tensors = sum(len(file) for file in opened)

@@ -3,12 +3,13 @@
 #
 #   benchmarks/gpu_check.sh [--dry-run] [OUTDIR]        OUTDIR: default $OUT, else bench-results/gpu
 #
-# WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 29 GB are needed)
+# WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 32 GB are needed)
 # WEIGHTLOAD_BENCH_SECONDS all that it may take (default 520)
-# WEIGHTLOAD_BENCH_STEPS   which of "build tests sanitizer limits llama moe" (default: all)
+# WEIGHTLOAD_BENCH_STEPS   which of "build tests sanitizer limits ranks llama moe" (default: all)
 # WEIGHTLOAD_COMMIT        what to call the commit where there is no repository
 # .kit/wheels              wheels that are missing on this machine: the other loaders, nlohmann-json, ninja, pytest
 # .kit/wheels-rc           a safetensors release candidate, used only by the loaders that ask for it
+# .kit/libnccl.so.2.xz     an NCCL that lets ranks share a GPU, for "ranks" (unproven: it has not run on a GPU yet)
 #
 # --dry-run does the same without a GPU: tiny, on the CPU, without .kit, build and tests; it measures nothing.
 # Every step has a time limit, and a step that fails does not keep the others from running.
@@ -20,15 +21,15 @@ if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 out=$(realpath -m "${1:-${OUT:-bench-results/gpu}}")
 dir=${WEIGHTLOAD_BENCH_DIR:-/tmp/weightload-bench}
 total=${WEIGHTLOAD_BENCH_SECONDS:-520}
-steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits llama moe}
+steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits ranks llama moe}
 python=${PYTHON:-python3}
 device=cuda:0
-if [ $dry = 1 ]; then device=cpu; total=60; fi
+if [ $dry = 1 ]; then device=cpu; total=160; fi
 mkdir -p "$out" "$dir"
 site=$dir/site
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD:$site
 export PATH=$site/bin:$PATH
-rm -f "$out"/limits.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
+rm -f "$out"/limits.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
 SECONDS=0
 failed=0
 outcomes=()
@@ -47,6 +48,7 @@ step() {
   timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
   case $code in
     0) note "$name" "ok, $((SECONDS - begin)) s" ;;
+    77) note "$name" "skipped: $(tail -n 1 "$out/$name.log")" ;;
     124 | 137) failed=1; note "$name" "FAILED: over its limit of $limit s (see $name.log)" ;;
     *) failed=1; note "$name" "FAILED: exit $code (see $name.log)"; tail -n 4 "$out/$name.log" | sed 's/^/    /' ;;
   esac
@@ -66,10 +68,11 @@ generate() {
   "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
   local size=(--layers 32)
   # The checkpoints and the file of gpu_limits.py: with less room, a smaller one.
-  if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 30 ] && [ ! -e "$dir/llama/synth.json" ]; then
+  if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 33 ] && [ ! -e "$dir/llama/synth.json" ]; then
     size=(--gigabytes 4)
   fi
   "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+  if wants ranks; then "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 2 --shards 2; fi
   "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16
   sync -f "$dir" # else the first eviction waits for the disk
 }
@@ -82,6 +85,14 @@ benchmark() { # NAME SECONDS CHECKPOINT TITLE OPTION ...
   step "$name" "$limit" "$python" benchmarks/benchmark_gpu_loading.py --model-path "$checkpoint" --title "$title" \
     --device "$device" --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
     --log "$out/$name-loaders.log" "$@"
+}
+
+ranks() { # SECONDS CHECKPOINT OPTION ...: every rank on the one device
+  local limit=$1 checkpoint=$2
+  shift 2
+  # The script itself ends a run that takes too long, with its ranks, and writes down what it has.
+  step ranks "$limit" "$python" benchmarks/gpu_ranks.py --model-path "$checkpoint" --device "$device" \
+    --scratch "$dir" --limit-s $((limit - 20)) --json "$out/ranks.json" "$@"
 }
 
 if [ $dry = 1 ]; then
@@ -120,7 +131,7 @@ trap - EXIT
 
 if [ $dry = 0 ] && wants tests; then
   if "$python" -c "import pytest" 2>/dev/null; then
-    step tests 120 env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
+    step tests 160 env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.
     # Left out are those that install packages, and this script's own.
     parallel=()
@@ -146,10 +157,16 @@ fi
 if [ $dry = 1 ]; then
   step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
     --json "$out/limits.json"
+  ranks 100 "$dir/tiny" --ranks 2 --repeats 1
   benchmark tiny 30 "$dir/tiny" "tiny" --warmup 0 --repeats 1 --loaders "safetensors,weightload,instanttensor"
 else
   if wants limits; then
     step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
+  fi
+  if wants ranks; then
+    share=$(left)
+    if wants llama || wants moe; then share=$((share * 45 / 100)); fi
+    ranks "$(least 240 "$share")" "$dir/ranks"
   fi
   share=$(left)
   if wants moe; then share=$((share * 62 / 100)); fi
@@ -160,7 +177,7 @@ fi
 printf '\n%s, %d s, results in %s\n' "$(date -u +%FT%TZ)" "$SECONDS" "$out"
 printf '  %s\n' "${outcomes[@]}"
 shopt -s nullglob
-results=("$out"/limits.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json)
+results=("$out"/limits.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json)
 found=()
 for file in "${results[@]}"; do if [ -e "$file" ]; then found+=("$file"); fi; done
 if [ ${#found[@]} -gt 0 ]; then "$python" benchmarks/gpu_report.py --short "${found[@]}"; fi

@@ -1,4 +1,4 @@
-"""Turns results of gpu_limits.py and benchmark_gpu_loading.py into tables for people and a picture.
+"""Turns results of gpu_limits.py, gpu_ranks.py and benchmark_gpu_loading.py into tables for people and a picture.
 
 python benchmarks/gpu_report.py RESULT.json ...             tables for the README
 python benchmarks/gpu_report.py --short RESULT.json ...     a few lines for a terminal
@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import group_report
+
+UNPROVEN = "unproven: no load here was shared over NCCL on a GPU"
 FOOTNOTE = """\
 Times are medians of "n" loads. "vs": times as fast as safetensors in the same state of the page cache. "of limit":
 against the limit measured in the same rounds. "first": the first load of a process, which also sets up pinned memory.
@@ -98,8 +101,40 @@ def _beyond(peak: int | None, total: int) -> str:
     return _megabytes(peak - total if peak is not None else None)
 
 
+def ranks_heading(result: dict[str, Any]) -> str:
+    """Over which NCCL ranks shared the device; and, while that is so, that nothing is proven."""
+    preloaded = " (preloaded)" if result["nccl_preloaded"] else ""
+    unproven = f"; {UNPROVEN}" if result["unproven"] else ""
+    return f"ranks share {result['device']}, NCCL {result['nccl']}{preloaded}{unproven}"
+
+
+def ranks_line(run: dict[str, Any]) -> str:
+    """How a run of gpu_ranks.py ended."""
+    outcome = f"{'FAILED' if run['failed'] else 'skipped'}: {run['reason']}" if run["reason"] else "every byte right"
+    return f"{run['ranks']} ranks, {run['backend']}: {outcome}"
+
+
+def print_ranks(result: dict[str, Any]) -> None:
+    """Print a result of gpu_ranks.py; the runs have printed their own tables."""
+    print("\n".join([*heading(result), ranks_heading(result), *map(ranks_line, result["runs"])]))
+
+
+def ranks_short(result: dict[str, Any]) -> Iterator[str]:
+    """A line a run, and below it one a way."""
+    yield f"  {ranks_heading(result)}"
+    for run in result["runs"]:
+        yield f"  {ranks_line(run)[:150]}"
+        for row in run["result"]["rows"] if "result" in run else ():
+            yield f"    {row['way']:32} {row['gb_per_s']:7.2f} GB/s {_ratio(row['speedup'])}".rstrip()
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table for the README."""
+    if result["benchmark"] == "gpu_ranks":
+        parts = [*heading(result), ranks_heading(result), ""]
+        for run in result["runs"]:
+            parts += [ranks_line(run), "", *([group_report.markdown(run["result"])] if "result" in run else [])]
+        return "\n".join(parts)
     if result["benchmark"] == "gpu_limits":
         lines = ["| limit | GB/s |", "| --- | ---: |"]
         for row in result["rows"]:
@@ -135,6 +170,9 @@ def _row(row: dict[str, Any], total: int) -> str:
 def short(result: dict[str, Any]) -> Iterator[str]:
     """One line a limit, and a line a loader with its GB/s in every state of the page cache."""
     yield f"{result.get('checkpoint', 'limits')}; device: {result['device']} {result['device_name'] or ''}".rstrip()
+    if result["benchmark"] == "gpu_ranks":
+        yield from ranks_short(result)
+        return
     if result["benchmark"] == "gpu_limits":
         for row in result["rows"]:
             yield f"  {row['limit']:40} " + (f"{row['gb_per_s']:8.2f} GB/s" if "rates" in row else row["reason"][:60])

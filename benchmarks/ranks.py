@@ -21,6 +21,7 @@ class Ranks:
         self.on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.first = os.environ.get("RANK", "0") == "0"
         self.first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.on_cpu: dist.ProcessGroup | None = None  # what times are agreed on by; None: the default group
         self.initialise()
 
     def initialise(self) -> None:
@@ -36,7 +37,7 @@ class Ranks:
         if self.count == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.on_cpu)
         return [float(value) for value in tensor]
 
     def slowest(self, seconds: float) -> float:
@@ -57,12 +58,14 @@ class Ranks:
 class GroupedRanks(Ranks):
     """All processes, with torch.distributed initialised for a device, and a group that loads together.
 
-    The group is the ranks of this node, which is weightload's default, or all ranks.
+    The group is the ranks of this node, which is weightload's default, or all ranks. A backend that is named need not
+    have anything for the CPU: times are then agreed on by another group.
     """
 
-    def __init__(self, device: torch.device, whole: bool) -> None:
-        self.backend = "gloo"
-        if device.type != "cpu":
+    def __init__(self, device: torch.device, whole: bool, backend: str | None = None) -> None:
+        self.named = backend is not None
+        self.backend = backend or "gloo"
+        if backend is None and device.type != "cpu":
             # Times and barriers are agreed on by the CPU, weights by the accelerator's own backend.
             self.backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         super().__init__()
@@ -76,6 +79,8 @@ class GroupedRanks(Ranks):
         else:  # a group of one, so that every way of loading runs here too
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(self.backend, store=store, rank=0, world_size=1)
+        if self.named:
+            self.on_cpu = dist.new_group(backend="gloo")
 
     def _group(self, whole: bool) -> dist.ProcessGroup:
         nodes = self.gather(os.environ.get("GROUP_RANK", socket.gethostname()))
@@ -89,5 +94,5 @@ class GroupedRanks(Ranks):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.on_cpu)
         return values

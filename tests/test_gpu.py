@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +149,21 @@ def test_load_into_a_module(gpu: torch.device, tmp_path: Path) -> None:
         assert before == [parameter.data_ptr() for parameter in target.parameters()]
         for name, tensor in target.state_dict().items():
             assert torch.equal(tensor.cpu(), model.state_dict()[name].to(dtype)), name
+
+
+def test_ranks_that_share_the_gpu_over_nccl(gpu: torch.device, mixed: list[Path], tmp_path: Path) -> None:
+    """Unproven: it has not run on a GPU yet. Records of the agreement take the GPU too; every byte is compared."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu_ranks.py"
+    ways = "weightload broadcast,weightload striped"
+    command = [
+        sys.executable, script, "--model-path", mixed[0].parent, "--ranks", 2, "--backends", "nccl", "--ways", ways,
+        "--repeats", 1, "--limit-s", 60, "--scratch", tmp_path, "--json", tmp_path / "r.json",
+    ]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=110, cwd=script.parent.parent)
+    result = json.loads((tmp_path / "r.json").read_text())
+    (run,) = result["runs"]
+    if run["reason"] and not run["failed"]:
+        pytest.skip(run["reason"])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert run["result"]["identical_bytes"]
+    assert not result["unproven"]
