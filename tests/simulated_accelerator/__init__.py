@@ -10,10 +10,12 @@ import functools
 import os
 import sys
 import types
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
@@ -38,6 +40,19 @@ def load() -> Any:
     native.seed_delays(0)
     atexit.register(native.stop_streams)
     return native
+
+
+@functools.cache
+def register_process_group() -> None:
+    """Make ``"simulated_ccl"`` a backend of torch.distributed, for tensors of the simulated accelerator."""
+    native = load()
+
+    def create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+        wire = dist.ProcessGroupGloo(dist.PrefixStore("simulated_ccl", store), rank, size, timeout)
+        return native.make_group(wire, int(timeout.total_seconds() * 1000))
+
+    dist.Backend.register_backend("simulated_ccl", create, devices=["simulated"])
+    atexit.register(native.abort_groups)
 
 
 def _device_module(native: Any) -> types.ModuleType:

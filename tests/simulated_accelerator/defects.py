@@ -158,7 +158,7 @@ DEFECTS = (
     Defect(
         "reading runs ahead without bound",
         LOADER,
-        "options.threads, options.block_bytes,",
+        "options.threads, window,",
         "options.threads, UINT64_MAX,",
         (ORDER + "device_memory_beyond_the_tensors_is_a_block_or_two",),
     ),

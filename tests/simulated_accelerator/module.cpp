@@ -1,6 +1,9 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "backend.h"
+#include "process_group.h"
 
 namespace py = pybind11;
 
@@ -29,5 +32,8 @@ PYBIND11_MODULE(simulated_accelerator, module) {
     stream(device, id).enqueue([gate] { gate->wait(); });
     return py::cpp_function([gate] { gate->reach(); });
   });
+  module.def("communicator_streams", &opened_streams, py::arg("device") = 0);  // ids, for hold_stream
   module.def("empty_cache", &empty_cache, unlocked);
+  module.def("make_group", &make_group, unlocked);
+  module.def("abort_groups", &abort_groups, unlocked);
 }

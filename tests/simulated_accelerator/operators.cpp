@@ -58,8 +58,8 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bo
   if (to_device && !from_device && !pinned) staged = source.clone();
   const View from(staged.defined() ? staged : source.expand_as(destination));
   const View to(destination);
-  const bool plain = from.dtype == to.dtype && from.sizes == to.sizes && from.strides == to.strides &&
-                     destination.is_contiguous();
+  const bool plain =
+      from.dtype == to.dtype && from.sizes == to.sizes && from.strides == to.strides && destination.is_contiguous();
   const size_t bytes = plain ? destination.nbytes() : 0;
   queue.enqueue([from, to, staged, bytes] {
     if (bytes > 0) {  // keeps bytes that are no value of the dtype, as bool's can be

@@ -16,6 +16,16 @@ std::atomic<bool> forked{false};
 
 std::mutex streams_mutex;
 std::unique_ptr<Stream> streams[kDevices][kStreams];
+std::vector<std::unique_ptr<Stream>> opened[kDevices];
+uint64_t opened_ever = 0;
+
+// Every place a stream of the device may be at. Call with streams_mutex held.
+std::vector<std::unique_ptr<Stream>*> places(int device) {
+  std::vector<std::unique_ptr<Stream>*> found;
+  for (auto& one : streams[device]) found.push_back(&one);
+  for (auto& one : opened[device]) found.push_back(&one);
+  return found;
+}
 
 }  // namespace
 
@@ -106,27 +116,54 @@ void Stream::run() {
 
 Stream& stream(int device, int64_t id) {
   std::lock_guard<std::mutex> lock(streams_mutex);
+  if (id >= kStreams) {
+    auto& one = opened[device].at(static_cast<size_t>(id - kStreams));
+    if (!one) throw std::runtime_error("a closed stream of the simulated accelerator");
+    return *one;
+  }
   auto& found = streams[device][id];
   if (!found) found = std::make_unique<Stream>(static_cast<uint64_t>(device) * kStreams + static_cast<uint64_t>(id));
   return *found;
 }
 
-void synchronize(int device) {
-  for (int id = 0; id < kStreams; ++id) {
-    Stream* used;
-    {
-      std::lock_guard<std::mutex> lock(streams_mutex);
-      used = streams[device][id].get();
-    }
-    if (used) used->mark()->wait();
+int64_t open_stream(int device) {
+  std::lock_guard<std::mutex> lock(streams_mutex);
+  opened[device].push_back(std::make_unique<Stream>(kDevices * kStreams + opened_ever++));
+  return kStreams + static_cast<int64_t>(opened[device].size()) - 1;
+}
+
+void close_stream(int device, int64_t id) {
+  std::unique_ptr<Stream> closed;
+  {
+    std::lock_guard<std::mutex> lock(streams_mutex);
+    closed = std::move(opened[device].at(static_cast<size_t>(id - kStreams)));
   }
+  if (forked) static_cast<void>(closed.release());  // its thread is in the parent
+}
+
+std::vector<int64_t> opened_streams(int device) {
+  std::lock_guard<std::mutex> lock(streams_mutex);
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < opened[device].size(); ++i)
+    if (opened[device][i]) found.push_back(kStreams + static_cast<int64_t>(i));
+  return found;
+}
+
+void synchronize(int device) {
+  std::vector<MomentRef> marks;
+  {
+    std::lock_guard<std::mutex> lock(streams_mutex);
+    for (const auto* one : places(device))
+      if (*one) marks.push_back((*one)->mark());
+  }
+  for (const MomentRef& mark : marks) mark->wait();
 }
 
 void stop_streams() {
   if (forked) return;
   for (int device = 0; device < kDevices; ++device) synchronize(device);
-  for (auto& of_device : streams)
-    for (auto& one : of_device) one.reset();
+  for (int device = 0; device < kDevices; ++device)
+    for (auto* one : places(device)) one->reset();
 }
 
 void seed_delays(uint64_t new_seed, uint64_t longest) {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <random>
 #include <thread>
+#include <vector>
 
 namespace simulated {
 
@@ -55,8 +56,11 @@ constexpr int kDevices = 2;
 constexpr int kStreams = 5;  // a device's: the default stream, and a pool of four
 
 Stream& stream(int device, int64_t id);  // made on first use
-void synchronize(int device);            // all streams of the device
-void stop_streams();                     // for the interpreter's exit
+int64_t open_stream(int device);         // one more, for a communicator; its id, from kStreams
+void close_stream(int device, int64_t id);
+std::vector<int64_t> opened_streams(int device);
+void synchronize(int device);  // all streams of the device
+void stop_streams();           // for the interpreter's exit
 
 // The delays that follow come from this seed. `longest` microseconds: most are below a tenth of it.
 void seed_delays(uint64_t seed, uint64_t longest);

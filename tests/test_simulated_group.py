@@ -1,0 +1,564 @@
+"""Loads that ranks share, with collectives that are late (simulated_accelerator/process_group.cpp), in real processes.
+
+Functions whose first argument is a ``Rank`` run in every process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+import torch.distributed as dist
+from conftest import SEED, write_tensors
+from simulated_ranks import BACKENDS, Rank, Ranks
+from simulated_support import DEVICE, SMALL, assert_same, current_stream, raw, reference_of
+
+import weightload
+from weightload import _C, errors, settings
+
+pytestmark = pytest.mark.simulated
+
+KINDS = list(BACKENDS)
+STRATEGIES = ["broadcast", "striped"]
+TUNED: dict[str, Any] = {**SMALL, "threads": 3}
+POOL = range(1, 5)  # ids of the streams that a side stream may be
+FREED = 0xDD  # the poison of memory.cpp
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    import simulated_accelerator
+
+    simulated_accelerator.load()  # built once, not by every process
+    with Ranks(3, tmp_path_factory.mktemp("ranks"), SEED) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Iterator[Ranks]:
+    """Two whose default group moves device memory only."""
+    with Ranks(2, tmp_path_factory.mktemp("two"), SEED, BACKENDS["device"]) as started:
+        yield started
+
+
+def filled(value: int, count: int = 1000) -> torch.Tensor:
+    return torch.full((count,), value, dtype=torch.uint8).to(DEVICE)
+
+
+def all_are(tensor: torch.Tensor, value: int) -> bool:
+    return bool((tensor.cpu() == value).all())
+
+
+# The stand-in for NCCL by itself.
+
+
+def every_collective(rank: Rank, kind: str, members: list[int]) -> None:
+    with rank.group(kind, members) as group:
+        if group is None:
+            return
+        me, size = group.rank(), group.size()
+        assert group._get_backend(torch.device(DEVICE)).name() == "simulated_ccl"
+        for seed in range(4):
+            rank.seed(SEED + seed)
+            for dtype in (torch.uint8, torch.bool, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+                mine = torch.arange(600, dtype=torch.uint8).add(me).remainder(2).view(dtype)
+                parts = [torch.arange(600, dtype=torch.uint8).add(r).remainder(2).view(dtype) for r in range(size)]
+                for root in range(size):
+                    sent = mine.to(DEVICE)
+                    dist.broadcast(sent, group=group, group_src=root)
+                    assert torch.equal(raw(sent), raw(parts[root]))
+                whole = torch.empty(mine.numel() * size, dtype=dtype, device=DEVICE)
+                own = whole[me * mine.numel() : (me + 1) * mine.numel()]
+                own.copy_(mine)
+                work = dist.all_gather_into_tensor(whole, own, group=group, async_op=True)
+                listed = [torch.empty_like(own) for _ in range(size)]
+                dist.all_gather(listed, own, group=group)
+                work.wait()
+                assert torch.equal(raw(whole), torch.cat([raw(part) for part in parts]))
+                assert all(torch.equal(raw(got), raw(part)) for got, part in zip(listed, parts, strict=True))
+            for op, want in ((dist.ReduceOp.SUM, sum(range(size))), (dist.ReduceOp.MAX, size - 1)):
+                value = torch.full((7,), me, dtype=torch.int64).to(DEVICE)
+                dist.all_reduce(value, op, group=group)
+                assert value.tolist() == [want] * 7
+            dist.broadcast(torch.empty(0, device=DEVICE), group=group, group_src=0)
+            dist.barrier(group, device_ids=[0])
+        future = dist.broadcast(value.fill_(me), group=group, group_src=size - 1, async_op=True).get_future()
+        assert future.done()
+        assert future.wait()[0].tolist() == [size - 1] * 7
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2], [1, 2], [0]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_collective_gives_the_right_bytes(ranks: Ranks, kind: str, members: list[int]) -> None:
+    ranks.call(every_collective, kind, members)
+
+
+def only_streams_wait(rank: Rank) -> None:
+    """A collective starts after the stream it was issued on, and only streams that wait for it see its bytes."""
+    with rank.group("device") as group:
+        side = torch.Stream(device=DEVICE)
+        for _ in range(3):
+            tensor = filled(rank.number + 1)
+            rank.native.synchronize(0)
+            gate = rank.native.hold_stream(0, side.stream_id)
+            with current_stream(side):
+                work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+            assert not work.is_completed()
+            assert all_are(tensor, rank.number + 1)  # this stream has not waited
+            work.wait()  # it does now, and the host does not
+            copy = tensor.clone()
+            assert not work.is_completed()
+            gate()
+            assert all_are(copy, 1)
+            assert work.is_completed()
+
+
+def test_a_collective_is_seen_by_streams_that_wait_for_it(ranks: Ranks) -> None:
+    ranks.call(only_streams_wait)
+
+
+def an_event_is_needed(rank: Rank, with_event: bool) -> None:
+    """What another stream writes is sent only if the stream that the collective is issued on waits for it."""
+    with rank.group("device") as group:
+        tensor, new = filled(10 + rank.number), filled(99)
+        rank.native.synchronize(0)
+        side = torch.Stream(device=DEVICE)
+        gate = rank.native.hold_stream(0, side.stream_id) if rank.number == 0 else None
+        with current_stream(side):
+            if gate:
+                tensor.copy_(new)
+        if with_event:
+            torch.accelerator.current_stream(DEVICE).wait_stream(side)
+        work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+        work.wait()
+        if gate and with_event:
+            gate()
+        assert all_are(tensor, 99 if with_event else 10)
+        if gate:
+            gate()
+        rank.native.synchronize(0)
+
+
+@pytest.mark.parametrize("with_event", [True, False])
+def test_a_collective_waits_for_its_stream_and_no_other(ranks: Ranks, with_event: bool) -> None:
+    ranks.call(an_event_is_needed, with_event)
+
+
+def memory_is_kept(rank: Rank, kept_by: str) -> None:
+    """The root drops its tensor before the collective runs: it sends poison, unless somebody kept the memory."""
+    with rank.group("device") as group:
+        tensor = filled(7 if rank.number == 0 else 8)
+        rank.native.synchronize(0)
+        side = torch.Stream(device=DEVICE)
+        gate = rank.native.hold_stream(0, side.stream_id)
+        with current_stream(side):
+            work: Any = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+            if kept_by == "allocator":
+                tensor.record_stream(side)
+                work.wait()  # the side stream waits for the collective, and the allocator for the side stream
+        if rank.number == 0:
+            del tensor
+            if kept_by != "work":
+                del work
+            torch.zeros(1).to(DEVICE).cpu()  # the owner's stream has done all it was told, poisoning too
+        gate()
+        if rank.number != 0:
+            work.wait()
+            assert all_are(tensor, FREED if kept_by == "nobody" else 7)
+        rank.native.synchronize(0)
+
+
+@pytest.mark.parametrize("kept_by", ["work", "allocator", "nobody"])
+def test_memory_is_kept_by_the_work_and_by_nothing_else(ranks: Ranks, kept_by: str) -> None:
+    ranks.call(memory_is_kept, kept_by)
+
+
+def out_of_step(rank: Rank) -> None:
+    """Collectives run in the order in which they were issued, whatever streams they were issued on."""
+    with rank.group("device") as group:
+        streams = [torch.Stream(device=DEVICE) for _ in range(3)]
+        for seed in range(10):
+            rank.seed(SEED + seed, longest_us=2500)
+            copies = []
+            for number in range(12):
+                with current_stream(streams[(number * (rank.number + 1)) % 3]):
+                    tensor = filled(100 * (number % 2) + rank.number)
+                    work = dist.broadcast(tensor, group=group, group_src=number % 3, async_op=number % 4 > 0)
+                    if work is not None:
+                        work.wait()
+                    copies.append(tensor.clone().cpu())
+            assert [copy[0].item() for copy in copies] == [100 * (n % 2) + n % 3 for n in range(12)]
+
+
+def test_collectives_from_changing_streams(ranks: Ranks) -> None:
+    ranks.call(out_of_step)
+
+
+def a_rank_is_missing(rank: Rank) -> None:
+    with rank.group("device", timeout_s=2) as group:
+        tensor = filled(rank.number)
+        if rank.number != 2:
+            work = dist.broadcast(tensor, group=group, group_src=2, async_op=True)
+            work.wait()
+            rank.native.synchronize(0)
+            assert work.is_completed()
+            assert not work.is_success()
+            with pytest.raises(RuntimeError):
+                work.wait()
+            work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)  # broken for good
+            rank.native.synchronize(0)
+            assert not work.is_success()
+            assert all_are(tensor, rank.number)
+    every_collective(rank, "device", [0, 1, 2])
+
+
+def test_a_rank_that_is_missing_ends_the_others_at_the_timeout(ranks: Ranks) -> None:
+    ranks.call(a_rank_is_missing)
+
+
+def sizes_differ(rank: Rank) -> None:
+    with rank.group("device") as group:
+        work = dist.broadcast(filled(1, 10 + rank.number), group=group, group_src=0, async_op=True)
+        rank.native.synchronize(0)
+        with pytest.raises(RuntimeError, match="do not match"):
+            work.wait()
+
+
+def test_collectives_that_do_not_match_are_errors(ranks: Ranks) -> None:
+    ranks.call(sizes_differ)
+
+
+def defaults(rank: Rank, paths: list[Path]) -> None:
+    """Everything left to defaults, in a group without a backend for the CPU, each rank with a device of its own."""
+    os.environ["LOCAL_RANK"] = str(rank.number)
+    torch.accelerator.set_device_index(rank.number)
+    with settings.override(**TUNED):
+        got = dict(weightload.safetensors_weights_iterator(paths))
+    assert_same(got, *paths, device=f"simulated:{rank.number}")
+    # On CUDA every device a process touches costs it half a gigabyte there.
+    assert not rank.native.has_context(1 - rank.number)
+
+
+def test_the_default_group_may_have_no_backend_for_the_cpu(two: Ranks, mixed: list[Path]) -> None:
+    two.call(defaults, mixed)
+
+
+def leaves_in_the_middle(rank: Rank) -> None:
+    """The default group has no backend for the CPU here. The last thing a process does is a collective without end."""
+    device = f"simulated:{torch.accelerator.current_device_index()}"
+    value = torch.full((9,), rank.number).to(device)
+    dist.broadcast(value, 1)
+    assert all_are(value, 1)
+    if rank.number == 0:
+        atexit.register(lambda: dist.broadcast(torch.zeros(9).to(device), 1, async_op=True))
+
+
+def test_processes_may_end_in_the_middle_of_a_collective(two: Ranks) -> None:
+    two.call(leaves_in_the_middle)
+    assert two.close() == [0, 0]
+
+
+# Shared loads.
+
+Tensors = dict[str, torch.Tensor]
+
+
+def load(group: Any, strategy: str, paths: list[Path]) -> Any:
+    return weightload.safetensors_weights_iterator(paths, device=DEVICE, group=group, strategy=strategy)
+
+
+def assert_bytes(got: Tensors, paths: list[Path]) -> None:
+    reference = reference_of(*paths)
+    assert list(got) == list(order_of(paths))
+    for name, tensor in got.items():
+        assert torch.equal(raw(tensor), raw(reference[name])), name
+
+
+def order_of(paths: list[Path]) -> list[str]:
+    return [name for path in paths for name in safetensors.safe_open(path, "pt").offset_keys()]
+
+
+def keep_all(group: Any, strategy: str, paths: list[Path]) -> None:
+    got = dict(load(group, strategy, paths))
+    assert_same(got, *paths)
+    assert list(got) == order_of(paths)
+
+
+def use_and_drop(group: Any, strategy: str, paths: list[Path]) -> None:
+    """Work on the current stream is queued at once; the tensor is gone before it runs."""
+    assert_bytes({name: tensor.clone() for name, tensor in load(group, strategy, paths)}, paths)
+
+
+def own_stream(group: Any, strategy: str, paths: list[Path]) -> None:
+    with current_stream(torch.Stream(device=DEVICE)):
+        use_and_drop(group, strategy, paths)
+
+
+def changing_streams(group: Any, strategy: str, paths: list[Path]) -> None:
+    streams = [torch.Stream(device=DEVICE) for _ in range(3)]
+    weights, copies = load(group, strategy, paths), {}
+    for number in range(len(weights)):
+        with current_stream(streams[number % 3]):
+            name, tensor = next(weights)
+            copies[name] = tensor.clone()
+        del tensor
+    assert list(weights) == []
+    torch.accelerator.synchronize()
+    assert_bytes(copies, paths)
+
+
+def collectives_of_its_own(group: Any, strategy: str, paths: list[Path]) -> None:
+    """The consumer uses the same group between two tensors, as sharding code does."""
+    copies = {}
+    for number, (name, tensor) in enumerate(load(group, strategy, paths)):
+        if number % 40 == 3:
+            total = torch.full((5,), group.rank(), dtype=torch.int64).to(DEVICE)
+            dist.all_reduce(total, group=group)
+            assert total.tolist() == [sum(range(group.size()))] * 5
+            if tensor.numel():
+                dist.broadcast(tensor, group=group, group_src=0)
+        copies[name] = tensor.clone()
+    assert_bytes(copies, paths)
+
+
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """torch's own does not know every dtype."""
+    return torch.zeros(tensor.nbytes, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+
+
+def into_parameters(group: Any, strategy: str, paths: list[Path]) -> None:
+    """What was queued before reads the old bytes, what is queued after reads the new ones."""
+    target = {name: zeros_like(tensor).to(DEVICE) for name, tensor in reference_of(*paths).items()}
+    before = {name: tensor.clone() for name, tensor in target.items()}
+    weightload.load_into(target, paths, group=group, strategy=strategy)
+    after = {name: target[name].clone() for name in order_of(paths)}
+    assert not any(bool(raw(tensor).any()) for tensor in before.values())
+    assert_bytes(after, paths)
+
+
+CONSUMERS = [keep_all, use_and_drop, own_stream, changing_streams, collectives_of_its_own, into_parameters]
+
+
+def loads(rank: Rank, kind: str, members: list[int], strategy: str, consumer: str, paths: list[Path]) -> None:
+    with rank.group(kind, members) as group:
+        if group is None:
+            return
+        for number, longest_us in enumerate((0, 500, 2500)):
+            rank.seed(SEED + number, longest_us)
+            with settings.override(**TUNED):
+                globals()[consumer](group, strategy, paths)
+
+
+@pytest.mark.parametrize("consumer", [consumer.__name__ for consumer in CONSUMERS])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_gets_every_byte(ranks: Ranks, mixed: list[Path], kind: str, strategy: str, consumer: str) -> None:
+    """Tensors of no bytes, smaller than a stripe and larger than a block; as many files as ranks."""
+    ranks.call(loads, kind, [0, 1, 2], strategy, consumer, mixed)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto", "independent"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_dtype_in_one_file_for_two_ranks(ranks: Ranks, all_dtypes: Path, kind: str, strategy: str) -> None:
+    """Fewer files than ranks, and ranks of the group that are not those of the world."""
+    for consumer in ("keep_all", "use_and_drop", "into_parameters"):
+        ranks.call(loads, kind, [1, 2], strategy, consumer, [all_dtypes])
+
+
+def extremes(rank: Rank, kind: str, strategy: str, paths: list[Path], chosen: dict[str, Any]) -> None:
+    with rank.group(kind) as group, settings.override(**{**TUNED, **chosen}):
+        for seed in range(3):
+            rank.seed(SEED + seed)
+            use_and_drop(group, strategy, paths)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"slot_bytes": 4096, "pinned_bytes": 4096, "device_block_bytes": 4096, "threads": 1},
+        {"slot_bytes": 8192, "pinned_bytes": 64 << 10, "device_block_bytes": 50_001, "threads": 5},
+        {"slot_bytes": 8 << 20, "pinned_bytes": 32 << 20, "device_block_bytes": 128 << 20},
+    ],
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_cutting_gives_the_same_bytes(
+    ranks: Ranks, mixed: list[Path], kind: str, strategy: str, chosen: dict[str, Any]
+) -> None:
+    ranks.call(extremes, kind, strategy, [mixed[0], mixed[2]], chosen)
+
+
+def held(rank: Rank, strategy: str, paths: list[Path]) -> None:
+    """Records travel between CPUs here: with every stream held, the host goes on all the same."""
+    with rank.group("both") as group:
+        dist.broadcast(filled(0), group=group, group_src=0)  # the communicator's stream exists from its first use
+        # A slot holds pieces of one stripe: with larger ones the ring would run out, and the host wait for that.
+        finer = {"slot_bytes": 64 << 10} if strategy == "striped" else {}
+        gates = hold_everything(rank, own=True)
+        with settings.override(device_block_bytes=1 << 20, **finer):
+            got = dict(load(group, strategy, paths))
+        for gate in gates:
+            gate()
+        assert_same(got, *paths)
+
+
+def hold_everything(rank: Rank, own: bool) -> list[Any]:
+    streams = [*([0] if own else []), *POOL, *rank.native.communicator_streams(0)]
+    return [rank.native.hold_stream(0, stream) for stream in streams]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_host_never_waits_for_the_device(ranks: Ranks, shards: list[Path], strategy: str) -> None:
+    ranks.call(held, strategy, shards)
+
+
+def leave_together(rank: Rank, kind: str, strategy: str, paths: list[Path], taken: int) -> None:
+    """What takes the memory of blocks that nobody took must stay whole, though collectives still write to those."""
+    with rank.group(kind) as group, settings.override(**{**TUNED, "pinned_bytes": 64 << 20}):
+        for seed in range(3):
+            rank.seed(SEED + seed)
+            dist.broadcast(filled(0), group=group, group_src=0)
+            rank.native.synchronize(0)
+            weights = load(group, strategy, paths)
+            # Without a backend for the CPU, a held device would keep the ranks' records from travelling.
+            gates = hold_everything(rank, own=False) if kind == "both" else []
+            for _ in range(taken):
+                next(weights)
+            weights.close()
+            del weights
+            gc.collect()
+            others = [torch.full((size << 10,), 5, dtype=torch.uint8).to(DEVICE) for size in (256, 256, 64, 1024)]
+            for gate in gates:
+                gate()
+            rank.native.synchronize(0)
+            assert all(all_are(other, 5) for other in others)
+            del others
+            use_and_drop(group, strategy, paths)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 20])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_may_leave_early(ranks: Ranks, shards: list[Path], kind: str, strategy: str, taken: int) -> None:
+    ranks.call(leave_together, kind, strategy, shards, taken)
+
+
+def one_leaves(rank: Rank, kind: str, strategy: str, paths: list[Path], who: int) -> None:
+    reference = reference_of(*paths)
+    with rank.group(kind) as group, settings.override(**TUNED):
+        for seed, taken in enumerate((0, 1, 30)):
+            rank.seed(SEED + seed)
+            weights = load(group, strategy, paths)
+            copies = {}
+            if rank.number == who:
+                for _ in range(taken):
+                    next(weights)
+                weights.close()
+            else:
+                with pytest.raises(errors.RankLeftError) as caught:
+                    for name, tensor in weights:
+                        copies[name] = tensor.clone()
+                assert caught.value.rank == who
+                del caught
+                tensor = None
+            del weights
+            for name, copy in copies.items():
+                assert torch.equal(raw(copy), raw(reference[name])), name
+            use_and_drop(group, strategy, paths)
+
+
+@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_may_leave_early_and_the_others_are_told(
+    ranks: Ranks, shards: list[Path], kind: str, strategy: str, who: int
+) -> None:
+    ranks.call(one_leaves, kind, strategy, shards, who)
+
+
+def one_cannot_read(rank: Rank, kind: str, strategy: str, paths: list[Path], who: int) -> None:
+    with rank.group(kind) as group, settings.override(**TUNED):
+        for seed, first in enumerate((1, 6, 20)):
+            rank.seed(SEED + seed)
+            if rank.number == who:
+                _C.arm_fault("error", first=first, count=10**6, error_number=errno.EIO)
+            copies = {}
+            with pytest.raises(errors.ReadError) as caught:
+                for name, tensor in load(group, strategy, paths):
+                    copies[name] = tensor.clone()
+            _C.disarm_fault()
+            assert (caught.value.errno, caught.value.rank) == (errno.EIO, who)
+            assert caught.value.tensor not in copies
+            del caught
+            tensor = None
+            reference = reference_of(*paths)
+            for name, copy in copies.items():
+                assert torch.equal(raw(copy), raw(reference[name])), name
+            use_and_drop(group, strategy, paths)
+
+
+@pytest.mark.parametrize(("strategy", "who"), [("broadcast", 0), ("striped", 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_cannot_read_fails_all(ranks: Ranks, mixed: list[Path], kind: str, strategy: str, who: int) -> None:
+    ranks.call(one_cannot_read, kind, strategy, mixed, who)
+
+
+def one_has_no_memory(rank: Rank, kind: str, strategy: str, paths: list[Path]) -> None:
+    with rank.group(kind) as group, settings.override(**TUNED):
+        for limit in (0, 300_000, 1_500_000):
+            with contextlib.suppress(errors.WeightLoadError):
+                use_and_drop(group, strategy, paths)
+            if rank.number == 1:
+                rank.native.limit_device_memory(limit + (4096 if kind == "device" else 0))  # a record's
+            try:
+                with pytest.raises(torch.OutOfMemoryError):
+                    dict(load(group, strategy, paths))
+            finally:
+                rank.native.limit_device_memory(1 << 40)
+            gc.collect()
+            use_and_drop(group, strategy, paths)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["both"])
+def test_a_rank_without_memory_fails_all(ranks: Ranks, mixed: list[Path], kind: str, strategy: str) -> None:
+    ranks.call(one_has_no_memory, kind, strategy, mixed)
+
+
+def memory_is_bounded(rank: Rank, kind: str, strategy: str, path: Path) -> tuple[float, float]:
+    """Device memory beyond the tensors, in blocks: of a consumer that drops, and of one that keeps."""
+    block = 1 << 20
+    rank.seed(SEED, longest_us=2000)
+    with rank.group(kind) as group, settings.override(device_block_bytes=block, slot_bytes=64 << 10):
+        rank.native.reset_peak(0)
+        for _, tensor in load(group, strategy, [path]):
+            tensor.cpu()  # far slower than reading, which must wait for it
+            del tensor
+        dropping = rank.native.peak_bytes(0) / block
+        gc.collect()
+        rank.native.synchronize(0)
+        rank.native.reset_peak(0)
+        got = dict(load(group, strategy, [path]))
+        keeping = (rank.native.peak_bytes(0) - 1.02 * sum(tensor.nbytes for tensor in got.values())) / block
+        del got
+    return dropping, keeping
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_device_memory_beyond_the_tensors_is_a_few_blocks(
+    ranks: Ranks, tmp_path: Path, kind: str, strategy: str
+) -> None:
+    path = write_tensors(tmp_path / "t.safetensors", [(f"{i}", "BF16", [1000, 33]) for i in range(300)])
+    for dropping, keeping in ranks.call(memory_is_bounded, kind, strategy, path):
+        assert dropping <= 3.1  # the one in hand, the one that travels, and the one that is read; records
+        assert keeping <= 1.1
