@@ -70,6 +70,13 @@ bench: setup
 	    --title "20,000 small tensors" --json $(OUT)/small.json --plot $(OUT)/small.png
 	$(RUN) benchmarks/benchmark_weight_loading.py --model-path $(OUT)/checkpoints/llama \
 	    --title "Llama-3-8B, first layers" --cold --json $(OUT)/llama.json --plot $(OUT)/llama.png
+	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 benchmarks/benchmark_weight_loading_comparison.py \
+	    --model-path $(OUT)/checkpoints/small --title "20,000 small tensors" --repeats 3 \
+	    --json $(OUT)/ranks-small.json --plot $(OUT)/ranks-small.png
+	$(VENV)/bin/torchrun --standalone --nproc-per-node 2 benchmarks/benchmark_weight_loading_comparison.py \
+	    --model-path $(OUT)/checkpoints/llama --title "Llama-3-8B, first layers" --warmup 0 --repeats 3 \
+	    --ways "python broadcast,python async broadcast,weightload broadcast,weightload striped,weightload auto" \
+	    --json $(OUT)/ranks-llama.json --plot $(OUT)/ranks-llama.png
 	@echo "Tables above; JSON and pictures in $(OUT)/"
 
 clean:

@@ -22,6 +22,9 @@ LOADER = "csrc/pipeline/device_loader.cpp"
 ORDER = "tests/test_simulated_order.py::test_"
 PARITY = "tests/test_simulated.py::test_"
 INTO = "tests/test_load_into.py::test_"
+GROUP = "tests/test_simulated_group.py::test_"
+COLLECTIVE = "csrc/collective/process_group.cpp"
+EXCHANGE = "csrc/pipeline/group_exchange.cpp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +140,8 @@ DEFECTS = (
     Defect(
         "yielded before the copies are queued",
         LOADER,
-        "if (!pool_->wait(last_task, patience)) return",
-        "if (!pool_->wait(0, patience)) return",
+        "return pool_->wait(last_task, patience);",
+        "return pool_->wait(0, patience);",
         (PARITY + "any_cutting_gives_the_same_bytes",),
     ),
     Defect(
@@ -161,6 +164,62 @@ DEFECTS = (
         "options.threads, window,",
         "options.threads, UINT64_MAX,",
         (ORDER + "device_memory_beyond_the_tensors_is_a_block_or_two",),
+    ),
+    Defect(
+        "collective before the copies' event",
+        ACCELERATOR,
+        "static_cast<Block&>(block).copied().block(collective_stream());",
+        "static_cast<void>(block);",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "consumer does not wait for the collective",
+        ACCELERATOR,
+        "static_cast<Block&>(block).copied().record(collective_stream());",
+        "static_cast<void>(block);",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "collective stream does not wait for the collective",
+        COLLECTIVE,
+        "work->wait();  // the stream waits, not the host",
+        "static_cast<void>(work);",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "status read too early",
+        COLLECTIVE,
+        "while (!copied_->query()) {",
+        "while (false) {",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "wrong root",
+        EXCHANGE,
+        "broadcast(payload_, /*root=*/0)",
+        "broadcast(payload_, /*root=*/1)",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "stripes swapped",
+        COLLECTIVE,
+        "bytes.narrow(0, stripe * group_->getRank(), stripe)",
+        "bytes.narrow(0, stripe * (group_->getSize() - 1 - group_->getRank()), stripe)",
+        (GROUP + "every_rank_gets_every_byte",),
+    ),
+    Defect(
+        "a failed rank is not believed",
+        EXCHANGE,
+        "(error->kind == ErrorKind::left) == leavers)",
+        "error->kind == ErrorKind::left && leavers)",
+        (GROUP + "a_rank_that_cannot_read_fails_all",),
+    ),
+    Defect(
+        "leaving is not told",
+        EXCHANGE,
+        "collective_->gather(left_status());",
+        "collective_->gather(ready_status());",
+        (GROUP + "one_may_leave_early_and_the_others_are_told",),
     ),
 )
 
