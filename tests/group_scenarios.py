@@ -148,6 +148,11 @@ def _same(ours: torch.Tensor, other: torch.Tensor) -> bool:
     return (ours.dtype, ours.shape) == (other.dtype, other.shape) and torch.equal(_raw(ours), _raw(other))
 
 
+def ctrl_c(_: str) -> bool:
+    """For ``names``: an interrupt while the load is being prepared."""
+    raise KeyboardInterrupt
+
+
 def load(
     here: Rank,
     files: Sequence[Path],

@@ -191,6 +191,20 @@ def test_a_target_that_does_not_fit_on_one_rank(three: World, tmp_path: Path, st
     assert_same_failure(outcomes, "StateDictError", 1)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ctrl_c_before_the_agreement(three: World, checkpoint: list[Path], strategy: str) -> None:
+    """The rank goes at once, without waiting for the others, and they are told."""
+    per_rank: Overrides = {1: {"names": scenarios.ctrl_c}}
+    outcomes = three.run(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
+    errors = [result.error for result in drained(outcomes)]
+    assert all(errors)
+    assert ["KeyboardInterrupt" in error.kinds for error in errors if error] == [False, True, False]
+    for error in (errors[0], errors[2]):
+        assert error is not None
+        assert "GroupError" in error.kinds
+        assert "rank 1 failed before it began: KeyboardInterrupt" in error.message
+
+
 # Ranks that do not ask for the same
 
 

@@ -119,6 +119,10 @@ class Group:
         The records of all ranks, which must have the same size. The first byte of those that agree is 1.
         """
     def close(self) -> None: ...
+    def tell(self, record: bytes) -> None:
+        """
+        agree(record), without waiting for the others, then close().
+        """
 
 class HostLoader:
     """

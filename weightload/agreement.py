@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Of the record that every rank gives: enough for an error's sentence and for what follows.
 RECORD_BYTES = 2048
 # Files whose own digest is in the record, so that the first one that differs can be named.
-NAMED_FILES = 64
+NAMED_FILES = 32
 AGREED, FAILED = b"\1", b"\0"
 
 Opened = tuple[list[_C.CheckpointFile], list[list[int]]]
@@ -69,15 +69,23 @@ class Sharing:
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
             record = FAILED + _describe(error, self._load)
-        begin = time.perf_counter()
-        more = any(file.bytes_of(chosen) for file, chosen in zip(files, selection, strict=True))
+        record = record.ljust(RECORD_BYTES, b" ")
         try:
-            records = self.core.agree(record.ljust(RECORD_BYTES, b" "), more)
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
+                    self.core.tell(record)  # without waiting for ranks that may be late
+                raise failure
+            begin = time.perf_counter()
+            more = failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
+            records = self.core.agree(record, more)
             self.seconds = time.perf_counter() - begin
             _check(records, failure)
         except BaseException:
             files.clear()
             raise
+        finally:
+            # Its traceback has this frame in it, and files in others.
+            failure = None
         return files, selection
 
     def close(self) -> None:
@@ -90,13 +98,12 @@ class Sharing:
         names = [os.path.basename(file.path) for file in files]
         sizes = [str(file.size) for file in files]
         headers = [f"{file.header_digest():016x}" for file in files]
-        setting = "block_bytes" if self._kind == "cpu" else "device_block_bytes"
         same: dict[str, Any] = {
-            "load": self._load,
+            "load": self._load[:100],
             "versions": [__version__, torch.__version__],
             "strategy": self._strategy,
             "device": self._kind,
-            setting: getattr(now, setting),
+            "block_bytes": now.block_bytes if self._kind == "cpu" else now.device_block_bytes,
             "number of files": len(files),
             "file names": _digest(names),
             "file sizes": _digest(sizes),
@@ -115,8 +122,6 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
     """Raise what every rank raises, unless all are the same."""
     failed = [rank for rank, record in enumerate(records) if record[:1] == FAILED]
     if failed:
-        if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-            raise failure
         raise errors.from_rank(failed[0], **json.loads(records[failed[0]][1:])) from failure
     if all(record == records[0] for record in records):
         return
@@ -124,7 +129,7 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
     # Whom most of the others agree with is right; of two halves, the one with the first rank.
     right = max(views, key=lambda view: (views.count(view), -views.index(view)))
     odd = [rank for rank, view in enumerate(views) if view != right]
-    differing = [name for name in right if any(views[rank][name] != right[name] for rank in odd)]
+    differing = [name for name in right if any(views[rank].get(name) != right[name] for rank in odd)]
     words = [
         _in_words(name, right, [views[rank] for rank in odd]) for name in differing if name not in ("files", "load")
     ]
@@ -132,7 +137,7 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
         (
             f" (first in file number {number + 1})"
             for number, one in enumerate(right["files"])
-            if any(views[rank]["files"][number : number + 1] != [one] for rank in odd)
+            if any(views[rank].get("files", [])[number : number + 1] != [one] for rank in odd)
         ),
         "",
     )
@@ -146,30 +151,31 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
 def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if name in ("file names", "file sizes", "headers", "selection"):
         return name
-    values = dict.fromkeys(str(view[name]) for view in others if view[name] != right[name])
+    values = dict.fromkeys(str(view.get(name)) for view in others if view.get(name) != right[name])
     return f"{name} ({', '.join(values)} where the others have {right[name]})"
 
 
 def _describe(error: BaseException, load: str) -> bytes:
     """An error as JSON of limited length."""
     limit = RECORD_BYTES // 4
-    filename = getattr(error, "filename", None)
-    message = str(error)
+    known = {name: getattr(error, name, None) for name in ("filename", "tensor", "offset", "errno")}
+    filename = os.fsdecode(known["filename"]) if isinstance(known["filename"], (str, bytes)) else None
+    tensor = known["tensor"] if isinstance(known["tensor"], str) else None
+    try:
+        message = str(error)
+    except Exception:  # of other people's exceptions anything may come
+        message = ""
     while True:
         fields = {
             "load": load[:limit],
             "type": type(error).__name__,
             "message": message[:limit],
-            "filename": None if filename is None else os.fsdecode(filename)[-limit:],
-            "tensor": (getattr(error, "tensor", None) or "")[:limit] or None,
-            "offset": getattr(error, "offset", None),
-            "errno": getattr(error, "errno", None),
+            "filename": filename and filename[-limit:],
+            "tensor": tensor and tensor[:limit],
+            "offset": known["offset"] if isinstance(known["offset"], int) else None,
+            "errno": known["errno"] if isinstance(known["errno"], int) else None,
         }
         text = json.dumps(fields, separators=(",", ":")).encode()
         if len(text) < RECORD_BYTES:
             return text
         limit //= 2  # characters that take several bytes each
-
-
-# Before torch.distributed's own cleaning up, which waits for what is on its way.
-atexit.register(_C.abandon_groups)

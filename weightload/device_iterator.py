@@ -133,7 +133,12 @@ def load_to_device(
         own_bytes = own_share(most_bytes, group, strategy)
         # Shares of blocks, which are cut where blocks and files are.
         pieces += 2 * (1 + own_bytes * group.size() // settings.current().device_block_bytes)
-    target = make_target(device, own_bytes, pieces)
+    try:
+        target = make_target(device, own_bytes, pieces)
+    except Exception as error:
+        if group is not None:
+            _tell(error, group, strategy, paths)
+        raise
     sharing: Sharing | None = None
     try:
         if group is None:
@@ -149,6 +154,16 @@ def load_to_device(
     finally:
         if sharing is not None:
             sharing.close()
+
+
+def _tell(error: Exception, group: ProcessGroup, strategy: str, paths: Sequence[Path]) -> None:
+    """Raise a device's failure on every rank of a group; of one without a backend for the CPU, on this one only."""
+
+    def fail() -> list[_C.CheckpointFile]:
+        raise error
+
+    if any(device.type == "cpu" for device in group._device_types):
+        Sharing(group, strategy, torch.device("cpu"), None, paths).agree(fail, None)
 
 
 def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:

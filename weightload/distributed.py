@@ -48,7 +48,7 @@ def auto_strategy(device_type: str, ranks: int, nodes: int = 1) -> str:
 
 def node_of_this_process() -> str:
     """A name that the processes of one node share, and no other: the launcher's number, or the machine's."""
-    for variable in ("GROUP_RANK", "SLURM_NODEID", "OMPI_MCA_orte_ess_node_rank"):
+    for variable in ("GROUP_RANK", "SLURM_NODEID"):
         if os.environ.get(variable, "").isdigit():
             return f"{variable}={os.environ[variable]}"
     try:

@@ -45,3 +45,4 @@ def close_at_exit(weights: _C.HostLoader | _C.DeviceLoader) -> None:
 def _close_all() -> None:
     for weights in list(_live):
         weights.close()
+    _C.abandon_groups()  # what closing has left to be said to other ranks

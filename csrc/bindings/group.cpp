@@ -57,6 +57,16 @@ std::vector<py::bytes> PyGroup::agree(const py::bytes& bytes, bool more) {
   return {records.begin(), records.end()};
 }
 
+void PyGroup::tell(const py::bytes& bytes) {
+  const std::string record = bytes;
+  Records records;
+  {
+    py::gil_scoped_release release;
+    if (exchange_) exchange_->agree(record, false, std::chrono::milliseconds(0), records);
+  }
+  close();
+}
+
 void PyGroup::close() {
   auto exchange = std::move(exchange_);
   if (!exchange) return;
@@ -81,6 +91,7 @@ void register_group(py::module_& module) {
            py::arg("load"))
       .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"),
            "The records of all ranks, which must have the same size. The first byte of those that agree is 1.")
+      .def("tell", &PyGroup::tell, py::arg("record"), "agree(record), without waiting for the others, then close().")
       .def("close", &PyGroup::close);
 
   module.def("abandon_groups", &group_registry::abandon, py::call_guard<py::gil_scoped_release>(),

@@ -21,6 +21,9 @@ class PyGroup {
   // The records of all ranks. Waits without the GIL, and lets signal handlers run.
   std::vector<pybind11::bytes> agree(const pybind11::bytes& record, bool more);
 
+  // agree(), for a rank that fails and does not wait for the others.
+  void tell(const pybind11::bytes& record);
+
   // Leaves the load.
   void close();
 

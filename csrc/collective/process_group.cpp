@@ -75,27 +75,43 @@ class Completion {
   std::shared_ptr<State> state_ = std::make_shared<State>();  // the backend's threads may outlive the wait
 };
 
-// Works on host memory.
-class HostPending : public Pending {
+// The works of one operation of ours.
+class Works {
  public:
-  explicit HostPending(std::vector<WorkRef> works) : works_(std::move(works)) {
+  explicit Works(std::vector<WorkRef> works) : works_(std::move(works)) {
     for (const WorkRef& work : works_) completion_.add(*work);
   }
 
-  bool wait(Milliseconds patience) override {
-    if (!completion_.wait(patience)) return false;
-    try {
-      for (const WorkRef& work : works_) work->wait();  // throws what went wrong
-    } catch (...) {
-      rethrow_as_ours();
-    }
+  bool wait(Milliseconds patience) { return completion_.wait(patience); }
+
+  // Throws what went wrong. Of works on streams, makes the current stream wait; the host does not.
+  void finish() {
+    for (const WorkRef& work : works_) work->wait();
     works_.clear();
-    return true;
   }
 
  private:
   std::vector<WorkRef> works_;
   Completion completion_;
+};
+
+// On host memory.
+class HostPending : public Pending {
+ public:
+  explicit HostPending(std::vector<WorkRef> works) : works_(std::move(works)) {}
+
+  bool wait(Milliseconds patience) override {
+    if (!works_.wait(patience)) return false;
+    try {
+      works_.finish();
+    } catch (...) {
+      rethrow_as_ours();
+    }
+    return true;
+  }
+
+ private:
+  Works works_;
 };
 
 // Torch 2.13 has a new name for it, which 2.8 lacks.
@@ -125,33 +141,27 @@ class HostRecords final : public HostPending {
   uint32_t ranks_;
 };
 
-// Works on a block of an accelerator. `waits` for the works on the collective stream and marks the block.
+// On a block of an accelerator, which is marked behind it on the collective stream.
 class BlockPending final : public Pending {
  public:
   BlockPending(std::vector<WorkRef> works, std::shared_ptr<Device> device, DeviceBlockRef block)
-      : works_(std::move(works)), device_(std::move(device)), block_(std::move(block)) {
-    for (const WorkRef& work : works_) completion_.add(*work);
-  }
+      : works_(std::move(works)), device_(std::move(device)), block_(std::move(block)) {}
 
   bool wait(Milliseconds patience) override {
-    if (!completion_.wait(patience)) return false;
+    if (!works_.wait(patience)) return false;
     try {
-      device_->on_collective_stream([&] {
-        for (const WorkRef& work : works_) work->wait();  // the stream waits, not the host
-      });
+      device_->on_collective_stream([&] { works_.finish(); });
       device_->mark_shared(*block_);
     } catch (...) {
       rethrow_as_ours();
     }
-    works_.clear();
     return true;
   }
 
  private:
-  std::vector<WorkRef> works_;
+  Works works_;
   std::shared_ptr<Device> device_;
   DeviceBlockRef block_;
-  Completion completion_;
 };
 
 // Records that came through an accelerator and are being copied to the host.
@@ -223,6 +233,8 @@ class ProcessGroupCollective final : public Collective {
       throw Error(ErrorKind::usage,
                   "the group has no backend for memory of " + c10::DeviceTypeName(type_.type(), true));
     cpu_records_ = moves(c10::kCPU);
+    // Makes the collective stream now: blocks that are let go of before their collective are recorded on it.
+    if (device_) device_->on_collective_stream([] {});
     // Gloo's all-gather copies everything twice more; broadcasts go in place.
     stripes_by_broadcast_ = type_.is_cpu() || group_->getBackend(type_.type())->getBackendName() == "gloo";
   }

@@ -39,8 +39,8 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
                            std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options)
     : device_(std::move(device)),
       ring_(std::move(ring)),
-      selected_(std::move(files), selection),
       shared_(std::move(exchange)),
+      selected_(std::move(files), selection),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
@@ -234,6 +234,7 @@ bool DeviceLoader::await(uint32_t block, std::chrono::milliseconds patience) {
   try {
     return pool_->wait(last_task, patience);
   } catch (const Error& error) {
+    if (interrupted_) return false;  // the threads were stopped: nothing has failed
     throw selected_.name_tensor(error, std::max<size_t>(next_, layout_.blocks[block].first_tensor));
   }
 }

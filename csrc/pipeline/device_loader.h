@@ -92,8 +92,8 @@ class DeviceLoader {
 
   const std::shared_ptr<Device> device_;
   const std::shared_ptr<PinnedRing> ring_;
+  SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
-  SharedBlocks shared_;
   Layout layout_;
   SlotPlan slots_;
   ReadCounts read_counts_;

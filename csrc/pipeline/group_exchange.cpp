@@ -132,6 +132,10 @@ bool GroupExchange::step(Milliseconds patience) {
       status_ = ready_status();
     } catch (const Error& error) {
       status_ = failed_status(error, paths_);
+    } catch (const std::exception& error) {
+      // The device's, or memory that could not be had: its first line.
+      const std::string text = error.what();
+      status_ = failed_status(Error(ErrorKind::usage, text.substr(0, text.find('\n'))), paths_);
     }
     asked_ = collective_->gather(status_);
     stage_ = Stage::asking;
@@ -183,8 +187,9 @@ bool GroupExchange::settle(Milliseconds patience) {
   const Deadline deadline(patience);
   if (stage_ == Stage::idle) return true;  // the others wait for an agreement that never comes, up to their timeout
   if (stage_ == Stage::agreeing) {
+    if (!more_) return true;
     if (!asked_->wait(deadline.left())) return false;
-    if (!more_ || !have_agreed(asked_->records())) return true;
+    if (!have_agreed(asked_->records())) return true;
     asked_.reset();
     stage_ = Stage::preparing;
   }

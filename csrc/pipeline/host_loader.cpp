@@ -24,8 +24,8 @@ bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_al
 HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
                        std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
                        const HostLoaderOptions& options)
-    : selected_(std::move(files), selection),
-      shared_(std::move(exchange)),
+    : shared_(std::move(exchange)),
+      selected_(std::move(files), selection),
       readiness_(selected_.size()),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
@@ -183,6 +183,7 @@ bool HostLoader::prepare(uint32_t block, std::chrono::milliseconds patience, Pay
     try {
       if (!pool_->wait(last - 1, patience)) return false;
     } catch (const Error& error) {
+      if (interrupted_) return false;  // the threads were stopped: not a failure to tell others of
       throw selected_.name_tensor(error, layout_.blocks[block].first_tensor);
     }
   }

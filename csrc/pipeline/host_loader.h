@@ -99,8 +99,8 @@ class HostLoader {
   bool wait(size_t task, std::chrono::milliseconds patience);
   void unmap_passed_files(uint32_t current_file);
 
+  SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
-  SharedBlocks shared_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
   std::vector<Readiness> readiness_;         // by tensor
