@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -39,7 +38,7 @@ from machine import (
     resident_share,
 )
 from ranks import Ranks
-from report import print_table, save_plot
+from report import deliver
 from safetensors import safe_open
 
 import weightload
@@ -274,13 +273,7 @@ def main() -> None:
         "rows": rows,
     }
     if ranks.first:
-        print_table(result)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1))
-        if options.plot:
-            options.plot.parent.mkdir(parents=True, exist_ok=True)
-            save_plot(result, options.plot)
+        deliver(result, options.json, options.plot)
     ranks.close()
 
 

@@ -15,7 +15,6 @@ that, every way's tensors are compared with safetensors' on every rank, byte for
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from group_run import Comparison, summarise
 from group_ways import Place, ways_for
 from machine import describe
 from ranks import GroupedRanks
+from report import deliver
 
 import weightload
 from weightload import devices
@@ -109,13 +109,7 @@ def main() -> None:
         "rows": summarise(comparison.timings, total),
     }
     if ranks.first:
-        print_table(result)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1))
-        if options.plot:
-            options.plot.parent.mkdir(parents=True, exist_ok=True)
-            save_plot(result, options.plot)
+        deliver(result, options.json, options.plot, print_table, save_plot)
     ranks.close()
 
 

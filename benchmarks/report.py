@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,24 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def deliver(
+    result: dict[str, Any],
+    json_path: Path | None,
+    plot_path: Path | None,
+    print_it: Callable[[dict[str, Any]], None] = print_table,
+    draw: Callable[[dict[str, Any], Path], None] = save_plot,
+) -> None:
+    """What a benchmark does with its result: the table printed, JSON and picture written where they are wanted."""
+    print_it(result)
+    for path in (json_path, plot_path):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if json_path:
+        json_path.write_text(json.dumps(result, indent=1))
+    if plot_path:
+        draw(result, plot_path)
 
 
 def markdown(result: dict[str, Any]) -> str:

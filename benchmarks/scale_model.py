@@ -56,6 +56,17 @@ def recommend(storage: Storage, nodes: int, size: float, device: str, machine: A
     return preferred if times[preferred] <= times[fastest] * (1 + TIE) else fastest
 
 
+def recommend_one_group(nodes: int, size: float, device: str, machine: Assumptions) -> str:
+    """What one group over all nodes should do to read each byte once, whatever the storage: the strategy whose worst
+    ratio to the better one, over all kinds of storage, is the smallest. A loader cannot see the storage's kind."""
+    regrets = dict.fromkeys(("striped", "broadcast"), 1.0)
+    for storage in STORAGES:
+        times = {s: seconds(Load(s, "all", storage, nodes, size, device, machine)) for s in regrets}
+        for strategy, took in times.items():
+            regrets[strategy] = max(regrets[strategy], took / min(times.values()))
+    return min(regrets, key=lambda strategy: regrets[strategy])
+
+
 def node_counts(storage: Storage) -> tuple[int, ...]:
     """One copy on one node is a local disk where there is one node."""
     return NODES[1:] if storage.one_copy else NODES
@@ -138,6 +149,10 @@ def report(size: float, machine: Assumptions) -> dict[str, Any]:
         ],
         "rows": rows,
         "recommended": best,
+        "one_group": {
+            device: {str(nodes): recommend_one_group(nodes, size, device, machine) for nodes in NODES[1:]}
+            for device in ("accelerator", "cpu")
+        },
         "deviations": deviations(size, machine),
         "published": published(),
         "ring_status": {load.nodes: seconds(load) for load in slow},
@@ -170,7 +185,11 @@ def print_report(result: dict[str, Any], gpus: int) -> None:
                 advice = f"{best['best_for_node']} | {best['best_for_all']}"
                 print(f"| {best['nodes']} | {cells} | {chosen} | {best['limit']} | {advice} |")
             print()
-    print("**Published and predicted**\n\n| what | published | predicted | ratio |\n| --- | ---: | ---: | ---: |")
+    print("**One group over all nodes, whatever the storage (what `auto` does)**\n")
+    print("| nodes | " + " | ".join(str(nodes) for nodes in NODES[1:]) + " |\n|" + " --- |" * len(NODES))
+    for device, chosen in result["one_group"].items():
+        print(f"| to {device} | " + " | ".join(chosen.values()) + " |")
+    print("\n**Published and predicted**\n\n| what | published | predicted | ratio |\n| --- | ---: | ---: | ---: |")
     for row in result["published"]:
         print(f"| {row['what']} | {row['published_s']:.3g} s | {row['predicted_s']:.3g} s | {row['ratio']:.2f} |")
     print("\n**Accelerators of one node for which striped is not the fastest**\n")

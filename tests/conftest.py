@@ -23,6 +23,8 @@ import weightload
 from weightload import _C
 from weightload.iterator import WeightIterator
 
+pytest_plugins = ["group_support"]  # its fixtures
+
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,

@@ -267,12 +267,20 @@ def count_reads(here: Rank, files: Sequence[Path], tuned: dict[str, int], strate
     return counts
 
 
-def load_module(here: Rank, files: Sequence[Path], strategy: str, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """load_into for a module whose layers have these shapes; says which parameters are wrong."""
+def load_module(
+    here: Rank,
+    files: Sequence[Path],
+    strategy: str,
+    shapes: Sequence[tuple[int, int]],
+    under: str = "",
+    strict: bool = True,
+) -> dict[str, Any]:
+    """load_into for layers of these shapes, ``under`` put before their names; says which parameters are wrong."""
     module = torch.nn.Sequential(*(torch.nn.Linear(wide, high) for wide, high in shapes))
+    target = {f"{under}{name}": tensor for name, tensor in module.state_dict().items()} if under else module
     right = {k: t for file in files for k, t in _reference(file).items()}
     with settings.override(block_bytes=65_536, task_bytes=16_384):
-        report = weightload.load_into(module, files, strategy=strategy)
+        report = weightload.load_into(target, files, strategy=strategy, strict=strict)
     state = module.state_dict()
     return {
         "loaded": report.loaded,
@@ -281,11 +289,13 @@ def load_module(here: Rank, files: Sequence[Path], strategy: str, shapes: Sequen
     }
 
 
-def load_module_failing(here: Rank, files: Sequence[Path], strategy: str, shape: tuple[int, int]) -> Drained:
+def load_module_failing(
+    here: Rank, files: Sequence[Path], strategy: str, shape: tuple[int, int], **how: Any
+) -> Drained:
     """load_into where some rank cannot."""
     drained = Drained()
     try:
-        load_module(here, files, strategy, [shape])
+        load_module(here, files, strategy, [shape], **how)
     except Exception as error:
         drained.error = Failure.of(error)
     return drained

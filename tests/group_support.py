@@ -21,7 +21,7 @@ from typing import Any
 
 import group_scenarios
 import pytest
-from conftest import write_tensors
+from conftest import start, write_tensors
 from group_scenarios import Drained, Failure, Outcome
 
 DEADLINE = 60.0  # seconds in which every scenario must end
@@ -33,12 +33,23 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch
 TUNED = {"block_bytes": 65_536, "task_bytes": 16_384, "window_bytes": 262_144, "threads": 2}
 
 
-def three_files(folder: Path) -> list[Path]:
+STRATEGIES = ["broadcast", "striped"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three files of 32 blocks each under TUNED, four tensors a block."""
+    folder = tmp_path_factory.mktemp("blocks")
     return [
         write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", "U8", [16_384]) for i in range(128)], seed=f)
         for f in range(3)
     ]
+
+
+@pytest.fixture
+def names(checkpoint: list[Path]) -> list[str]:
+    """The checkpoint's names in the order in which they are loaded."""
+    return [name for name, _ in start(checkpoint)]
 
 
 class World:

@@ -11,23 +11,12 @@ from typing import Any
 
 import group_scenarios as scenarios
 import pytest
-from conftest import start, write_tensors
-from group_support import FAULT_SECONDS, TUNED, World, assert_same_failure, assert_whole, drained, three_files, world
+from conftest import write_tensors
+from group_support import FAULT_SECONDS, STRATEGIES, TUNED, World, assert_same_failure, assert_whole, drained, world
 
-STRATEGIES = ["broadcast", "striped"]
 COARSE = {**TUNED, "block_bytes": 262_144}
 SIZE = 128 * 16_384  # bytes of tensors in a file of the checkpoint
 Overrides = dict[int, dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return three_files(tmp_path_factory.mktemp("blocks"))
-
-
-@pytest.fixture
-def names(checkpoint: list[Path]) -> list[str]:
-    return [name for name, _ in start(checkpoint)]
 
 
 @pytest.fixture
@@ -189,6 +178,18 @@ def test_a_target_that_does_not_fit_on_one_rank(three: World, tmp_path: Path, st
         scenarios.load_module_failing, files=[path], strategy=strategy, shape=(4, 3), per_rank={1: {"shape": (5, 3)}}
     )
     assert_same_failure(outcomes, "StateDictError", 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_target_with_nothing_to_load_on_one_rank(three: World, tmp_path: Path, strategy: str) -> None:
+    """load_into: a rank whose names are all others takes part in the agreement, which is then none."""
+    path = write_tensors(tmp_path / "m.safetensors", [("0.weight", "F32", [3, 4]), ("0.bias", "F32", [3])])
+    ours: Overrides = {1: {"under": "other."}}
+    outcomes = three.run(
+        scenarios.load_module_failing, files=[path], strategy=strategy, shape=(4, 3), strict=False, per_rank=ours
+    )
+    failure = assert_same_failure(outcomes, "RankDisagreementError", None)
+    assert "rank 1 of 3 differs in selection" in failure.message
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -11,10 +11,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import start, write_tensors
-from group_support import TUNED, assert_whole, drained, world
+from group_support import STRATEGIES, TUNED, assert_whole, drained, world
 
-STRATEGIES = ["broadcast", "striped", "auto", "independent"]
-SHARED = STRATEGIES[:2]
+ALL_STRATEGIES = [*STRATEGIES, "auto", "independent"]
 SIZES = [2, 3, 4]
 CHECKPOINTS = ["every dtype", "mixed", "one tiny file", "many files", "many tensors", "nothing to read", "no file"]
 
@@ -46,7 +45,7 @@ def names_of(files: list[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_gets_the_bytes(checkpoints: dict[str, list[Path]], size: int, strategy: str, name: str) -> None:
     files = checkpoints[name]
@@ -55,7 +54,7 @@ def test_every_rank_gets_the_bytes(checkpoints: dict[str, list[Path]], size: int
         assert_whole(outcomes, names_of(files))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_real_checkpoint(real_checkpoint: Path, size: int, strategy: str) -> None:
     tuned = {"block_bytes": 1 << 20, "window_bytes": 4 << 20}
@@ -64,14 +63,14 @@ def test_the_real_checkpoint(real_checkpoint: Path, size: int, strategy: str) ->
         assert_whole(outcomes, names_of([real_checkpoint]))
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("tuned", [{"block_bytes": 4096}, {"block_bytes": 10_000, "task_bytes": 5000}])
 def test_any_cutting_gives_the_same_bytes(mixed: list[Path], strategy: str, tuned: dict[str, int]) -> None:
     """Blocks smaller than most tensors, and stripes that no file offset is a multiple of."""
     assert_whole(world(3).run(scenarios.load, files=mixed, strategy=strategy, tuned=tuned), names_of(mixed))
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_short_reads_and_interrupts_are_continued(mixed: list[Path], strategy: str) -> None:
     for kind in ("short_read", "interrupt"):
         fault = {"fault": kind, "first": 8, "count": 40}
@@ -79,7 +78,7 @@ def test_short_reads_and_interrupts_are_continued(mixed: list[Path], strategy: s
         assert_whole(outcomes, names_of(mixed))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
 def test_a_selection(mixed: list[Path], strategy: str) -> None:
     every = names_of(mixed)
     for names in (every[5::7], [*every[10:12], "large"], [every[-1]], []):
@@ -87,7 +86,7 @@ def test_a_selection(mixed: list[Path], strategy: str) -> None:
         assert_whole(outcomes, [name for name in every if name in names])
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_order_is_files_then_offsets(tmp_path: Path, strategy: str) -> None:
     first = write_tensors(tmp_path / "z.safetensors", [("c", "U8", [3]), ("a", "U8", [0]), ("b", "U8", [2])])
     second = write_tensors(tmp_path / "a.safetensors", [("e", "U8", [1]), ("d", "F32", [1])])
@@ -95,7 +94,7 @@ def test_the_order_is_files_then_offsets(tmp_path: Path, strategy: str) -> None:
     assert_whole(outcomes, ["c", "a", "b", "e", "d"])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
 @pytest.mark.parametrize("ranks", [[1, 3], [2, 1], [3, 0, 2], [2]])
 def test_a_group_whose_ranks_are_not_the_worlds(mixed: list[Path], strategy: str, ranks: list[int]) -> None:
     """Ranks of the group are not global ranks. The others take no part."""
@@ -153,7 +152,7 @@ def test_load_into_a_module(tmp_path: Path, strategy: str) -> None:
         assert outcome.value["bytes"] == sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_may_differ_in_what_does_not_shape_the_plan(mixed: list[Path], strategy: str) -> None:
     outcomes = world(2).run(
         scenarios.load,
@@ -164,7 +163,7 @@ def test_ranks_may_differ_in_what_does_not_shape_the_plan(mixed: list[Path], str
     assert_whole(outcomes, names_of(mixed))
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_group_may_be_used_between_the_tensors(mixed: list[Path], strategy: str) -> None:
     outcomes = world(3).run(scenarios.load, files=mixed, strategy=strategy, tuned=TUNED, reduce=True)
     assert_whole(outcomes, names_of(mixed))
@@ -180,7 +179,7 @@ def test_two_loads_at_once_on_different_groups(mixed: list[Path], how: str, stra
             assert (result.names, result.wrong) == (names_of(mixed), [])
 
 
-@pytest.mark.parametrize("strategy", SHARED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_loads_at_once_on_the_same_group(mixed: list[Path], strategy: str) -> None:
     """The second either works or is refused in words, alike on every rank; the first is not disturbed."""
     outcomes = world(2).run(scenarios.second_on_the_same_group, files=mixed, strategy=strategy, tuned=TUNED)
@@ -197,5 +196,5 @@ def test_two_loads_at_once_on_the_same_group(mixed: list[Path], strategy: str) -
 
 
 def test_two_loads_back_to_back(mixed: list[Path]) -> None:
-    for strategy in (*SHARED, *SHARED):
+    for strategy in STRATEGIES * 2:
         assert_whole(world(2).run(scenarios.load, files=mixed, strategy=strategy, tuned=TUNED), names_of(mixed))

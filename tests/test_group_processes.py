@@ -8,24 +8,12 @@ from pathlib import Path
 
 import group_scenarios as scenarios
 import pytest
-from conftest import start
-from group_support import FAULT_SECONDS, TUNED, World, assert_whole, fresh_world, run_ranks, three_files
+from group_support import FAULT_SECONDS, STRATEGIES, TUNED, World, assert_whole, fresh_world, run_ranks
 
-STRATEGIES = ["broadcast", "striped"]
 TIMEOUT = 5.0  # seconds, of the group
 # How the ranks of a load are found: they are given; torchrun says that all are on this node; they ask one another.
 GROUPS = [("broadcast", "given"), ("striped", "launched"), ("broadcast", "launched"), ("striped", "asked")]
 LATEST = TIMEOUT + FAULT_SECONDS  # seconds until a rank has noticed that another is gone
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return three_files(tmp_path_factory.mktemp("blocks"))
-
-
-@pytest.fixture
-def names(checkpoint: list[Path]) -> list[str]:
-    return [name for name, _ in start(checkpoint)]
 
 
 def assert_lost(

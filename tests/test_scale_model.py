@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from weightload import distributed
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "scale_model.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from scale_costs import GROUPS, STORAGES, STRATEGIES, Assumptions, Load, Storage, seconds, stages, startup  # noqa: E402
-from scale_model import CHOICES, NODES, deviations, node_counts, predict, published, recommend  # noqa: E402
+from scale_model import CHOICES, NODES, deviations, node_counts, predict, published, recommend, recommend_one_group  # noqa: E402
 
 SIZE = 140e9
 DEVICES = ("accelerator", "cpu")
@@ -27,10 +29,6 @@ SCENARIOS = [(d, s, n) for d in DEVICES for s in STORAGES for n in node_counts(s
 @pytest.mark.parametrize(("device", "storage", "nodes"), SCENARIOS, ids=lambda v: getattr(v, "name", str(v)))
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_auto_does_what_the_model_recommends(device: str, storage: Storage, nodes: int, gpus: int) -> None:
-    from weightload import distributed
-
-    if not hasattr(distributed, "auto_strategy"):
-        pytest.skip("no weightload.distributed.auto_strategy")
     machine = dataclasses.replace(MACHINE, gpus=gpus)
     if gpus == 1:  # nothing to share in a group of one
         rows = predict(storage, nodes, SIZE, device, machine)
@@ -39,6 +37,15 @@ def test_auto_does_what_the_model_recommends(device: str, storage: Storage, node
         return
     kind = "cuda" if device == "accelerator" else "cpu"
     assert recommend(storage, nodes, SIZE, device, machine) == distributed.auto_strategy(kind, gpus, 1)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+@pytest.mark.parametrize("nodes", NODES[1:])
+def test_auto_does_for_a_group_over_nodes_what_the_model_recommends(nodes: int, gpus: int) -> None:
+    machine = dataclasses.replace(MACHINE, gpus=gpus)
+    for device, kind in (("accelerator", "cuda"), ("cpu", "cpu")):
+        ranks = nodes * gpus
+        assert recommend_one_group(nodes, SIZE, device, machine) == distributed.auto_strategy(kind, ranks, nodes)
 
 
 @pytest.mark.parametrize("device", DEVICES)

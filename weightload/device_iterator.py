@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightload import _C, settings
+from weightload import _C, devices, settings
 from weightload.agreement import Sharing
 from weightload.selection import Names, Path, close_at_exit, select_all
 
@@ -137,7 +137,7 @@ def load_to_device(
         target = make_target(device, own_bytes, pieces)
     except Exception as error:
         if group is not None:
-            _tell(error, group, strategy, paths)
+            fail_together(error, group, strategy, paths)
         raise
     sharing: Sharing | None = None
     try:
@@ -156,14 +156,31 @@ def load_to_device(
             sharing.close()
 
 
-def _tell(error: Exception, group: ProcessGroup, strategy: str, paths: Sequence[Path]) -> None:
-    """Raise a device's failure on every rank of a group; of one without a backend for the CPU, on this one only."""
+def fail_together(
+    error: BaseException,
+    group: ProcessGroup,
+    strategy: str,
+    paths: Sequence[Path],
+    device: torch.device | None = None,
+) -> None:
+    """Raise this rank's error on every rank of the group, in place of the agreement that the others expect.
+
+    They are told between CPUs, or through ``device`` where the group has no backend for CPUs; without either they are
+    not told.
+    """
 
     def fail() -> list[_C.CheckpointFile]:
         raise error
 
-    if any(device.type == "cpu" for device in group._device_types):
+    if any(known.type == "cpu" for known in group._device_types):
         Sharing(group, strategy, torch.device("cpu"), None, paths).agree(fail, None)
+    elif device is not None and device.type not in ("cpu", "meta"):
+        here = devices.resolve(device)
+        target = make_target(here, 0, 1)
+        try:
+            Sharing(group, strategy, here, target, paths).agree(fail, None)
+        finally:
+            target.close()
 
 
 def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:

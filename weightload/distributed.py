@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
@@ -18,8 +19,15 @@ from weightload.errors import GroupError
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
 
+# Over more nodes the all-gather of stripes, whose ring passes every rank, costs accelerators more than reading on all
+# nodes saves: benchmarks/scale_model.py, the least regret over its kinds of storage. A node's only rank has one network
+# card's bandwidth.
+MOST_STRIPED_NODES, MOST_STRIPED_NODES_OF_ONE_RANK = 128, 16
+
 # The node groups of the default group they were made in; made again when torch.distributed was.
 _node_groups: dict[str, Any] = {}
+# How many nodes the ranks of a group are on.
+_nodes: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
 
 def _initialised() -> bool:
@@ -38,12 +46,13 @@ def auto_strategy(device_type: str, ranks: int, nodes: int = 1) -> str:
     """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale_model.py.
 
     On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
-    accelerators each byte should cross the bus to the devices of a node once; and a group over several nodes exists
-    to read each byte once for all of them.
+    accelerators each byte should cross the bus to the devices of a node once. A group over several nodes exists to
+    read each byte once for all of them, striped over all disks and network cards until the ring gets too long.
     """
     if ranks == 1 or (device_type == "cpu" and nodes == 1):
         return "independent"
-    return "striped"
+    most = MOST_STRIPED_NODES if ranks > nodes else MOST_STRIPED_NODES_OF_ONE_RANK
+    return "broadcast" if device_type != "cpu" and nodes > most else "striped"
 
 
 def node_of_this_process() -> str:
@@ -109,22 +118,31 @@ def _make_node_group(world: Any, load: str) -> Any:
     return mine
 
 
-def _names_of_nodes(world: Any, stage: str) -> list[str]:
-    """Every rank's node."""
+def _names_of_nodes(group: Any, stage: str) -> list[str]:
+    """Every rank's node. A collective call."""
     mine = node_of_this_process()
-    if any(device.type == "cpu" for device in world._device_types):
+    if any(device.type == "cpu" for device in group._device_types):
         # Felt by Ctrl-C, unlike torch's own.
-        asked = _C.Group(world, None, "cpu", _C.Strategy.broadcast, stage)
+        asked = _C.Group(group, None, "cpu", _C.Strategy.broadcast, stage)
         try:
             return [name.decode() for name in asked.agree(mine.encode()[:256].ljust(256), False)]
         finally:
             asked.close()
-    names: list[Any] = [None] * torch.distributed.get_world_size()
+    names: list[Any] = [None] * torch.distributed.get_world_size(group)
     try:
-        torch.distributed.all_gather_object(names, mine)
+        torch.distributed.all_gather_object(names, mine, group=group)
     except (RuntimeError, OSError) as error:
         raise GroupError(f"{stage}: {error}") from error
     return names
+
+
+def _nodes_of(group: ProcessGroup, load: str) -> int:
+    """How many nodes a group's ranks are on: the same answer on all of them, who ask one another the first time."""
+    if world_is_one_node():
+        return 1
+    if group not in _nodes:
+        _nodes[group] = len(set(_names_of_nodes(group, f"{load}, nodes of the group")))
+    return _nodes[group]
 
 
 def resolve_group(
@@ -146,19 +164,11 @@ def resolve_group(
         if strategy == "auto" and auto_strategy(device_type, 2) == "independent":
             return None, "independent"  # within a node, whatever the node
         group = node_group(load)
-    elif strategy == "auto":
-        nodes = _nodes_of(group)
+    else:  # whatever this rank's strategy: should the others' be another, the agreement says so
+        nodes = _nodes_of(group, load)
     assert group is not None
     ranks = torch.distributed.get_world_size(group)
     chosen = auto_strategy(device_type, ranks, nodes) if strategy == "auto" else strategy
     if ranks == 1 or chosen == "independent":
         return None, "independent"
     return group, chosen
-
-
-def _nodes_of(group: ProcessGroup) -> int:
-    """How many nodes the group's ranks are on, as far as the launcher tells: torchrun numbers ranks node by node."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if not local.isdigit() or int(local) == 0:
-        return 1
-    return len({rank // int(local) for rank in torch.distributed.get_process_group_ranks(group)})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, devices, progress
-from weightload.device_iterator import DeviceWeightIterator, LoadStats, load_to_device
+from weightload.device_iterator import DeviceWeightIterator, LoadStats, fail_together, load_to_device
 from weightload.distributed import load_name, resolve_group
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
@@ -20,8 +20,6 @@ from weightload.state_dict import Match, Target, match
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Ranks = tuple["ProcessGroup | None", str]
 
 
 def load_into(
@@ -63,7 +61,7 @@ def load_into(
     """
     first = _first_device(target)
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
-    ranks = resolve_group(group, strategy, first.type, load_name(paths))
+    group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
@@ -72,9 +70,10 @@ def load_into(
             at_match = time.perf_counter()
             matched = match(target, opened, strict)
         except BaseException as error:
-            _tell(error, first, paths, ranks)
+            if group is not None:  # the others are about to agree on the load
+                fail_together(error, group, strategy, paths, first)
             raise
-        if ranks[0] is not None:
+        if group is not None:
             matched = dataclasses.replace(matched, direct=set())
         sizes = {name: stop - start for file in opened for name, _, _, start, stop in file.tensors()}
         at_load = time.perf_counter()
@@ -82,8 +81,11 @@ def load_into(
         total = sum(sizes[name] for name in matched.places)
         try:
             with progress.bar(total, show_progress) as advance:
-                for device in dict.fromkeys(place.device for place in matched.places.values()):
-                    with _start(device, opened, paths, matched, ranks) as weights:
+                here = dict.fromkeys(place.device for place in matched.places.values())
+                if group is not None:
+                    here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
+                for device in here:
+                    with _start(device, opened, paths, matched, group, strategy) as weights:
                         _take(weights, matched, sizes, advance)
                     if isinstance(weights, DeviceWeightIterator):
                         stats[str(device)] = weights.load_stats()
@@ -114,33 +116,26 @@ def _first_device(target: Target) -> torch.device:
     return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
 
 
-def _tell(error: BaseException, device: torch.device, paths: Sequence[Path], ranks: Ranks) -> None:
-    """Raise this rank's error on every rank: the others are about to agree on the load."""
-    if ranks[0] is None:
-        return
-
-    def fail() -> list[_C.CheckpointFile]:
-        raise error
-
-    if device.type in ("cpu", "meta"):
-        load_to_host(*ranks, paths, fail, None, backend="pread")
-    else:
-        load_to_device(devices.resolve(device), 0, paths, fail, None, *ranks)
-
-
 def _start(
-    device: torch.device, files: list[_C.CheckpointFile], paths: Sequence[Path], matched: Match, ranks: Ranks
+    device: torch.device,
+    files: list[_C.CheckpointFile],
+    paths: Sequence[Path],
+    matched: Match,
+    group: ProcessGroup | None,
+    strategy: str,
 ) -> WeightIterator | DeviceWeightIterator:
     """The load of what goes to one device."""
     here = {name for name, place in matched.places.items() if place.device == device}
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name].detach() if name in matched.direct else None for name in in_order]
-    if ranks[0] is not None:
+    if group is not None:
         places = []
     if device.type == "cpu":
-        return load_to_host(*ranks, paths, lambda: list(files), here, backend="mmap", places=places)
+        return load_to_host(group, strategy, paths, lambda: list(files), here, backend="mmap", places=places)
     most_bytes = sum(file.size for file in files)
-    return load_to_device(devices.resolve(device), most_bytes, paths, lambda: list(files), here, *ranks, places)
+    return load_to_device(
+        devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places
+    )
 
 
 def _take(

@@ -148,10 +148,12 @@ class BlockPending final : public Pending {
       : works_(std::move(works)), device_(std::move(device)), block_(std::move(block)) {}
 
   bool wait(Milliseconds patience) override {
+    if (!block_) return true;  // an event recorded again would lie behind later collectives
     if (!works_.wait(patience)) return false;
     try {
       device_->on_collective_stream([&] { works_.finish(); });
       device_->mark_shared(*block_);
+      block_.reset();
     } catch (...) {
       rethrow_as_ours();
     }
@@ -245,23 +247,29 @@ class ProcessGroupCollective final : public Collective {
   std::unique_ptr<Pending> gather(const std::string& record) override try {
     const auto size = static_cast<int64_t>(record.size());
     const int64_t total = size * group_->getSize();
-    at::Tensor on_host = cpu_records_ ? at::empty({total}, at::TensorOptions().dtype(at::kByte))
-                                      : pinned_bytes(type_, static_cast<uint64_t>(total));
-    at::Tensor mine = on_host.narrow(0, size * group_->getRank(), size);
-    std::memcpy(mine.data_ptr(), record.data(), record.size());
     if (cpu_records_) {
-      std::vector<WorkRef> works{gather_into(*group_, on_host, mine)};
-      return std::make_unique<HostRecords>(std::move(works), std::move(on_host), ranks());
+      const at::Tensor all = at::empty({total}, at::TensorOptions().dtype(at::kByte));
+      at::Tensor mine = all.narrow(0, size * group_->getRank(), size);
+      std::memcpy(mine.data_ptr(), record.data(), record.size());
+      std::vector<WorkRef> works{gather_into(*group_, all, mine)};
+      return std::make_unique<HostRecords>(std::move(works), all, ranks());
     }
-    at::Tensor on_device;
+    // Memory that the first record of a load got serves the others, which are smaller: a rank that has run out of
+    // device memory can still say so. There is one gather at a time.
     WorkRef work;
     device_->on_collective_stream([&] {
-      on_device = at::empty({total}, at::TensorOptions().dtype(at::kByte).device(type_));
-      at::Tensor mine_there = on_device.narrow(0, size * group_->getRank(), size);
+      if (!records_on_device_.defined() || records_on_device_.numel() < total) {
+        records_on_device_ = at::empty({total}, at::TensorOptions().dtype(at::kByte).device(type_));
+        records_on_host_ = pinned_bytes(type_, static_cast<uint64_t>(total));
+      }
+      at::Tensor mine = records_on_host_.narrow(0, size * group_->getRank(), size);
+      std::memcpy(mine.data_ptr(), record.data(), record.size());
+      at::Tensor mine_there = records_on_device_.narrow(0, size * group_->getRank(), size);
       mine_there.copy_(mine, /*non_blocking=*/true);
-      work = gather_into(*group_, on_device, mine_there);
+      work = gather_into(*group_, records_on_device_.narrow(0, 0, total), mine_there);
     });
-    return std::make_unique<DeviceRecords>(std::move(work), std::move(on_device), std::move(on_host), device_, ranks());
+    return std::make_unique<DeviceRecords>(std::move(work), records_on_device_.narrow(0, 0, total),
+                                           records_on_host_.narrow(0, 0, total), device_, ranks());
   } catch (...) {
     rethrow_as_ours();
   }
@@ -316,6 +324,7 @@ class ProcessGroupCollective final : public Collective {
   const std::shared_ptr<Device> device_;  // null for host memory
   bool cpu_records_ = false;
   bool stripes_by_broadcast_ = false;
+  at::Tensor records_on_device_, records_on_host_;
 };
 
 }  // namespace

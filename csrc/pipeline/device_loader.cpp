@@ -1,6 +1,5 @@
 #include "pipeline/device_loader.h"
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -235,7 +234,7 @@ bool DeviceLoader::await(uint32_t block, std::chrono::milliseconds patience) {
     return pool_->wait(last_task, patience);
   } catch (const Error& error) {
     if (interrupted_) return false;  // the threads were stopped: nothing has failed
-    throw selected_.name_tensor(error, std::max<size_t>(next_, layout_.blocks[block].first_tensor));
+    throw selected_.name_tensor(error, layout_.blocks[block].first_tensor);
   }
 }
 

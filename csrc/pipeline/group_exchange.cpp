@@ -102,7 +102,6 @@ void GroupExchange::begin(size_t blocks, Prepare prepare, std::vector<std::strin
 }
 
 bool GroupExchange::complete(size_t block, Milliseconds patience) {
-  if (block < done_) return true;
   const Deadline deadline(patience);
   while (block >= done_) {
     if (failure_ && moving_.empty()) throw Error(*failure_);
@@ -127,17 +126,17 @@ bool GroupExchange::complete(size_t block, Milliseconds patience) {
 // Block next_, as far as it comes within the patience: true once its collective, if all are ready, has been issued.
 bool GroupExchange::step(Milliseconds patience) {
   if (stage_ == Stage::preparing) {
+    std::string status = ready_status();
     try {
       if (!prepare_(next_, patience, payload_)) return false;
-      status_ = ready_status();
     } catch (const Error& error) {
-      status_ = failed_status(error, paths_);
+      status = failed_status(error, paths_);
     } catch (const std::exception& error) {
       // The device's, or memory that could not be had: its first line.
       const std::string text = error.what();
-      status_ = failed_status(Error(ErrorKind::usage, text.substr(0, text.find('\n'))), paths_);
+      status = failed_status(Error(ErrorKind::usage, text.substr(0, text.find('\n'))), paths_);
     }
-    asked_ = collective_->gather(status_);
+    asked_ = collective_->gather(status);
     stage_ = Stage::asking;
   }
   return ask(patience);
@@ -168,6 +167,8 @@ void GroupExchange::judge(const Records& records) {
     moving_.push_back(collective_->broadcast(payload_, /*root=*/0));
   else
     moving_.push_back(collective_->all_gather(payload_));
+  // An accelerator's block is marked now, before the collective stream has more to do.
+  moving_.back()->wait(Milliseconds(0));
   payload_ = {};
   ++next_;
 }

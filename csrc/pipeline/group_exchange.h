@@ -93,7 +93,6 @@ class GroupExchange {
   bool more_ = true;
   bool leaving_ = false;
   std::atomic<bool> ended_{false};
-  std::string status_;
   Payload payload_;                              // of block next_
   std::unique_ptr<Pending> asked_;               // the gather that is on its way
   std::deque<std::unique_ptr<Pending>> moving_;  // blocks done_ .. next_ - 1

@@ -220,7 +220,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
   if (shared_) {
-    if (block.bytes > 0 && !shared_.complete(place.block, patience)) return interrupted_ ? Step::end : Step::not_ready;
+    if (!shared_.complete(place.block, patience)) return interrupted_ ? Step::end : Step::not_ready;
   } else if (pool_) {
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;

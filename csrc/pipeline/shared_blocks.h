@@ -44,11 +44,9 @@ class SharedBlocks {
   void begin(const Layout& layout, GroupExchange::Prepare prepare, const CheckpointFiles& files) {
     if (!exchange_) return;
     for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
-      turn_of_.push_back(turns_.size());
-      if (layout.blocks[b].bytes > 0) turns_.push_back(b);
-    }
-    for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
-      if (layout.blocks[b].bytes == 0) turn_of_[b] = turns_.size();
+      const bool travels = layout.blocks[b].bytes > 0;
+      turn_of_.push_back(travels ? turns_.size() : kStays);
+      if (travels) turns_.push_back(b);
     }
     std::vector<std::string> paths;
     for (const auto& file : files) paths.push_back(file->path());
@@ -60,14 +58,14 @@ class SharedBlocks {
         std::move(paths));
   }
 
-  // Without communicating. Empty blocks are.
+  // Without communicating.
   bool is_complete(uint32_t block) const {
-    return turn_of_[block] == turns_.size() || exchange_->is_complete(turn_of_[block]);
+    return turn_of_[block] == kStays || exchange_->is_complete(turn_of_[block]);
   }
 
   // See GroupExchange::complete().
   bool complete(uint32_t block, std::chrono::milliseconds patience) {
-    return exchange_->complete(turn_of_[block], patience);
+    return is_complete(block) || exchange_->complete(turn_of_[block], patience);
   }
 
   void leave() noexcept {
@@ -78,6 +76,8 @@ class SharedBlocks {
   void forget() noexcept { new std::shared_ptr<GroupExchange>(std::move(exchange_)); }
 
  private:
+  static constexpr size_t kStays = SIZE_MAX;  // of empty blocks
+
   ReadPlanOptions reads_;
   std::shared_ptr<GroupExchange> exchange_;
   std::vector<uint32_t> turns_;  // blocks that travel
