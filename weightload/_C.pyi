@@ -18,6 +18,7 @@ __all__: list[str] = [
     "HostLoader",
     "ReadMode",
     "Strategy",
+    "TensorReader",
     "abandon_groups",
     "arm_fault",
     "disarm_fault",
@@ -199,6 +200,7 @@ class DeviceLoader:
         *,
         threads: int,
         block_bytes: int,
+        window_bytes: int,
         read: ReadMode,
     ) -> None: ...
     def __iter__(self) -> typing_extensions.Self: ...
@@ -217,6 +219,43 @@ class DeviceLoader:
         """
         bytes of the selected tensors
         """
+
+class TensorReader:
+    """
+    Single tensors of a file, and rows of them, on the CPU.
+    """
+    def __init__(self, file: CheckpointFile) -> None: ...
+    def can_map(self, tensor: int) -> bool: ...
+    def find(self, name: typing.Any) -> int | None:
+        """
+        A tensor's number, or None.
+        """
+    def info(self, tensor: int) -> tuple[str, list[int], int, int]:
+        """
+        (dtype, shape, begin, end); bytes count from the file's start.
+        """
+    def is_cached(self, begin: int, end: int) -> bool:
+        """
+        Whether these bytes are known to be in the page cache.
+        """
+    def map_tensor(self, name: typing.Any) -> typing.Any:
+        """
+        A view of the mapped file; the tensor's number where it should be read instead; None without such a name.
+        """
+    def read(self, tensor: int, rows: collections.abc.Sequence[tuple[int, int]] | None) -> typing.Any:
+        """
+        Private memory, read in this thread: all of a tensor, or (begin, end) of rows one behind the other.
+        """
+    def view(self, tensor: int) -> typing.Any:
+        """
+        A view of the mapped file, of which nobody else has one.
+        """
+    def with_parts(self, parts: collections.abc.Sequence[tuple[int, tuple[int, int] | None]]) -> CheckpointFile:
+        """
+        The file with these (number, rows) only, by offset; rows are (begin, end), or None for all.
+        """
+    @property
+    def file(self) -> CheckpointFile: ...
 
 def abandon_groups() -> None:
     """

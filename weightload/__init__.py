@@ -18,7 +18,9 @@ from weightload.errors import (  # noqa: E402
 )
 from weightload.into import load_into  # noqa: E402
 from weightload.iterator import safetensors_weights_iterator  # noqa: E402
+from weightload.load_model import load_model  # noqa: E402
 from weightload.load_report import LoadReport  # noqa: E402
+from weightload.safe_open import safe_open  # noqa: E402
 
 __all__ = [
     "GroupError",
@@ -32,7 +34,9 @@ __all__ = [
     "load",
     "load_file",
     "load_into",
+    "load_model",
     "node_group",
     "resolve_safetensors_files",
+    "safe_open",
     "safetensors_weights_iterator",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from weightload import _C, devices
 from weightload.device_iterator import bytes_of_files, load_to_device
+from weightload.fetch import load_all
 from weightload.iterator import Backend, WeightIterator
 from weightload.selection import open_files, select_all
 
@@ -34,9 +34,7 @@ def load_file(
         return dict(
             load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)
         )
-    files = open_files([filename])
-    read_ahead = files[0].size <= available_memory() // 2
-    return dict(WeightIterator(files, select_all(files, None), backend=backend, read_ahead=read_ahead))
+    return load_all(open_files([filename])[0], target, backend)
 
 
 def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
@@ -57,12 +55,3 @@ def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]
     if target.type != "cpu":
         return dict(load_to_device(target, len(data), [""], lambda: [file], None))
     return dict(WeightIterator([file], select_all([file], None), backend="pread", read_ahead=True))
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -24,9 +24,9 @@ class DeviceWeightIterator(_C.DeviceLoader):
     """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
 
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
-    with other ranks took. ``places`` has memory on the device
-    for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them, and they are complete,
-    for the stream that is current then, when it ends.
+    with other ranks took. ``places`` has memory on the device for some of the tensors, in their order; the iterator
+    then gives ``(name, None)`` for them, and they are complete, for the stream that is current then, when it ends.
+    ``window_bytes``: how far reading may run ahead, in place of a block.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
         selection: list[list[int]],
         places: Sequence[torch.Tensor | None] = (),
         sharing: Sharing | None = None,
+        window_bytes: int | None = None,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
@@ -48,6 +49,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 sharing.core if sharing else None,
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
+                window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
                 read=getattr(_C.ReadMode, now.read),
             )
         finally:
@@ -123,6 +125,7 @@ def load_to_device(
     group: ProcessGroup | None = None,
     strategy: str = "independent",
     places: Sequence[torch.Tensor | None] = (),
+    window_bytes: int | None = None,
 ) -> DeviceWeightIterator:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
@@ -143,7 +146,7 @@ def load_to_device(
     try:
         if group is None:
             files = open_them()
-            return DeviceWeightIterator(target, files, select_all(files, names), places)
+            return DeviceWeightIterator(target, files, select_all(files, names), places, window_bytes=window_bytes)
         sharing = Sharing(group, strategy, device, target, paths)
         files, selection = sharing.agree(open_them, names)
         return DeviceWeightIterator(target, files, selection, sharing=sharing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import os
+from errno import ENOENT
 
 import torch
 from safetensors import SafetensorError
@@ -147,6 +148,13 @@ class HtmlPage(HeaderError):
     """A web page, as a failed download leaves it, in place of the file."""
 
 
+class NoSuchFileError(FileNotFoundError):
+    """``FileNotFoundError`` with the words of safetensors', which callers match on."""
+
+    def __str__(self) -> str:
+        return f"{self.strerror}: {os.fsdecode(self.filename)}"
+
+
 _RULES: dict[str, type[HeaderError]] = {rule.__name__: rule for rule in HeaderError.__subclasses__()}
 _KINDS: dict[str, type[WeightLoadError]] = {
     "header": HeaderError,
@@ -163,7 +171,8 @@ _KINDS: dict[str, type[WeightLoadError]] = {
 def _os_error(errno: int, filename: str | None, rank: int | None) -> OSError:
     """OSError picks the subclass that belongs to the number."""
     where = "" if rank is None else f" (on rank {rank})"
-    error = OSError(errno, os.strerror(errno) + where, filename)
+    kind = NoSuchFileError if errno == ENOENT else OSError
+    error = kind(errno, os.strerror(errno) + where, filename)
     error.rank = rank  # type: ignore[attr-defined]
     return error
 
@@ -195,10 +204,10 @@ def from_rank(
     errno: int | None,
 ) -> BaseException:
     """Make the exception for an error that a rank told the others of before a load began."""
-    builtin = getattr(builtins, type, None)
-    if errno is not None and isinstance(builtin, builtins.type) and issubclass(builtin, OSError):
+    known = globals().get(type, getattr(builtins, type, None))
+    system = isinstance(known, builtins.type) and issubclass(known, OSError) and known is not ReadError
+    if errno is not None and system:
         return _os_error(errno, filename, rank)
-    known = globals().get(type)
     if isinstance(known, builtins.type) and issubclass(known, WeightLoadError):
         error = known(f"on rank {rank}: {message}")
     else:

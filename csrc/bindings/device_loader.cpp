@@ -65,11 +65,12 @@ void register_device_loader(py::module_& module) {
   loader
       .def(py::init([](const DeviceTarget& target, const py::list& files,
                        const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
-                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, ReadMode read) {
+                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, uint64_t window_bytes, ReadMode read) {
              DeviceLoaderOptions options;
              options.threads = threads;
              options.slot_bytes = target.slot_bytes;
              options.block_bytes = block_bytes;
+             options.window_bytes = window_bytes;
              options.read = read;
              return std::make_unique<PyDeviceLoader>(
                  files,
@@ -80,7 +81,7 @@ void register_device_loader(py::module_& module) {
                  });
            }),
            py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"),
-           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("read"))
+           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"), py::arg("read"))
       .def("stats", &stats, "What the threads have done so far: bytes, counts, and seconds of all threads together.");
   define_iteration(loader);
 }

@@ -35,15 +35,18 @@ HostMemoryRef tensor_memory(PyObject* object) {
 
 PyObject* wrap_host_tensor(HostTensor& tensor) {
   if (tensor.in_place) Py_RETURN_NONE;
-  const TensorMeta meta = torch_meta(*tensor.info, tensor.file->path());
+  return wrap_host_memory(*tensor.info, tensor.file->path(), tensor.data, tensor.memory);
+}
+
+PyObject* wrap_host_memory(const TensorInfo& info, const std::string& path, char* start, const HostMemoryRef& memory) {
+  const TensorMeta meta = torch_meta(info, path);
   c10::DataPtr data(nullptr, c10::Device(c10::kCPU));
-  if (tensor.data) {
-    HostMemory* memory = tensor.memory.get();
+  if (start) {
     memory->retain();
-    data = c10::DataPtr(tensor.data, memory, &release_memory, c10::Device(c10::kCPU));
+    data = c10::DataPtr(start, memory.get(), &release_memory, c10::Device(c10::kCPU));
   }
   auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(),
-                                                       static_cast<int64_t>(tensor.info->bytes.size()), std::move(data),
+                                                       static_cast<int64_t>(info.bytes.size()), std::move(data),
                                                        /*allocator=*/nullptr, /*resizable=*/false);
   at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(meta.dtype));

@@ -11,6 +11,9 @@ namespace weightload {
 // None for a tensor that was read in place.
 PyObject* wrap_host_tensor(HostTensor& tensor);
 
+// The same for memory that is not a loader's; `start` is null for an empty tensor. `path` serves the message.
+PyObject* wrap_host_memory(const TensorInfo& info, const std::string& path, char* start, const HostMemoryRef& memory);
+
 // The memory of a contiguous torch.Tensor on the CPU, to read into; keeps the tensor.
 HostMemoryRef tensor_memory(PyObject* tensor);
 

@@ -31,6 +31,17 @@ Header read_header(const ByteSource& source) {
 CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source)
     : source_(std::move(source)), header_(read_header(*source_)) {}
 
+CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source, std::shared_ptr<const File> file,
+                               Header header)
+    : source_(std::move(source)), file_(std::move(file)), header_(std::move(header)) {}
+
+std::shared_ptr<const CheckpointFile> CheckpointFile::with_tensors(std::vector<TensorInfo> tensors) const {
+  Header header;
+  header.tensors = std::move(tensors);
+  header.data_begin = header_.data_begin;
+  return std::shared_ptr<const CheckpointFile>(new CheckpointFile(source_, file_, std::move(header)));
+}
+
 std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& path) {
   auto file = File::open(path);
   std::shared_ptr<CheckpointFile> opened(new CheckpointFile(file));

@@ -25,6 +25,9 @@ class CheckpointFile {
   // Takes bytes that the caller keeps alive and unchanged.
   static std::shared_ptr<const CheckpointFile> from_memory(const void* data, uint64_t size);
 
+  // The same file with some of its tensors, or parts of them, in the order of the file.
+  std::shared_ptr<const CheckpointFile> with_tensors(std::vector<TensorInfo> tensors) const;
+
   const Header& header() const { return header_; }
   const ByteSource& source() const { return *source_; }
   const std::string& path() const { return source_->path(); }
@@ -33,6 +36,7 @@ class CheckpointFile {
 
  private:
   explicit CheckpointFile(std::shared_ptr<const ByteSource> source);
+  CheckpointFile(std::shared_ptr<const ByteSource> source, std::shared_ptr<const File> file, Header header);
 
   std::shared_ptr<const ByteSource> source_;
   std::shared_ptr<const File> file_;

@@ -22,6 +22,10 @@ struct DeviceLoaderOptions {
   unsigned threads = 2;
   uint64_t slot_bytes = 8ull << 20;     // of the ring; a multiple of kDirectAlignment
   uint64_t block_bytes = 128ull << 20;  // see LayoutOptions::block_bytes
+
+  // How far, in bytes, reading may run ahead of the consumer: bounds the device memory that no tensor owns yet. Not
+  // looked at where ranks share the reading.
+  uint64_t window_bytes = 128ull << 20;
   ReadMode read = ReadMode::automatic;
 };
 

@@ -1,0 +1,120 @@
+#include "pipeline/tensor_reader.h"
+
+#include <algorithm>
+#include <string>
+
+#include "base/error.h"
+
+namespace weightload {
+namespace {
+
+// Reading on over a gap of less than a page costs nothing: the kernel reads whole pages.
+constexpr uint64_t kPage = 4096;
+constexpr uint64_t kMostTogether = 1 << 20;  // bytes of a read for several ranges
+
+[[noreturn]] void fail_rows(const CheckpointFile& file, const TensorInfo& info, const std::string& what) {
+  throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
+}
+
+// Reads ranges one behind the other; those with little between them in one call.
+void read_ranges(const ByteSource& source, const std::vector<ByteRange>& ranges, char* to) {
+  std::vector<char> several;
+  for (size_t first = 0, next = 0; first < ranges.size(); first = next) {
+    const auto follows = [&](const ByteRange& range) {
+      const uint64_t end = ranges[next - 1].end;
+      return range.begin >= end && range.begin - end < kPage && range.end - ranges[first].begin <= kMostTogether;
+    };
+    for (next = first + 1; next < ranges.size() && follows(ranges[next]);) ++next;
+    if (next == first + 1) {
+      source.read(ranges[first].begin, to, ranges[first].size());
+      to += ranges[first].size();
+      continue;
+    }
+    several.resize(ranges[next - 1].end - ranges[first].begin);
+    source.read(ranges[first].begin, several.data(), several.size());
+    for (size_t i = first; i < next; ++i) {
+      const char* const from = several.data() + (ranges[i].begin - ranges[first].begin);
+      to = std::copy(from, from + ranges[i].size(), to);
+    }
+  }
+}
+
+// torch's type of packed elements counts pairs in the last dimension, which of a vector is the first.
+uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4 && info.shape.size() == 1 ? 2 : 1; }
+
+}  // namespace
+
+std::optional<uint32_t> TensorReader::find(std::string_view name) const {
+  std::call_once(indexing_, [this] {
+    const auto& tensors = file_->header().tensors;
+    index_.reserve(tensors.size());
+    for (uint32_t i = 0; i < tensors.size(); ++i) index_.emplace(tensors[i].name, i);
+  });
+  const auto found = index_.find(name);
+  if (found == index_.end()) return std::nullopt;
+  return found->second;
+}
+
+bool TensorReader::can_map(uint32_t tensor) const {
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  return file_->file() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
+}
+
+TensorInMemory TensorReader::view(uint32_t tensor) {
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  if (info.bytes.empty()) return {info, nullptr, {}};
+  std::lock_guard<std::mutex> lock(mapping_);
+  if (!map_ || given_[tensor]) {
+    map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
+    given_.assign(file_->header().tensors.size(), false);
+  }
+  given_[tensor] = true;
+  return {info, map_->data() + info.bytes.begin, map_};
+}
+
+uint64_t TensorReader::row_count(uint32_t tensor) const {
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  if (info.shape.empty()) fail_rows(*file_, info, "cannot slice rows of a 0-d tensor");
+  return info.shape.front() / elements_a_row(info);
+}
+
+TensorInfo TensorReader::narrowed(uint32_t tensor, RowRange rows) const {
+  const uint64_t count = row_count(tensor);
+  TensorInfo info = file_->header().tensors[tensor];
+  if (rows.begin > rows.end || rows.end > count) fail_rows(*file_, info, "rows out of range");
+  const uint64_t row = count == 0 ? 0 : info.bytes.size() / count;
+  if (row * count != info.bytes.size()) fail_rows(*file_, info, "a row is not a whole number of bytes");
+  info.shape.front() = (rows.end - rows.begin) * elements_a_row(info);
+  info.bytes = {info.bytes.begin + rows.begin * row, info.bytes.begin + rows.end * row};
+  return info;
+}
+
+TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows) const {
+  const TensorInfo& whole = file_->header().tensors.at(tensor);
+  TensorInMemory result{whole, nullptr, {}};
+  std::vector<ByteRange> ranges{whole.bytes};
+  if (rows) {
+    ranges.clear();
+    uint64_t bytes = 0, extent = 0;
+    for (const RowRange& range : *rows) {
+      const TensorInfo part = narrowed(tensor, range);
+      ranges.push_back(part.bytes);
+      bytes += part.bytes.size();
+      extent += part.shape.front();
+    }
+    result.info.shape.at(0) = extent;
+    result.info.bytes = {0, bytes};
+  }
+  if (result.info.bytes.empty()) return result;
+  try {
+    result.memory = allocate_block(result.info.bytes.size());
+    result.data = result.memory->data();
+    read_ranges(file_->source(), ranges, result.data);
+  } catch (const Error& error) {
+    throw Error(error.kind, error.message,
+                {file_->path(), whole.name, error.context.offset, error.context.error_number}, error.rule);
+  }
+  return result;
+}
+
+}  // namespace weightload

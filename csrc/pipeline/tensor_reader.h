@@ -1,0 +1,67 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "memory/host_memory.h"
+#include "pipeline/checkpoint_file.h"
+
+namespace weightload {
+
+// A tensor or part of one in host memory, which `memory` keeps alive.
+struct TensorInMemory {
+  TensorInfo info;       // of the part
+  char* data = nullptr;  // null for an empty tensor
+  HostMemoryRef memory;
+};
+
+// Rows of a tensor, by its first dimension as torch counts it (see rows_of).
+struct RowRange {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+// Hands out single tensors of a file, in the calling thread: views of the mapped file, or private memory. Safe to use
+// from several threads.
+class TensorReader {
+ public:
+  explicit TensorReader(std::shared_ptr<const CheckpointFile> file) : file_(std::move(file)) {}
+
+  const CheckpointFile& file() const { return *file_; }
+  std::shared_ptr<CheckpointFile> shared_file() const { return std::const_pointer_cast<CheckpointFile>(file_); }
+
+  // A tensor's number in the header. The index is made on first use: opening a file to look at its header costs none.
+  std::optional<uint32_t> find(std::string_view name) const;
+
+  // Whether view() can be had: bytes in memory have no mapping, and tensors that lie misaligned must be read.
+  bool can_map(uint32_t tensor) const;
+
+  // The tensor in a mapping that nobody has this tensor of yet: a mapping is copy-on-write, and what one holder of a
+  // view writes must not be what the next is given. The file is mapped again when a tensor is asked for again.
+  TensorInMemory view(uint32_t tensor);
+
+  // Reads whole rows, one range behind the other, into private memory; without ranges all of the tensor. Reads nothing
+  // between the ranges, except for gaps of less than a page.
+  TensorInMemory read(uint32_t tensor, const std::vector<RowRange>* rows) const;
+
+  // The bytes and header entry of some rows. Throws Error{tensor} where the tensor has no such rows.
+  TensorInfo narrowed(uint32_t tensor, RowRange rows) const;
+
+ private:
+  uint64_t row_count(uint32_t tensor) const;
+
+  const std::shared_ptr<const CheckpointFile> file_;
+  mutable std::once_flag indexing_;
+  mutable std::unordered_map<std::string_view, uint32_t> index_;  // into the header's names
+
+  std::mutex mapping_;  // guards what follows
+  HostMemoryRef map_;
+  std::vector<bool> given_;  // of the tensors in map_
+};
+
+}  // namespace weightload

@@ -1,0 +1,103 @@
+"""Loads one tensor, or rows of one, to a device: small ones in the calling thread, large ones with the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from weightload import _C
+from weightload.device_iterator import DeviceWeightIterator, load_to_device
+from weightload.dtypes import TORCH_DTYPES, torch_shape
+from weightload.errors import TensorError
+from weightload.iterator import WeightIterator
+from weightload.rows import Run
+from weightload.selection import select_all
+
+# Bytes from which threads read faster than the calling one, starting them included.
+LEAST_FOR_THREADS = 8 << 20
+# The same for the pipeline to an accelerator, which also makes a ring.
+LEAST_FOR_PIPELINE = 1 << 20
+
+
+def fetch(
+    reader: _C.TensorReader,
+    number: int,
+    device: torch.device,
+    backend: str,
+    runs: Sequence[Run] | None = None,
+) -> torch.Tensor:
+    """A tensor, or runs of its rows one behind the other, in memory that nothing else has.
+
+    ``backend="mmap"``: a view of a mapping where that can be (CPU, one run, aligned), brought in by threads.
+
+    Raises:
+        ReadError, TensorError, OutOfMemoryError: as ``safetensors_weights_iterator``.
+    """
+    dtype, shape, begin, end = reader.info(number)
+    rows = list(runs) if runs is not None else None
+    total = end - begin
+    if rows is not None:
+        count = torch_shape(dtype, tuple(shape))[0]
+        total = total // max(1, count) * sum(stop - start for start, stop in rows)
+    least = LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
+    if total < least:
+        small: torch.Tensor = reader.read(number, rows)
+        return small if device.type == "cpu" else small.to(device)
+    parts = [(number, None)] if rows is None else [(number, run) for run in rows]
+    part = reader.with_parts(parts)
+    if len(parts) == 1:
+        with _start(part, [], device, backend) as weights:
+            tensor: torch.Tensor = next(weights)[1]
+            return tensor
+    assert rows is not None
+    extents = [stop - start for start, stop in rows]
+    wide = torch_shape(dtype, tuple(shape))[1:]
+    whole = torch.empty((sum(extents), *wide), dtype=TORCH_DTYPES[dtype], device=device)
+    with _start(part, list(torch.split(whole, extents)), device, backend) as weights:
+        for _ in weights:
+            pass
+    return whole
+
+
+def find(reader: _C.TensorReader, name: str) -> int:
+    """A tensor's number.
+
+    Raises:
+        TensorError: there is no tensor of that name, in safetensors' words.
+    """
+    number = reader.find(name)
+    if number is None:
+        error = TensorError(f"File does not contain tensor {name}")
+        error.filename, error.tensor = reader.file.path, name
+        raise error
+    return number
+
+
+def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:
+    """Every tensor of an open file, by offset."""
+    if device.type != "cpu":
+        return dict(load_to_device(device, file.size, [file.path], lambda: [file], None))
+    # A file that does not fit comfortably is read as it is touched.
+    read_ahead = file.size <= available_memory() // 2
+    return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _start(
+    part: _C.CheckpointFile, places: list[torch.Tensor], device: torch.device, backend: str
+) -> WeightIterator | DeviceWeightIterator:
+    everything = list(range(len(part)))
+    if device.type == "cpu":
+        return WeightIterator([part], [everything], backend=backend, read_ahead=True, places=places)
+    most = part.bytes_of(everything)
+    return load_to_device(device, most, [part.path], lambda: [part], None, places=places)

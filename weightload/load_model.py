@@ -1,0 +1,99 @@
+"""load_model: a checkpoint file into a module, with safetensors' treatment of shared tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+import torch
+from safetensors.torch import _remove_duplicate_names
+
+from weightload import devices
+from weightload.api import load_file
+from weightload.errors import StateDictError
+from weightload.into import load_into
+from weightload.iterator import Backend
+from weightload.safe_open import safe_open
+
+# What makes loading more than copying under the same names.
+HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
+METHODS = ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_state_dict", "get_extra_state")
+
+
+def load_model(
+    model: torch.nn.Module,
+    filename: str | os.PathLike[str],
+    strict: bool = True,
+    device: devices.Device = "cpu",
+    *,
+    backend: Backend = "mmap",
+) -> tuple[set[str], list[str]]:
+    """Load a file into a module's parameters and persistent buffers, wherever they are.
+
+    Bytes are read straight into them, as by ``load_into``. A module that takes part in its own loading (hooks,
+    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``.
+
+    Of names that share memory within the module, one must be in the file: the others are not missing, and are
+    unexpected if the file has them too.
+
+    Args:
+        model: the module.
+        filename: path of the safetensors file.
+        strict: whether names that are missing or unexpected are an error; then nothing was loaded, unless the module
+            took part.
+        device: where ``load_state_dict`` gets the tensors, if it is needed.
+        backend: the same; as for ``load_file``.
+
+    Returns:
+        The module's names that were not loaded, and the file's that the module has no use for.
+
+    Raises:
+        StateDictError: (a ``RuntimeError``) names differ under ``strict``, or shapes differ.
+        FileNotFoundError, HeaderError, ReadError, TensorError, ValueError: as ``load_file``.
+    """
+    devices.resolve(device)
+    with safe_open(filename, backend=backend) as file:
+        names = file.offset_keys()
+    state = model.state_dict()
+    plain = _is_plain(model)
+    if plain:
+        missing, unexpected = set(state).difference(names), [name for name in names if name not in state]
+    else:
+        tensors = load_file(filename, device, backend=backend)
+        report = model.load_state_dict(tensors, strict=False)
+        missing, unexpected = set(report.missing_keys), list(report.unexpected_keys)
+    for others in _remove_duplicate_names(state, preferred_names=names).values():
+        unexpected += [name for name in others if name not in missing]
+        missing.difference_update(others)
+    if strict and (missing or unexpected):
+        raise StateDictError(_in_words(model, missing, unexpected))
+    if plain:
+        load_into(model, filename, strict=False, strategy="independent", show_progress=False)
+    return missing, unexpected
+
+
+def _is_plain(model: torch.nn.Module) -> bool:
+    """Whether loading the module means no more than copying each tensor to its namesake."""
+    for module in model.modules():
+        kind = type(module)
+        if any(getattr(kind, name) is not getattr(torch.nn.Module, name) for name in METHODS):
+            return False
+        if any(getattr(module, name) for name in HOOKS):
+            return False
+    return all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and (tensor.nbytes == 0 or tensor.untyped_storage().nbytes() > 0)
+        for tensor in [*model.parameters(), *model.buffers()]
+    )
+
+
+def _in_words(model: torch.nn.Module, missing: Collection[str], unexpected: Collection[str]) -> str:
+    """As load_state_dict and safetensors say it."""
+    lines = [f"Error(s) in loading state_dict for {type(model).__name__}:"]
+    for what, names in (("Missing", missing), ("Unexpected", unexpected)):
+        if names:
+            quoted = ", ".join(f'"{name}"' for name in sorted(names))
+            lines.append(f"    {what} key(s) in state_dict: {quoted}")
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""safe_open: a handle on one file that gives out tensors one at a time, with safetensors' names and meanings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open as safetensors_open  # now: ours may be put in its place later
+
+from weightload import _C, devices
+from weightload.dtypes import torch_shape
+from weightload.errors import WeightLoadError
+from weightload.fetch import LEAST_FOR_THREADS, fetch, find, load_all
+from weightload.iterator import Backend
+from weightload.prefetch import PrefetchLoader, start_prefetch
+from weightload.rows import plan_rows
+from weightload.selection import open_files
+
+# What safetensors calls torch. Other frameworks are its own business.
+TORCH_NAMES = ("pt", "torch", "pytorch")
+
+
+class TensorMeta(NamedTuple):
+    """A tensor's entry in the header."""
+
+    dtype: str
+    """The format's name, such as ``"BF16"``."""
+    shape: list[int]
+    """In elements; of F4 too, where torch counts pairs."""
+    data_offsets: tuple[int, int]
+    """Bytes from the end of the header."""
+
+
+class safe_open:
+    """A safetensors file, its header checked, from which tensors are read one by one.
+
+    ``with safe_open(path) as f: f.get_tensor(name)``; without ``with`` the file stays open until the handle is gone.
+    Threads may share a handle. ``name in f``, ``len(f)`` and iteration over the names work, and handles are hashable.
+
+    Args:
+        filename: path of the file.
+        framework: ``"pt"`` (or ``"torch"``). For other frameworks the handle is safetensors' own.
+        device: the CPU, or an accelerator as for ``safetensors_weights_iterator``.
+        backend: ``"mmap"``: tensors are copy-on-write views of the mapped file. ``"pread"``: private memory. On an
+            accelerator memory is always private. Either way what is written to a tensor shows in no other tensor,
+            nor in one that is got later.
+
+    Raises:
+        FileNotFoundError: the file is missing (other errors of ``open()`` likewise).
+        HeaderError: the file breaks a rule of the format; the subclass names the rule.
+        ValueError: a device that torch cannot use here, or no such backend.
+    """
+
+    def __new__(
+        cls, filename: str | os.PathLike[str], framework: str = "pt", device: Any = "cpu", **options: Any
+    ) -> Any:
+        if framework in TORCH_NAMES:
+            return super().__new__(cls)
+        return safetensors_open(filename, framework=framework, device=device, **options)
+
+    def __init__(
+        self,
+        filename: str | os.PathLike[str],
+        framework: str = "pt",
+        device: devices.Device = "cpu",
+        *,
+        backend: Backend = "mmap",
+    ) -> None:
+        if backend not in ("mmap", "pread"):
+            raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+        self._device = devices.resolve(device)
+        self._backend = backend
+        self._maps = backend == "mmap" and self._device.type == "cpu"
+        self._reader: _C.TensorReader | None = _C.TensorReader(open_files([filename])[0])
+        self._names: list[str] | None = None
+
+    def __enter__(self) -> safe_open:
+        self._opened()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the file. Tensors, slices and prefetches that came of it stay usable."""
+        self._reader = None
+
+    def _opened(self) -> _C.TensorReader:
+        reader = self._reader
+        if reader is None:
+            raise WeightLoadError("File is closed")
+        return reader
+
+    def keys(self) -> list[str]:
+        """The tensors' names, sorted."""
+        return sorted(self.offset_keys())
+
+    def offset_keys(self) -> list[str]:
+        """The tensors' names in the order in which they lie in the file, which is the fastest to read them in."""
+        reader = self._opened()
+        if self._names is None:
+            self._names = reader.file.names()
+        return list(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._opened().file)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._opened().find(name) is not None
+
+    def metadata(self) -> dict[str, str] | None:
+        """The header's free-form metadata; None where it has none."""
+        return self._opened().file.metadata
+
+    def get_tensor_meta(self, name: str) -> TensorMeta:
+        """A tensor's entry in the header, without reading the tensor.
+
+        Raises:
+            TensorError: there is no such tensor.
+        """
+        reader = self._opened()
+        dtype, shape, begin, end = reader.info(find(reader, name))
+        start = reader.file.data_begin
+        return TensorMeta(dtype, shape, (begin - start, end - start))
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor on the handle's device, usable on the current stream.
+
+        Raises:
+            TensorError: there is no such tensor, or torch lacks its dtype.
+            ReadError, OutOfMemoryError: as ``safetensors_weights_iterator``.
+        """
+        reader = self._reader or self._opened()
+        found = reader.map_tensor(name) if self._maps else reader.find(name)
+        if isinstance(found, torch.Tensor):
+            return found
+        return fetch(reader, find(reader, name), self._device, self._backend)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor, by offset: as ``load_file``."""
+        return load_all(self._opened().file, self._device, self._backend)
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A tensor to be indexed: ``f.get_slice(name)[10:20, ::2]`` reads no other rows than are needed.
+
+        Raises:
+            TensorError: there is no such tensor.
+        """
+        reader = self._opened()
+        return TensorSlice(reader, find(reader, name), self._device, self._backend)
+
+    def prefetch(
+        self,
+        plan: Mapping[str, slice | None] | None = None,
+        *,
+        device: devices.Device | None = None,
+        threads: int | None = None,
+    ) -> PrefetchLoader:
+        """Start loading tensors in the background, all of them as far as memory goes, and return what hands them out.
+
+        Args:
+            plan: names of tensors, each with None (all of it) or a slice of step 1 of its first dimension, which must
+                lie within the tensor. Default: every tensor.
+            device: where to; default: the handle's device.
+            threads: reading threads; default: the setting ``threads``.
+
+        Raises:
+            TensorError: a name that the file has not, rows that the tensor has not, or a dtype that torch has not.
+            ValueError: as for the handle.
+        """
+        target = self._device if device is None else devices.resolve(device)
+        return start_prefetch(self._opened(), plan, target, self._backend, threads)
+
+
+class TensorSlice:
+    """A tensor of a file, read when it is indexed. Outlives its handle."""
+
+    def __init__(self, reader: _C.TensorReader, number: int, device: torch.device, backend: str) -> None:
+        self._reader, self._number, self._device, self._backend = reader, number, device, backend
+        self._dtype, self._shape, self._begin, self._end = reader.info(number)
+
+    def get_shape(self) -> list[int]:
+        """The shape in the header, in elements."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """The format's name of the dtype, such as ``"BF16"``."""
+        return self._dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """What torch's indexing gives: of a mapped file a view where torch gives one, else memory of its own.
+
+        Raises:
+            IndexError, TypeError, ValueError: torch's own.
+            ReadError, TensorError, OutOfMemoryError: as ``safe_open.get_tensor``.
+        """
+        runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)))
+        if self._backend == "mmap" and self._device.type == "cpu" and self._reader.can_map(self._number):
+            large = self._end - self._begin >= LEAST_FOR_THREADS
+            if not large or (runs and len(runs) > 1) or self._reader.is_cached(self._begin, self._end):
+                view: torch.Tensor = self._reader.view(self._number)
+                return view[index]
+            return fetch(self._reader, self._number, self._device, self._backend, runs)[within]
+        rows = fetch(self._reader, self._number, self._device, self._backend, runs)
+        picked = rows[within]
+        # Not for a few of the bytes to keep all of them.
+        return picked.clone() if picked.untyped_storage().nbytes() > picked.nbytes else picked
