@@ -224,11 +224,17 @@ class TensorReader:
     """
     Single tensors of a file, and rows of them, on the CPU.
     """
+
+    LEAST_FOR_THREADS: typing.ClassVar[int] = 8388608
     def __init__(self, file: CheckpointFile) -> None: ...
     def can_map(self, tensor: int) -> bool: ...
     def find(self, name: typing.Any) -> int | None:
         """
         A tensor's number, or None.
+        """
+    def get(self, name: typing.Any, map: bool) -> typing.Any:
+        """
+        A view of the mapped file (map=True), or private memory; the tensor's number where threads should load it; None without such a name.
         """
     def info(self, tensor: int) -> tuple[str, list[int], int, int]:
         """
@@ -238,13 +244,13 @@ class TensorReader:
         """
         Whether these bytes are known to be in the page cache.
         """
-    def map_tensor(self, name: typing.Any) -> typing.Any:
+    def read(self, tensor: int) -> typing.Any:
         """
-        A view of the mapped file; the tensor's number where it should be read instead; None without such a name.
+        A tensor in private memory, read in this thread.
         """
-    def read(self, tensor: int, rows: collections.abc.Sequence[tuple[int, int]] | None) -> typing.Any:
+    def read_rows(self, tensor: int, rows: collections.abc.Sequence[tuple[int, int]]) -> typing.Any:
         """
-        Private memory, read in this thread: all of a tensor, or (begin, end) of rows one behind the other.
+        (begin, end) of rows, one behind the other, in private memory, read in this thread.
         """
     def view(self, tensor: int) -> typing.Any:
         """

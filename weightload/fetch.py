@@ -15,9 +15,7 @@ from weightload.iterator import WeightIterator
 from weightload.rows import Run
 from weightload.selection import select_all
 
-# Bytes from which threads read faster than the calling one, starting them included.
-LEAST_FOR_THREADS = 8 << 20
-# The same for the pipeline to an accelerator, which also makes a ring.
+# Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
 LEAST_FOR_PIPELINE = 1 << 20
 
 
@@ -41,9 +39,9 @@ def fetch(
     if rows is not None:
         count = torch_shape(dtype, tuple(shape))[0]
         total = total // max(1, count) * sum(stop - start for start, stop in rows)
-    least = LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
+    least = _C.TensorReader.LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
     if total < least:
-        small: torch.Tensor = reader.read(number, rows)
+        small: torch.Tensor = reader.read(number) if rows is None else reader.read_rows(number, rows)
         return small if device.type == "cpu" else small.to(device)
     parts = [(number, None)] if rows is None else [(number, run) for run in rows]
     part = reader.with_parts(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,13 +97,12 @@ def _rows(item: Any, shape: Sequence[int], index: Any) -> tuple[list[Run] | None
         wanted = array.flatten(1).any(1) if array.ndim > 1 else array
         rows_there = wanted.nonzero().flatten()
         return _runs(rows_there.tolist()), array[rows_there]
-    if array.ndim == 0:
-        row = operator.index(array.item())  # type: ignore[arg-type]
-        row += count if row < 0 else 0
-        return [(row, row + 1)], 0
     if array.numel() and not (-count <= int(array.min()) and int(array.max()) < count):
         _try(index, shape)
         return None, item
+    if array.ndim == 0:
+        row = int(array) % count
+        return [(row, row + 1)], 0
     wanted, place = torch.unique(torch.where(array < 0, array + count, array), return_inverse=True)
     return _runs(wanted.tolist()), place.reshape(array.shape)
 

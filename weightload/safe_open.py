@@ -12,7 +12,7 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C, devices
 from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
-from weightload.fetch import LEAST_FOR_THREADS, fetch, find, load_all
+from weightload.fetch import fetch, find, load_all
 from weightload.iterator import Backend
 from weightload.prefetch import PrefetchLoader, start_prefetch
 from weightload.rows import plan_rows
@@ -72,7 +72,8 @@ class safe_open:
             raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
         self._device = devices.resolve(device)
         self._backend = backend
-        self._maps = backend == "mmap" and self._device.type == "cpu"
+        self._on_cpu = self._device.type == "cpu"
+        self._maps = backend == "mmap"
         self._reader: _C.TensorReader | None = _C.TensorReader(open_files([filename])[0])
         self._names: list[str] | None = None
 
@@ -133,7 +134,7 @@ class safe_open:
             ReadError, OutOfMemoryError: as ``safetensors_weights_iterator``.
         """
         reader = self._reader or self._opened()
-        found = reader.map_tensor(name) if self._maps else reader.find(name)
+        found = reader.get(name, self._maps) if self._on_cpu else reader.find(name)
         if isinstance(found, torch.Tensor):
             return found
         return fetch(reader, find(reader, name), self._device, self._backend)
@@ -196,14 +197,20 @@ class TensorSlice:
             IndexError, TypeError, ValueError: torch's own.
             ReadError, TensorError, OutOfMemoryError: as ``safe_open.get_tensor``.
         """
+        view: torch.Tensor
+        mapped = self._backend == "mmap" and self._device.type == "cpu" and self._reader.can_map(self._number)
+        if mapped and self._end - self._begin < _C.TensorReader.LEAST_FOR_THREADS:
+            view = self._reader.view(self._number)
+            return view[index]
         runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)))
-        if self._backend == "mmap" and self._device.type == "cpu" and self._reader.can_map(self._number):
-            large = self._end - self._begin >= LEAST_FOR_THREADS
-            if not large or (runs and len(runs) > 1) or self._reader.is_cached(self._begin, self._end):
-                view: torch.Tensor = self._reader.view(self._number)
+        if mapped:
+            if (runs and len(runs) > 1) or self._reader.is_cached(self._begin, self._end):
+                view = self._reader.view(self._number)
                 return view[index]
             return fetch(self._reader, self._number, self._device, self._backend, runs)[within]
         rows = fetch(self._reader, self._number, self._device, self._backend, runs)
         picked = rows[within]
-        # Not for a few of the bytes to keep all of them.
-        return picked.clone() if picked.untyped_storage().nbytes() > picked.nbytes else picked
+        if picked.untyped_storage().nbytes() == picked.nbytes:
+            return picked
+        # A few of the bytes would keep all of them. As bytes: a copy of truth values makes ones of odd ones.
+        return picked.view(torch.uint8).clone().view(torch.bool) if picked.dtype is torch.bool else picked.clone()

@@ -15,7 +15,9 @@ Names = Collection[str] | Callable[[str], bool]
 
 def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
     """Open checkpoint files and validate their headers, in parallel."""
-    return _C.open_files([os.fsencode(path) for path in paths], settings.current().thread_count())
+    # Counting the CPUs of a process takes several times as long as opening a small file.
+    threads = settings.current().thread_count() if len(paths) > 1 else 1
+    return _C.open_files([os.fsencode(path) for path in paths], threads)
 
 
 def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:

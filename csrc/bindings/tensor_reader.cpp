@@ -15,8 +15,8 @@ namespace py = pybind11;
 namespace weightload {
 namespace {
 
-// From here on threads bring in a tensor faster than page faults do, unless it is in the page cache.
-constexpr uint64_t kLeastReadAhead = 8 << 20;
+// Bytes from which threads bring in a tensor faster than the calling one, starting them included.
+constexpr uint64_t kLeastForThreads = 8 << 20;
 
 using RowTuple = std::tuple<uint64_t, uint64_t>;
 
@@ -33,27 +33,31 @@ std::optional<uint32_t> find(const TensorReader& reader, py::handle name) {
   return std::nullopt;
 }
 
-// The tensor, as a view; its number, if that would not be right or not be fast; None, if there is none of that name.
-py::object map_tensor(TensorReader& reader, py::handle name) {
-  const std::optional<uint32_t> tensor = find(reader, name);
-  if (!tensor) return py::none();
-  if (!reader.can_map(*tensor)) return py::int_(*tensor);
-  const ByteRange bytes = reader.file().header().tensors[*tensor].bytes;
-  if (bytes.size() >= kLeastReadAhead && cached_bytes(*reader.file().file(), bytes) != bytes.size())
-    return py::int_(*tensor);
-  return wrap(reader, reader.view(*tensor));
-}
-
-py::object read(const TensorReader& reader, uint32_t tensor, const std::optional<std::vector<RowTuple>>& rows) {
-  std::vector<RowRange> ranges;
-  if (rows)
-    for (const auto& [begin, end] : *rows) ranges.push_back({begin, end});
+py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<RowRange>* rows) {
   TensorInMemory part;
   {
     py::gil_scoped_release release;
-    part = reader.read(tensor, rows ? &ranges : nullptr);
+    part = reader.read(tensor, rows);
   }
   return wrap(reader, part);
+}
+
+py::object read_rows(const TensorReader& reader, uint32_t tensor, const std::vector<RowTuple>& rows) {
+  std::vector<RowRange> ranges;
+  for (const auto& [begin, end] : rows) ranges.push_back({begin, end});
+  return read(reader, tensor, &ranges);
+}
+
+// What can be had at once: a view where `map` allows one, private memory for what is small. Otherwise the tensor's
+// number, for threads to load it; None, if there is none of that name.
+py::object get(TensorReader& reader, py::handle name, bool map) {
+  const std::optional<uint32_t> tensor = find(reader, name);
+  if (!tensor) return py::none();
+  const ByteRange bytes = reader.file().header().tensors[*tensor].bytes;
+  const bool large = bytes.size() >= kLeastForThreads;
+  if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
+  if (large && cached_bytes(*reader.file().file(), bytes) != bytes.size()) return py::int_(*tensor);
+  return wrap(reader, reader.view(*tensor));
 }
 
 std::tuple<std::string, std::vector<uint64_t>, uint64_t, uint64_t> info(const TensorReader& reader, uint32_t number) {
@@ -75,18 +79,23 @@ std::shared_ptr<CheckpointFile> with_parts(const TensorReader& reader, const std
 }  // namespace
 
 void register_tensor_reader(py::module_& module) {
-  py::class_<TensorReader>(module, "TensorReader", "Single tensors of a file, and rows of them, on the CPU.")
-      .def(py::init<std::shared_ptr<CheckpointFile>>(), py::arg("file"), py::keep_alive<1, 2>())
+  py::class_<TensorReader> reader(module, "TensorReader", "Single tensors of a file, and rows of them, on the CPU.");
+  reader.attr("LEAST_FOR_THREADS") = kLeastForThreads;
+  reader.def(py::init<std::shared_ptr<CheckpointFile>>(), py::arg("file"), py::keep_alive<1, 2>())
       .def_property_readonly("file", &TensorReader::shared_file)
       .def("find", find, py::arg("name"), "A tensor's number, or None.")
-      .def("map_tensor", map_tensor, py::arg("name"),
-           "A view of the mapped file; the tensor's number where it should be read instead; None without such a name.")
+      .def("get", get, py::arg("name"), py::arg("map"),
+           "A view of the mapped file (map=True), or private memory; the tensor's number where threads should load it; "
+           "None without such a name.")
       .def("can_map", &TensorReader::can_map, py::arg("tensor"))
       .def(
           "view", [](TensorReader& reader, uint32_t tensor) { return wrap(reader, reader.view(tensor)); },
           py::arg("tensor"), "A view of the mapped file, of which nobody else has one.")
-      .def("read", read, py::arg("tensor"), py::arg("rows"),
-           "Private memory, read in this thread: all of a tensor, or (begin, end) of rows one behind the other.")
+      .def(
+          "read", [](const TensorReader& reader, uint32_t tensor) { return read(reader, tensor, nullptr); },
+          py::arg("tensor"), "A tensor in private memory, read in this thread.")
+      .def("read_rows", read_rows, py::arg("tensor"), py::arg("rows"),
+           "(begin, end) of rows, one behind the other, in private memory, read in this thread.")
       .def(
           "is_cached",
           [](const TensorReader& reader, uint64_t begin, uint64_t end) {

@@ -1,0 +1,209 @@
+"""Slices of tensors in a file: torch's indexing, reading no rows but those it needs."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, evict, write_tensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import weightload
+from weightload import _C
+from weightload.rows import plan_rows
+
+
+@pytest.fixture(autouse=True)
+def no_cycles() -> Iterator[None]:
+    """Exceptions that are compared hold frames, and these handles."""
+    yield
+    gc.collect()
+
+
+LARGE = [5000, 700]  # F32, 14 MB: loaded by threads
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = [
+        ("matrix", "I32", [7, 5]), ("cube", "F16", [4, 3, 6]), ("vector", "I64", [9]), ("none", "F32", [0, 3]),
+        ("scalar", "F64", []), ("byte", "U8", [3, 3]), ("odd", "I32", [6, 3]), ("large", "F32", LARGE),
+    ]  # fmt: skip
+    return write_tensors(tmp_path_factory.mktemp("slices") / "s.safetensors", tensors)
+
+
+BASIC = [
+    slice(None), (), slice(2), slice(None, -1), slice(1, 100), slice(5, 2), slice(0, 7, 3), slice(-4, None, 2), 0, -1,
+    3, (slice(None), slice(1, 3)), (0, slice(None, 2)), (slice(2, None), -1), (..., 1), ..., None, (None, 2),
+    (2, None), (slice(1, 3), ..., slice(None, None, 2)), (None, ..., None), True, False, (True, 1),
+]  # fmt: skip
+ADVANCED = [
+    [], [0], [3, 1, 1], [-1, 0], torch.tensor([2, 0]), torch.tensor([[1, 2], [0, 0]]), torch.tensor(2),
+    torch.tensor(-1), ([0, 1], [2, 2]), (slice(1, 4), [0, 1]), ([1, 2], None, slice(2)), (2, [0, 1]),
+    ([2, 0], 1), (..., [0, 2]), torch.tensor([], dtype=torch.long), (None, [1, 2]), torch.tensor(True),
+]  # fmt: skip
+WRONG = [
+    7, -8, (0, 5), (0, 0, 0, 0), [7], [-8], (slice(None), [9]), "x", 1.5, slice(None, None, -1), slice(1.5),
+    torch.tensor([True]), torch.tensor([0.5]), (1, "y"), (..., ...), torch.ones(7, 4, dtype=torch.bool),
+]  # fmt: skip
+
+
+def masks(shape: list[int]) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand(shape, generator=generator) > 0.6
+    return [some, some[..., 0], torch.zeros_like(some), (some[..., 0], slice(None)), some[..., 0].tolist()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indexing_is_torchs(sliced: Path, backend: Any) -> None:
+    whole = weightload.load_file(sliced)
+    with weightload.safe_open(sliced, backend=backend) as file:
+        for name in ("matrix", "cube", "vector", "none", "scalar", "byte", "odd"):
+            tensor, part = whole[name], file.get_slice(name)
+            own = masks(list(tensor.shape)) if tensor.ndim > 1 else []
+            for index in [*BASIC, *ADVANCED, *WRONG, *own]:
+                assert_like(lambda i, p=part: p[i], tensor, index)
+
+
+def assert_like(pick: Callable[[Any], torch.Tensor], tensor: torch.Tensor, index: Any) -> None:
+    """The same tensor, or an error of the same type."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wanted = tensor[index]
+        except Exception as error:
+            with pytest.raises(type(error)):
+                pick(index)
+            return
+        got = pick(index)
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), index
+    assert torch.equal(bits(got), bits(wanted)), index
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as whole numbers: copies of truth values may change their bytes, and NaN is not equal to itself."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
+
+
+def indices(shape: list[int]) -> st.SearchStrategy[Any]:
+    """Tuples of what torch takes, most of them fitting."""
+    bound = st.none() | st.integers(-9, 9)
+    whole = st.integers(-8, 8)
+    part = st.builds(slice, bound, bound, st.none() | st.integers(1, 4))
+    tensor = st.lists(st.integers(-4, 3), max_size=4).map(lambda rows: torch.tensor(rows, dtype=torch.long))
+    mask = st.lists(st.booleans(), min_size=shape[0], max_size=shape[0]).map(torch.tensor)
+    some = st.one_of(whole, part, part, tensor, mask, st.none(), st.just(...))
+    return st.lists(some, max_size=len(shape) + 1).map(tuple) | some
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_index(sliced: Path, backend: Any, data: st.DataObject) -> None:
+    with weightload.safe_open(sliced, backend=backend) as file:
+        for name in ("matrix", "cube", "vector"):
+            tensor = file.get_tensor(name)
+            part = file.get_slice(name)
+            assert_like(lambda i, p=part: p[i], tensor, data.draw(indices(list(tensor.shape))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cold", [True, False])
+def test_large_tensors(sliced: Path, backend: Any, cold: bool) -> None:
+    tensor = weightload.load_file(sliced, backend="pread")["large"]
+    several = [
+        slice(None), slice(10, 4500), slice(0, None, 2), (slice(1, 4999), slice(3, 50)), [4999, 3, 3, 2000], 77,
+        (..., 5), torch.arange(4900), torch.arange(5000) % 3 == 0, (None, slice(1, 4800)),
+    ]  # fmt: skip
+    with weightload.safe_open(sliced, backend=backend) as file:
+        part = file.get_slice("large")
+        for index in several:
+            if cold:
+                evict([sliced])
+            assert_like(lambda i: part[i], tensor, index)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read with system calls."""
+    with open("/proc/self/io") as io:
+        return int(io.readline().split()[1])
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (slice(10, 20), 10),
+        (slice(0, 5000, 1000), 5),
+        (4000, 1),
+        (([7, 4999, 7], slice(2)), 2),
+        ((slice(100, 200), 5), 100),
+        ((..., slice(4)), 5000),
+        (slice(3, 3), 0),
+        (torch.arange(5000) == 17, 1),
+        ((None, slice(1, 3)), 2),
+    ],
+    ids=str,
+)
+def test_only_the_rows_that_are_needed_are_read(sliced: Path, index: Any, rows: int) -> None:
+    with weightload.safe_open(sliced, backend="pread") as file:
+        part = file.get_slice("large")
+        part[0]
+        before = bytes_read()
+        part[index]
+        read = bytes_read() - before
+    assert rows * 2800 <= read < rows * 2800 + 4096
+
+
+def test_a_slice_does_not_keep_what_it_was_cut_from(sliced: Path) -> None:
+    with weightload.safe_open(sliced, backend="pread") as file:
+        column = file.get_slice("large")[:, 3]
+    assert column.untyped_storage().nbytes() == 5000 * 4
+
+
+def test_slices_outlive_their_handle(sliced: Path) -> None:
+    for backend in BACKENDS:
+        handle = weightload.safe_open(sliced, backend=backend)  # type: ignore[arg-type]
+        part, want = handle.get_slice("matrix"), handle.get_tensor("matrix").clone()
+        with handle:
+            pass
+        del handle
+        gc.collect()
+        assert torch.equal(part[2:], want[2:])
+
+
+def test_packed_and_float8(all_dtypes: Path) -> None:
+    whole = weightload.load_file(all_dtypes)
+    for backend in BACKENDS:
+        with weightload.safe_open(all_dtypes, backend=backend) as file:  # type: ignore[arg-type]
+            for name, tensor in whole.items():
+                if tensor.ndim and tensor.shape[0]:
+                    for index in (slice(1, None), slice(0, None, 2), -1, (slice(1),)):
+                        assert_like(lambda i, n=name: file.get_slice(n)[i], tensor, index)
+
+
+def test_the_plan_of_rows() -> None:
+    assert plan_rows(slice(2, 5), [9, 2])[0] == [(2, 5)]
+    assert plan_rows(slice(2, 8, 3), [9, 2])[0] == [(2, 3), (5, 6)]
+    assert plan_rows([4, 3, 0, 4], [9])[0] == [(0, 1), (3, 5)]
+    assert plan_rows((..., 1), [9, 2])[0] is None
+    assert plan_rows((..., 1), [9])[0] == [(1, 2)]
+    assert plan_rows(torch.tensor([[True, False], [False, False], [False, True]]), [3, 2])[0] == [(0, 1), (2, 3)]
+
+
+def test_errors_name_the_tensor(sliced: Path, arm: Callable[..., None]) -> None:
+    for backend, name in (("pread", "matrix"), ("pread", "large"), ("mmap", "large")):
+        evict([sliced])
+        with weightload.safe_open(sliced, backend=backend) as file:  # type: ignore[arg-type]
+            arm("error", count=10**6, error_number=5)
+            with pytest.raises(weightload.ReadError) as caught:
+                file.get_slice(name)[1:4000]
+            _C.disarm_fault()
+        assert (caught.value.errno, caught.value.tensor, caught.value.filename) == (5, name, str(sliced))
+        assert caught.value.offset is not None
