@@ -42,7 +42,7 @@ def fetch(
     least = _C.TensorReader.LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
     if total < least:
         small: torch.Tensor = reader.read(number) if rows is None else reader.read_rows(number, rows)
-        return small if device.type == "cpu" else small.to(device)
+        return small if device.type == "cpu" else copied(small, device)
     parts = [(number, None)] if rows is None else [(number, run) for run in rows]
     part = reader.with_parts(parts)
     if len(parts) == 1:
@@ -71,6 +71,12 @@ def find(reader: _C.TensorReader, name: str) -> int:
         error.filename, error.tensor = reader.file.path, name
         raise error
     return number
+
+
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that owns its memory, on a device, with the same bytes: a copy of truth values makes ones of odd ones."""
+    whole = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 
 def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:

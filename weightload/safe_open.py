@@ -12,7 +12,7 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C, devices
 from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
-from weightload.fetch import fetch, find, load_all
+from weightload.fetch import copied, fetch, find, load_all
 from weightload.iterator import Backend
 from weightload.prefetch import PrefetchLoader, start_prefetch
 from weightload.rows import plan_rows
@@ -212,5 +212,4 @@ class TensorSlice:
         picked = rows[within]
         if picked.untyped_storage().nbytes() == picked.nbytes:
             return picked
-        # A few of the bytes would keep all of them. As bytes: a copy of truth values makes ones of odd ones.
-        return picked.view(torch.uint8).clone().view(torch.bool) if picked.dtype is torch.bool else picked.clone()
+        return copied(picked, self._device)  # not for a few of the bytes to keep all of them

@@ -1,0 +1,174 @@
+"""safe_open's prefetch on the CPU, with the meaning it has in safetensors 0.9.0rc1."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import BACKENDS, evict, file_bytes, write_tensors
+from conftest import entry as header_entry
+from simulated_support import raw
+
+import weightload
+from weightload import _C, errors, settings
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = [(f"{i}", "F32", [256, 1024]) for i in range(40)]
+    tensors += [("cube", "F16", [4, 3, 6]), ("scalar", "F64", []), ("none", "F32", [0, 3]), ("odd", "I64", [5])]
+    return write_tensors(tmp_path_factory.mktemp("prefetch") / "p.safetensors", tensors)
+
+
+@pytest.fixture(scope="module")
+def whole(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(raw(ours), raw(theirs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_some_tensors(path: Path, whole: dict[str, torch.Tensor], backend: Any) -> None:
+    plan = {"cube": slice(1, 3), "odd": slice(-3, None), "7": None, "none": None, "3": slice(2, 2), "5": slice(9, 4)}
+    with weightload.safe_open(path, backend=backend) as file:
+        with file.prefetch(plan) as loader:
+            assert loader.names() == ["3", "5", "7", "cube", "none", "odd"]
+            assert len(loader) == 6
+            assert same(loader.take("odd"), whole["odd"][-3:])
+            assert loader.take("3").shape == loader.take("5").shape == (0, 1024)
+            with pytest.raises(errors.TensorError, match="tensor 8 is not in the prefetch plan"):
+                loader.take("8")
+            with pytest.raises(errors.TensorError, match="tensor odd was taken before"):
+                loader.take("odd")
+            rest = dict(loader)
+            assert dict(loader) == {}
+    assert sorted(rest) == ["7", "cube", "none"]
+    assert same(rest["cube"], whole["cube"][1:3])
+    assert same(rest["7"], whole["7"])
+    assert rest["7"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_in_the_order_of_the_file(path: Path, whole: dict[str, torch.Tensor], backend: Any) -> None:
+    with weightload.safe_open(path, backend=backend) as file:
+        loader = file.prefetch(threads=3)
+    names = []
+    for name, tensor in loader:  # the handle is closed; the loader is not
+        names.append(name)
+        assert same(tensor, whole[name])
+    assert names == loader.names() == list(weightload.load_file(path))
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({}, "prefetch plan selects no tensors"),
+        ({"missing": None}, "File does not contain tensor missing"),
+        ({"odd": 3}, "prefetch plan values must be None or a slice, got int for odd"),
+        ({"odd": slice(0, 4, 2)}, "prefetch plan slices must have step 1, got 2 for odd"),
+        ({"odd": slice(0, 4, 0)}, "invalid prefetch plan slice for odd"),
+        ({"odd": slice(0, 6)}, "slice bound 6 for odd is out of range for 5 rows"),
+        ({"odd": slice(-6, None)}, "slice bound -6 for odd is out of range for 5 rows"),
+        ({"odd": slice(1.5)}, "slice bound 1.5 for odd is out of range"),
+        ({"scalar": slice(0, 1)}, "cannot slice rows of the 0-d tensor scalar"),
+    ],
+)
+def test_plans_that_make_no_sense(path: Path, plan: dict[str, Any], words: str) -> None:
+    with weightload.safe_open(path) as file, pytest.raises(errors.TensorError, match=words):
+        file.prefetch(plan)
+    gc.collect()
+
+
+def test_dtypes_that_torch_lacks(tmp_path: Path) -> None:
+    odd = tmp_path / "f6.safetensors"
+    odd.write_bytes(file_bytes({"six": header_entry("F6_E2M3", [4], 0, 3)}, b"abc"))
+    with weightload.safe_open(odd) as file:
+        with pytest.raises(errors.TensorError, match="prefetch cannot hand out dtype F6_E2M3") as caught:
+            file.prefetch()
+        assert caught.value.tensor == "six"
+        with pytest.raises(errors.TensorError, match="torch has no dtype for F6_E2M3"):
+            file.get_tensor("six")
+    del caught
+    gc.collect()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_loads_without_being_asked(path: Path, backend: Any, arm: Callable[..., None]) -> None:
+    """All of the plan, though nobody takes a tensor and the window is small: after that no byte is read any more."""
+    evict([path])
+    arm("delay", count=0)
+    with settings.override(window_bytes=MIB, task_bytes=MIB, threads=2):
+        with weightload.safe_open(path, backend=backend) as file, file.prefetch() as loader:
+            end = time.monotonic() + 60
+            while _C.reads_since_armed() < 40 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert _C.reads_since_armed() >= 40
+            assert loader.take("39").shape == (256, 1024)
+
+
+def test_two_loaders_of_one_handle(path: Path, whole: dict[str, torch.Tensor]) -> None:
+    with weightload.safe_open(path) as file:
+        with file.prefetch({"1": None, "2": None}) as first, file.prefetch({"2": None}) as second:
+            assert same(second.take("2"), whole["2"])
+            assert same(first.take("2"), whole["2"])
+            assert same(file.get_tensor("1"), whole["1"])
+            assert same(first.take("1"), whole["1"])
+
+
+def test_a_closed_loader(path: Path, whole: dict[str, torch.Tensor]) -> None:
+    with weightload.safe_open(path) as file:
+        loader = file.prefetch()
+        kept = loader.take("4")
+        loader.close()
+        with pytest.raises(weightload.WeightLoadError, match="the loader is closed"):
+            loader.take("5")
+        assert dict(loader) == {}
+    assert same(kept, whole["4"])
+    gc.collect()
+
+
+def test_threads_share_a_loader(path: Path, whole: dict[str, torch.Tensor]) -> None:
+    got: list[tuple[str, torch.Tensor]] = []
+
+    def drain(loader: Any) -> None:
+        for pair in loader:
+            got.append(pair)
+
+    with weightload.safe_open(path) as file, file.prefetch() as loader:
+        threads = [threading.Thread(target=drain, args=(loader,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(name for name, _ in got) == sorted(whole)
+    assert all(same(tensor, whole[name]) for name, tensor in got)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_is_raised_for_what_it_concerns_and_again(path: Path, backend: Any, arm: Callable[..., None]) -> None:
+    evict([path])
+    with settings.override(task_bytes=MIB, threads=1):
+        with weightload.safe_open(path, backend=backend) as file:
+            arm("error", first=10, count=10**6, error_number=errno.EIO)
+            with file.prefetch() as loader:
+                for _ in range(2):
+                    with pytest.raises(errors.ReadError) as caught:
+                        loader.take("39")
+                    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+                    assert caught.value.tensor is not None
+                assert loader.take("0").shape == (256, 1024)  # came before it
+    del caught
+    gc.collect()
