@@ -1,8 +1,10 @@
-"""Measures what a load costs before its first byte: import, header, and the making of a tensor.
+"""Measures what a load costs before its first byte: import, header, the making of a tensor, and a handle's calls.
 
     python benchmarks/fixed_costs.py [--json FILE]
 
 The tensor's cost is that of a drained iterator over 20,000 small tensors, with the time to open the file taken off.
+Handles are safe_open's, ours and safetensors' in turn: opening a file of 20,000 small tensors and one of a single
+tensor, and opening with get_tensor of every key, none touched.
 """
 
 from __future__ import annotations
@@ -75,6 +77,41 @@ def open_reference(path: Path) -> None:
         pass
 
 
+def open_and_get_all(opener: Callable[..., Any], path: Path, backend: str) -> None:
+    with opener(path, framework="pt", backend=backend) as file:
+        kept = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert kept
+
+
+def alternating_ms(calls: dict[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
+    """Medians, in milliseconds, of calls that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if turn:  # the first is not counted
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(several) for name, several in times.items()}
+
+
+def handles(small: Path, single: Path) -> list[dict[str, Any]]:
+    """Ours against safetensors', a row for each thing that a handle does."""
+    openers = {"weightload": weightload.safe_open, "safetensors": safe_open}
+    rows = []
+    for what, path, backend, work in (
+        ("open 16 tensors", single, "mmap", lambda opener, path, _: opener(path, framework="pt")),
+        ("open 20,000 tensors", small, "mmap", lambda opener, path, _: opener(path, framework="pt")),
+        ("open and get 20,000 tensors", small, "mmap", open_and_get_all),
+        ("open and get 20,000 tensors", small, "pread", open_and_get_all),
+    ):
+        took = alternating_ms(
+            {name: lambda o=opener, w=work, p=path, b=backend: w(o, p, b) for name, opener in openers.items()}  # type: ignore[misc]
+        )
+        rows.append({"what": what, "backend": backend, **took, "ratio": took["safetensors"] / took["weightload"]})
+    return rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -92,11 +129,17 @@ def main() -> None:
             ("tensor_us_safetensors", drain_reference, lambda: open_reference(small)),
         ):
             rows[name] = (median_ms(lambda drain=drain: drain(small)) - median_ms(opener)) / 20  # type: ignore[misc]
+        single = Path(folder, "single.safetensors")
+        write_header(single, 16)
+        rows["handles"] = handles(small, single)
     print(f"import weightload, over import torch   {rows['import']:8.1f} ms")
     print(f"header of 100,000 tensors              {rows['open_100k']:8.1f} ms", end="")
     print(f"   (safetensors {rows['open_100k_safetensors']:.1f} ms)")
     print(f"a tensor                               {rows['tensor_us']:8.2f} us", end="")
     print(f"   (safetensors {rows['tensor_us_safetensors']:.2f} us)")
+    for row in rows["handles"]:
+        what = f"safe_open, {row['backend']}: {row['what']}"
+        print(f"{what:50} {row['weightload']:8.3f} ms   (safetensors {row['safetensors']:.3f} ms, {row['ratio']:.1f}x)")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"benchmark": "fixed_costs", **describe([]), "rows": rows}, indent=1))
