@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import BACKENDS, evict, file_bytes, write_tensors
+from conftest import BACKENDS, evict, file_bytes, thread_count, write_tensors
 from conftest import entry as header_entry
 from simulated_support import raw
 
@@ -133,7 +133,7 @@ def test_a_closed_loader(path: Path, whole: dict[str, torch.Tensor]) -> None:
         loader = file.prefetch()
         kept = loader.take("4")
         loader.close()
-        with pytest.raises(weightload.WeightLoadError, match="the loader is closed"):
+        with pytest.raises(weightload.WeightLoadError, match="the prefetch loader is closed"):
             loader.take("5")
         assert dict(loader) == {}
     assert same(kept, whole["4"])
@@ -155,6 +155,42 @@ def test_threads_share_a_loader(path: Path, whole: dict[str, torch.Tensor]) -> N
             thread.join()
     assert sorted(name for name, _ in got) == sorted(whole)
     assert all(same(tensor, whole[name]) for name, tensor in got)
+
+
+def test_closing_wakes_who_waits(path: Path, arm: Callable[..., None]) -> None:
+    """The load would take a minute."""
+    evict([path])
+    arm("delay", first=4, count=10**6, delay_ms=1500)
+    caught: list[BaseException] = []
+    waiting = threading.Event()
+
+    def wait(loader: Any) -> None:
+        try:
+            loader.take("0")
+            waiting.set()
+            loader.take("39")
+        except weightload.WeightLoadError as error:
+            caught.append(error)
+
+    with settings.override(task_bytes=MIB, threads=1), weightload.safe_open(path, backend="pread") as file:
+        loader = file.prefetch()
+        thread = threading.Thread(target=wait, args=(loader,))
+        thread.start()
+        assert waiting.wait(60)
+        loader.close()
+        thread.join()
+    assert [str(error) for error in caught] == ["the prefetch loader is closed"]
+    caught.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 10_000])
+def test_threads(path: Path, whole: dict[str, torch.Tensor], threads: int) -> None:
+    """No more are started than there is work for."""
+    with weightload.safe_open(path, backend="pread") as file, file.prefetch(threads=threads) as loader:
+        assert thread_count() <= 50
+        assert all(same(tensor, whole[name]) for name, tensor in loader)
+        del loader
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,6 +16,8 @@ from weightload.fetch import find
 from weightload.iterator import WeightIterator
 from weightload.rows import Run
 
+CLOSED = "the prefetch loader is closed"
+
 
 class PrefetchLoader:
     """Tensors that are loading, each of which is handed out once: by ``take``, or by iterating over ``(name, tensor)``.
@@ -50,7 +52,7 @@ class PrefetchLoader:
         """
         with self._lock:
             if self._closed:
-                raise WeightLoadError(f"{name}: the loader is closed")
+                raise WeightLoadError(CLOSED)
             if name not in self._left:
                 known = name in self._names
                 raise TensorError(f"tensor {name} {'was taken before' if known else 'is not in the prefetch plan'}")
@@ -75,6 +77,8 @@ class PrefetchLoader:
             raise self._error
         try:
             name, tensor = next(self._weights)
+        except StopIteration:  # closed by another thread
+            raise WeightLoadError(CLOSED) from None
         except Exception as error:
             self._error = error
             raise
@@ -94,9 +98,9 @@ class PrefetchLoader:
 
     def close(self) -> None:
         """Stop loading and let go of what was not taken."""
+        self._closed = True
         self._weights.close()  # wakes whoever waits in take()
         with self._lock:
-            self._closed = True
             self._waiting.clear()
             self._error = None
 
