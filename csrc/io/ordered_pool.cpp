@@ -1,8 +1,11 @@
 #include "io/ordered_pool.h"
 
 #include <algorithm>
+#include <new>
+#include <system_error>
 #include <utility>
 
+#include "base/error.h"
 #include "base/thread_name.h"
 
 namespace weightload {
@@ -13,8 +16,11 @@ OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t 
   threads_.reserve(count);
   try {
     for (size_t i = 0; i < count; ++i) threads_.emplace_back([this] { run(); });
-  } catch (...) {
+  } catch (const std::system_error& error) {
     // The system is out of threads. Those that started are enough, unless there are none.
+    if (threads_.empty())
+      throw Error(ErrorKind::usage, "cannot start a thread to read with", {{}, {}, {}, error.code().value()});
+  } catch (const std::bad_alloc&) {
     if (threads_.empty()) throw;
   }
 }

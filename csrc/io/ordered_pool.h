@@ -24,7 +24,8 @@ class OrderedPool {
  public:
   using Work = std::function<void(size_t task)>;
 
-  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads.
+  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads,
+  // fewer when the system gives no more; throws Error when it gives none.
   OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work);
   ~OrderedPool();  // stops and joins
 
