@@ -48,10 +48,11 @@ def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]
         HeaderError: the bytes break a rule of the format; the subclass names the rule.
         TensorError: torch lacks a tensor's dtype.
         OutOfMemoryError, ValueError: as ``safetensors_weights_iterator``.
+        TypeError: not bytes, nor anything that has bytes.
     """
     target = devices.resolve(device)
     # An object that can change under the reading threads is copied first.
-    file = _C.from_bytes(data if isinstance(data, bytes) else bytes(data))
+    file = _C.from_bytes(data if isinstance(data, bytes) else bytes(memoryview(data)))
     if target.type != "cpu":
         return dict(load_to_device(target, len(data), [""], lambda: [file], None))
     return dict(WeightIterator([file], select_all([file], None), backend="pread", read_ahead=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -32,6 +33,8 @@ exit codes:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -41,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except SafetensorError as error:
-        print(f"weightload: {error}", file=sys.stderr)
+        _say(f"weightload: {error}", sys.stderr)
         return UNUSABLE if isinstance(error, OSError) else BROKEN
     except (OSError, MemoryError) as error:
-        print(f"weightload: {error}", file=sys.stderr)
+        _say(f"weightload: {error}", sys.stderr)
         return UNUSABLE
 
 
@@ -91,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Print a line. Names out of files may hold anything: what would break the line or steer a terminal is escaped."""
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(line, file=file)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     paths = resolve_safetensors_files(options.path, options.subfolder, options.variant)
     files = [_describe(file) for file in open_files(paths)]
@@ -98,15 +108,15 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps({"files": files, **_totals(files)}, indent=2))
         return OK
     for file in files:
-        print(f"{file['path']}: {len(file['tensors'])} tensors, {_bytes(file['bytes'])}")
+        _say(f"{file['path']}: {len(file['tensors'])} tensors, {_bytes(file['bytes'])}")
         for key, value in (file["metadata"] or {}).items():
-            print(f"  {key}: {value}")
+            _say(f"  {key}: {value}")
         if options.tensors:
             for tensor in file["tensors"]:
-                print(f"  {tensor['name']}  {tensor['dtype']}  {tensor['shape']}  {_bytes(tensor['bytes'])}")
+                _say(f"  {tensor['name']}  {tensor['dtype']}  {tensor['shape']}  {_bytes(tensor['bytes'])}")
     totals = _totals(files)
     dtypes = ", ".join(f"{name} {count}" for name, count in totals["dtypes"].items())
-    print(f"total: {len(files)} files, {totals['tensor_count']} tensors ({dtypes}), {_bytes(totals['tensor_bytes'])}")
+    _say(f"total: {len(files)} files, {totals['tensor_count']} tensors ({dtypes}), {_bytes(totals['tensor_bytes'])}")
     return OK
 
 
@@ -143,9 +153,9 @@ def _verify(options: argparse.Namespace) -> int:
             done = f"{len(file)} tensors, {_bytes(file.read_all())} read"
             if options.parity:
                 done += f", {_compare(path)} tensors equal to safetensors'"
-            print(f"ok   {path}: {done}")
+            _say(f"ok   {path}: {done}")
         except (SafetensorError, OSError) as error:
-            print(f"BAD  {error}")
+            _say(f"BAD  {error}")
             worst = max(worst, UNUSABLE if isinstance(error, OSError) else BROKEN)
     if worst == OK:
         check_contents(paths, promised)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from weightload import _C
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import TensorError
+from weightload.errors import OutOfMemoryError, TensorError
 from weightload.iterator import WeightIterator
 from weightload.rows import Run
 from weightload.selection import select_all
@@ -67,9 +68,7 @@ def find(reader: _C.TensorReader, name: str) -> int:
     """
     number = reader.find(name)
     if number is None:
-        error = TensorError(f"File does not contain tensor {name}")
-        error.filename, error.tensor = reader.file.path, name
-        raise error
+        raise _no_such_tensor(reader, name)
     return number
 
 
@@ -79,22 +78,47 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 
+def _no_such_tensor(reader: _C.TensorReader, name: str) -> TensorError:
+    """Not made where it is raised: it must not be a variable of a frame that it keeps, and with it the file."""
+    error = TensorError(f"File does not contain tensor {name}")
+    error.filename, error.tensor = reader.file.path, name
+    return error
+
+
 def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:
     """Every tensor of an open file, by offset."""
     if device.type != "cpu":
         return dict(load_to_device(device, file.size, [file.path], lambda: [file], None))
+    if backend == "pread" and file.size > machine_memory():
+        raise _does_not_fit(file)
     # A file that does not fit comfortably is read as it is touched.
     read_ahead = file.size <= available_memory() // 2
     return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
 
 
+def _does_not_fit(file: _C.CheckpointFile) -> OutOfMemoryError:
+    """Said before memory is filled, with a sparse giant say, which would end the process."""
+    error = OutOfMemoryError(f"{file.path}: {file.size} bytes do not fit into the machine's {machine_memory()}")
+    error.filename = file.path
+    return error
+
+
+def machine_memory() -> int:
+    """Bytes of memory and swap; without bound where that is not known."""
+    return _meminfo("MemTotal") + _meminfo("SwapTotal") or sys.maxsize
+
+
 def available_memory() -> int:
-    """Bytes that can be had without swapping (MemAvailable of /proc/meminfo); 0 where that is not known."""
+    """Bytes that can be had without swapping; 0 where that is not known."""
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(field: str) -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def _start(

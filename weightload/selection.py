@@ -14,10 +14,18 @@ Names = Collection[str] | Callable[[str], bool]
 
 
 def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
-    """Open checkpoint files and validate their headers, in parallel."""
+    """Open checkpoint files and validate their headers, in parallel.
+
+    Raises:
+        ValueError: a path with a zero character, which the system would take for its end.
+    """
+    encoded = [os.fsencode(path) for path in paths]
+    for path in encoded:
+        if b"\0" in path:
+            raise ValueError(f"embedded null byte in path {os.fsdecode(path)!r}")
     # Counting the CPUs of a process takes several times as long as opening a small file.
-    threads = settings.current().thread_count() if len(paths) > 1 else 1
-    return _C.open_files([os.fsencode(path) for path in paths], threads)
+    threads = settings.current().thread_count() if len(encoded) > 1 else 1
+    return _C.open_files(encoded, threads)
 
 
 def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:

@@ -9,8 +9,8 @@ namespace {
 std::string full_sentence(const std::string& message, const ErrorContext& context) {
   std::string text;
   if (context.rank) text += "on rank " + std::to_string(*context.rank) + ": ";
-  if (!context.path.empty()) text += context.path + ": ";
-  if (!context.tensor.empty()) text += "tensor `" + context.tensor + "`: ";
+  if (!context.path.empty()) text += printable(context.path) + ": ";
+  if (!context.tensor.empty()) text += "tensor `" + printable(context.tensor) + "`: ";
   text += message;
   if (context.offset) text += " at byte " + std::to_string(*context.offset) + " of the file";
   if (context.error_number != 0) {
@@ -23,6 +23,23 @@ std::string full_sentence(const std::string& message, const ErrorContext& contex
 }
 
 }  // namespace
+
+std::string printable(const std::string& text) {
+  static const char* const kDigits = "0123456789abcdef";
+  std::string result;
+  result.reserve(text.size());
+  for (const char character : text) {
+    const auto code = static_cast<unsigned char>(character);
+    if (code < 0x20 || code == 0x7f) {
+      result += "\\x";
+      result += kDigits[code >> 4];
+      result += kDigits[code & 15];
+    } else {
+      result += character;
+    }
+  }
+  return result;
+}
 
 Error::Error(ErrorKind what_kind, const std::string& what_happened, ErrorContext where, std::string broken_rule)
     : std::runtime_error(full_sentence(what_happened, where)),

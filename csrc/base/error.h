@@ -28,6 +28,10 @@ struct ErrorContext {
   std::optional<uint32_t> rank = std::nullopt;  // in its group, of an error that all ranks raise
 };
 
+// Text of a file's, for messages: control characters (line breaks, what steers a terminal, the zero that ends a C
+// string) as \xNN.
+std::string printable(const std::string& text);
+
 // The one exception type of the core. what() is a full sentence with file, tensor, offset and errno in it;
 // the fields carry the same facts for programs.
 class Error : public std::runtime_error {

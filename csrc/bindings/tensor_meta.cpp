@@ -56,12 +56,13 @@ Sizes torch_sizes(const TensorInfo& info, const std::string& path) {
 }
 
 // Row-major strides. Only an empty tensor's can leave 64 bits, where their values do not matter: unsigned, so
-// that wrapping round is defined.
+// that wrapping round is defined, and without the sign, since torch computes negative ones anew and finds them too
+// large.
 Sizes contiguous_strides(const Sizes& sizes) {
   Sizes strides(sizes.size());
   uint64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = static_cast<int64_t>(stride);
+    strides[i] = static_cast<int64_t>(stride & INT64_MAX);
     stride *= static_cast<uint64_t>(sizes[i] > 0 ? sizes[i] : 1);
   }
   return strides;

@@ -83,7 +83,8 @@ Header parse_header(std::string_view json, uint64_t file_bytes, const std::strin
   uint64_t position = 0;  // relative to data_begin, as in the header
   for (TensorInfo& tensor : header.tensors) {
     if (tensor.bytes.begin != position || tensor.bytes.end < position)
-      fail_header(rule::kInvalidOffset, "invalid offset for tensor `" + tensor.name + "`", path, tensor.name);
+      fail_header(rule::kInvalidOffset, "invalid offset for tensor `" + printable(tensor.name) + "`", path,
+                  tensor.name);
     if (tensor.bytes.size() != tensor_bytes(tensor, path))
       fail_header(rule::kTensorInvalidInfo, "invalid shape, data type, or offset for tensor", path, tensor.name);
     position = tensor.bytes.end;

@@ -48,7 +48,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
     }
     if (where_ == Where::dtype) {
       const auto dtype = dtype_from_name(value);
-      if (!dtype) fail_header(rule::kUnknownDtype, "unknown dtype `" + value + "`", path_, current().name);
+      if (!dtype) fail_header(rule::kUnknownDtype, "unknown dtype `" + printable(value) + "`", path_, current().name);
       current().dtype = *dtype;
       return where_ = Where::entry, true;
     }

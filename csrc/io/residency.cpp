@@ -14,6 +14,8 @@ namespace {
 
 constexpr long kCachestat = 451;  // the system call's number on every architecture; absent from older headers
 
+constexpr uint64_t kMincorePiece = 1ull << 30;
+
 struct CachestatRange {
   uint64_t offset;
   uint64_t length;
@@ -51,16 +53,21 @@ std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange ra
 std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range) {
   if (range.empty()) return 0;
   if (!may_ask_mincore(file)) return std::nullopt;
-  const uint64_t begin = round_down(range.begin, page_bytes());
-  const size_t length = static_cast<size_t>(range.end - begin);
-  void* mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
-  if (mapping == MAP_FAILED) return std::nullopt;
-  std::vector<unsigned char> pages((length + page_bytes() - 1) / page_bytes());
-  const bool answered = ::mincore(mapping, length, pages.data()) == 0;
-  ::munmap(mapping, length);
-  if (!answered) return std::nullopt;
-  const auto cached = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
-  return clip(static_cast<uint64_t>(cached), range);
+  std::vector<unsigned char> pages;
+  uint64_t cached = 0;
+  // Piece by piece: the answer is a byte a page, which of a sparse giant would not fit into memory.
+  for (uint64_t begin = round_down(range.begin, page_bytes()); begin < range.end; begin += kMincorePiece) {
+    const size_t length = static_cast<size_t>(std::min(kMincorePiece, range.end - begin));
+    void* mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
+    if (mapping == MAP_FAILED) return std::nullopt;
+    pages.resize((length + page_bytes() - 1) / page_bytes());
+    const bool answered = ::mincore(mapping, length, pages.data()) == 0;
+    ::munmap(mapping, length);
+    if (!answered) return std::nullopt;
+    const auto here = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+    cached += static_cast<uint64_t>(here);
+  }
+  return clip(cached, range);
 }
 
 std::optional<uint64_t> cached_bytes(const File& file, ByteRange range) {

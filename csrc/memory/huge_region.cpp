@@ -15,8 +15,9 @@ HugeRegion map_huge(uint64_t size) {
   // Over-allocate by one huge page to find an aligned start; the slack is address space, never touched.
   region.used = round_up(size, kHugePage);
   region.mapped = region.used + kHugePage;
-  region.mapping =
-      ::mmap(nullptr, region.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // The kernel is to count it (no MAP_NORESERVE): more than the machine has, as a sparse file may call for, is then
+  // refused here, where otherwise filling it would get the process killed.
+  region.mapping = ::mmap(nullptr, region.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (region.mapping == MAP_FAILED) {
     throw Error(ErrorKind::memory, "cannot allocate " + std::to_string(size) + " bytes of host memory",
                 {{}, {}, {}, errno});
