@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightload.errors import CheckpointError, DuplicateTensor
-from weightload.index import INDEX_NAME, is_index, read_index
+from weightload.errors import CheckpointError, DuplicateTensor, WeightLoadError
+from weightload.index import INDEX_NAME, is_index, is_missing, read_index
 
 # The names under which transformers and diffusers save a model. Where one of them is present, other files beside
 # it are extras.
@@ -20,7 +20,7 @@ EXTRAS = re.compile(
     r"^(consolidated|adapter_model|pytorch_lora_weights|optimizer|scheduler|scaler|rng_state)\b|lora", re.I
 )
 
-_SHARD = re.compile(r"^(?P<stem>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>.*)$")
+_SHARD = re.compile(r"^(?P<stem>.+?)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)(?P<rest>.*)$")
 
 
 def resolve_safetensors_files(
@@ -82,12 +82,19 @@ def find_files(
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that compares runs of digits as numbers, so that ``shard-2`` comes before ``shard-10``."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts if part]
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    # By length and text, not by int(): that refuses numbers of thousands of digits, and an index may have such names.
+    return [(0, *_number(part)) if "0" <= part[0] <= "9" else (1, 0, part) for part in parts]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    """A key that orders runs of digits as the numbers they are, and equal numbers by their zeros."""
+    significant = digits.lstrip("0")
+    return len(significant), f"{significant} {digits}"
 
 
 def _require_file(path: Path) -> None:
-    if not path.exists():
+    if is_missing(path):
         hint = " (the link's target is missing)" if path.is_symlink() else ""
         raise FileNotFoundError(2, f"No such file or directory{hint}", str(path))
 
@@ -194,13 +201,16 @@ def check_contents(files: list[Path], promised: dict[str, Path]) -> None:
     for path, names in zip(files, names_of_files, strict=True):
         for name in names:
             if name in owner:
-                error = DuplicateTensor(f"{path}: tensor `{name}` is in {owner[name]} too")
-                error.filename, error.tensor = str(path), name
-                raise error
+                raise _about(DuplicateTensor(f"{path}: tensor `{name}` is in {owner[name]} too"), path, name)
             owner[name] = path
     for name, path in promised.items():
         if owner.get(name) != path:
             where = f"it is in {owner[name]}" if name in owner else "no shard has it"
-            problem = CheckpointError(f"{path}: tensor `{name}` is not in this shard, as the index says; {where}")
-            problem.filename, problem.tensor = str(path), name
-            raise problem
+            what = f"{path}: tensor `{name}` is not in this shard, as the index says; {where}"
+            raise _about(CheckpointError(what), path, name)
+
+
+def _about(error: WeightLoadError, path: Path, tensor: str) -> WeightLoadError:
+    """The error with its place. Not done where it is raised: it must not be a variable of a frame that it keeps."""
+    error.filename, error.tensor = str(path), tensor
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,10 +15,25 @@ from weightload.errors import CheckpointError
 # model.safetensors.fp16.index.json and model.fp16.safetensors.index.json (diffusers, by age).
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors(\.(?P<before>\w+))?\.index(\.(?P<after>\w+))?\.json$")
 
+# An index of a header's largest size (100,000,000 bytes) names a million tensors. Parsed, JSON takes up to 25 times
+# its size in memory.
+MAX_INDEX_BYTES = 100_000_000
+MAX_PATH_BYTES = 4096  # the kernel's PATH_MAX
+MAX_SHOWN = 100  # characters of a refused name in a message
+
 
 def is_index(name: str) -> bool:
     """Whether a file's name is that of an index."""
     return INDEX_NAME.match(name) is not None
+
+
+def is_missing(path: Path) -> bool:
+    """Whether nothing is there. Other errors on the way (a link loop, no permission) are the system's ``OSError``."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
 
 
 def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -34,7 +50,7 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
 
     weight_map = _weight_map(path)
     shards = {name: _shard_path(path, name) for name in sorted(set(weight_map.values()), key=natural_key)}
-    missing = [shard for shard in shards.values() if not shard.exists()]
+    missing = [shard for shard in shards.values() if is_missing(shard)]
     if missing:
         raise FileNotFoundError(
             2, f"Shard missing ({len(missing)} of {len(shards)} that {path.name} names)", str(missing[0])
@@ -45,7 +61,7 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         # The hook sees every object of the file, and duplicates before a dict swallows them.
-        content = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
+        content = json.loads(_bytes_of(path), object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
     except (ValueError, RecursionError) as problem:
         raise _refuse(path, f"is not JSON: {problem}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -55,6 +71,27 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not isinstance(name, str):
             raise _refuse(path, f"weight_map gives no file name for tensor `{tensor}`")
     return weight_map
+
+
+def _bytes_of(path: Path) -> bytes:
+    """The bytes of a regular file of bounded size, of one state of it: an index is as hostile as a header."""
+    _require_regular(path, path.stat())  # opening a device may do something, and a FIFO waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        before = os.fstat(descriptor)
+        _require_regular(path, before)
+        if before.st_size > MAX_INDEX_BYTES:
+            raise _refuse(path, f"is too large for an index: {before.st_size} bytes, more than {MAX_INDEX_BYTES}")
+        content = file.read(before.st_size + 1)
+        after = os.fstat(descriptor)
+    if len(content) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+        raise _refuse(path, "was changed while it was read")
+    return content
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _refuse(path, "is not a regular file")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -71,6 +108,7 @@ def _shard_path(index: Path, name: str) -> Path:
 
     The file itself may be a link that leads elsewhere, as in a hub's cache; the folders on the way may not.
     """
+    _require_path(index, name)
     pure = PurePosixPath(name)
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise _refuse(index, f"names a file outside its directory: {name!r}")
@@ -81,6 +119,16 @@ def _shard_path(index: Path, name: str) -> Path:
     if os.path.commonpath([root, os.path.realpath(path.parent)]) != root:
         raise _refuse(index, f"names a file outside its directory: {name!r}")
     return path
+
+
+def _require_path(index: Path, name: str) -> None:
+    """Refuse what cannot be a path at all, before anything walks along it."""
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        raise _refuse(index, f"names a file with half a character: {name[:MAX_SHOWN]!r}") from None
+    if length > MAX_PATH_BYTES:
+        raise _refuse(index, f"names a file with a path of {length} bytes: {name[:MAX_SHOWN]!r}...")
 
 
 def _refuse(path: Path, what: str) -> CheckpointError:
