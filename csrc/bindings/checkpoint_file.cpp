@@ -37,12 +37,18 @@ py::list tensors(const CheckpointFile& file) {
   return list;
 }
 
-// Reads everything once, to learn whether every byte can be read.
+// Reads everything once, to learn whether every byte can be read. Ctrl-C is felt in between.
 uint64_t read_all(const CheckpointFile& file) {
   constexpr uint64_t kPiece = 1 << 20;
   const std::unique_ptr<char[]> scratch(new char[kPiece]);
-  for (uint64_t at = 0; at < file.size(); at += kPiece)
-    file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
+  for (uint64_t at = 0; at < file.size(); at += kPiece) {
+    {
+      py::gil_scoped_release release;
+      file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+  file.source().require_unchanged(0);
   return file.size();
 }
 
@@ -50,6 +56,7 @@ uint64_t read_all(const CheckpointFile& file) {
 uint64_t header_digest(const CheckpointFile& file) {
   std::string text(file.header().data_begin, '\0');
   file.source().read(0, text.data(), text.size());
+  file.source().require_unchanged(0);
   return std::hash<std::string>()(text);
 }
 
@@ -86,8 +93,7 @@ void register_checkpoint_file(py::module_& module) {
       .def("header_digest", header_digest, py::call_guard<py::gil_scoped_release>(),
            "A 64-bit digest of the header as it is in the file; reads it again.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
-      .def("read_all", read_all, py::call_guard<py::gil_scoped_release>(),
-           "Reads every byte once and returns their number.");
+      .def("read_all", read_all, "Reads every byte once and returns their number.");
 
   module.def(
       "open_files",

@@ -1,4 +1,6 @@
 #pragma once
+#include <sys/stat.h>
+
 #include <memory>
 #include <string>
 
@@ -13,12 +15,15 @@ namespace weightload {
 class File final : public ByteSource {
  public:
   // Throws Error{open} with errno, or the header rule NotARegularFile for directories, devices, FIFOs and
-  // sockets. Opening a FIFO does not wait for a writer.
+  // sockets, which are not opened: opening a device may do something, and a FIFO waits for a writer.
   static std::shared_ptr<const File> open(const std::string& path);
 
   // pread until `count` bytes have come: short reads are continued, EINTR is retried, any other error and an
   // early end of the file throw Error{read} with the offset.
   void read(uint64_t offset, void* destination, size_t count) const override;
+
+  // See Note [Changed files] in file.cpp. One system call.
+  void require_unchanged(uint64_t offset) const override;
 
   const std::string& path() const override { return path_; }
   uint64_t size() const override { return size_; }
@@ -26,12 +31,13 @@ class File final : public ByteSource {
   uint64_t device() const { return device_; }  // number of the file system's device (st_dev)
 
  private:
-  File(std::string path, UniqueFd fd, uint64_t size, uint64_t device);
+  File(std::string path, UniqueFd fd, const struct stat& status);
 
   std::string path_;
   UniqueFd fd_;
   uint64_t size_;
   uint64_t device_;
+  struct timespec modified_;
 };
 
 }  // namespace weightload

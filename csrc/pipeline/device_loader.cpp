@@ -169,6 +169,7 @@ void DeviceLoader::fill(const SlotTask& task, char* slot) {
       reader.buffered(piece->bytes, image + piece->image_offset);
   }
   reader.end(attempt);
+  selected_.files()[task.file]->source().require_unchanged(task.bytes.begin);
   for (const SlotPiece* piece = first; piece + 1 < last; ++piece) {
     const uint64_t end = piece->image_offset + piece->bytes.size();
     std::memset(image + end, 0, piece[1].image_offset - end);

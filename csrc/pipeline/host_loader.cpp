@@ -154,11 +154,14 @@ void HostLoader::work(size_t task) {
   const CheckpointFile& file = *selected_.files()[read.file];
   char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
   if (layout_.blocks[read.block].mapped) {
-    if (page_in_) page_in(*file.file(), mapping, read.bytes);
+    if (!page_in_) return;
+    page_in(*file.file(), mapping, read.bytes);
+    file.source().require_unchanged(read.bytes.begin);
     return;
   }
   if (mapping) fill_page_cache(*file.file(), mapping, read.bytes);
   file.source().read(read.bytes.begin, block_memory(read.block)->data() + read.block_offset, read.bytes.size());
+  file.source().require_unchanged(read.bytes.begin);
 }
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {
