@@ -59,6 +59,15 @@ def load_files(paths: list[Path], **options: Any) -> Bytes:
     return bytes_of(tensors)
 
 
+def get_tensors(paths: list[Path], **options: Any) -> Bytes:
+    """One by one; handles are opened before, as one does with shards."""
+    handles = [weightload.safe_open(path, **options) for path in paths]
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        return bytes_of({name: handle.get_tensor(name) for handle in handles for name in handle.offset_keys()})
+
+
 def ones_like(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a file's names, shapes and dtypes. Reads the header past the library, whose reads tests count."""
     if not 8 < path.stat().st_size < 10**7:
@@ -90,15 +99,18 @@ CPU_WAYS: dict[str, Way] = {
     "load_file-mmap": lambda paths: load_files(paths, backend="mmap"),
     "load_file-pread": lambda paths: load_files(paths, backend="pread"),
     "load_into": load_into,
+    "safe_open-mmap": lambda paths: get_tensors(paths, backend="mmap"),
+    "safe_open-pread": lambda paths: get_tensors(paths, backend="pread"),
 }
 SIMULATED_WAYS: dict[str, Way] = {
     "simulated-iterator": lambda paths: iterate(paths, device="simulated:0"),
     "simulated-load_file": lambda paths: load_files(paths, device="simulated:0"),
+    "simulated-safe_open": lambda paths: get_tensors(paths, device="simulated:0"),
     "simulated-load_into": lambda paths: load_into(paths, "simulated:0"),
 }
 WAYS = [*CPU_WAYS, *(pytest.param(name, marks=pytest.mark.simulated) for name in SIMULATED_WAYS)]
 # Ways that hand out memory of the reader's own, whatever becomes of the file.
-PRIVATE_WAYS = [way for way in WAYS if way not in ("iterator-mmap", "load_file-mmap")]
+PRIVATE_WAYS = [way for way in WAYS if "mmap" not in str(way)]
 
 
 def way_of(request: pytest.FixtureRequest) -> Way:

@@ -110,6 +110,7 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     result.memory = allocate_block(result.info.bytes.size());
     result.data = result.memory->data();
     read_ranges(file_->source(), ranges, result.data);
+    file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {
     throw Error(error.kind, error.message,
                 {file_->path(), whole.name, error.context.offset, error.context.error_number}, error.rule);
