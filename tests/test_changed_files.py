@@ -187,6 +187,20 @@ def test_before_any_read(path: Path, private_way: Way, tmp_path: Path, change: C
     assert_nothing_held()
 
 
+@pytest.mark.parametrize("change", [overwrite, overwrite_with_another_checkpoint, grow])
+def test_before_the_header_is_read(path: Path, change: Change) -> None:
+    """Not taken for a bad header, nor for a good one of other bytes."""
+
+    def read_the_header(paths: list[Path]) -> dict[str, bytes]:
+        open_files(paths)
+        return {}
+
+    with pytest.raises(errors.ReadError, match="changed while it was read") as caught:
+        during(path, change, 0, read_the_header)
+    assert caught.value.filename == str(path)
+    assert caught.value.offset == 0
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_mapped_files_never_crash_on_the_way(path: Path, change: Change) -> None:
     """Views show what the file holds; what threads bring in after a change is an error."""

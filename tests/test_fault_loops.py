@@ -109,7 +109,7 @@ def test_what_ends_a_load(
         else:
             raise AssertionError("more reads than expected")
         _C.disarm_fault()
-        assert failed >= 4
+        assert failed >= (3 if "safe_open-mmap" in request.node.callspec.id else 5)  # of views, headers only
         assert way(files) == reference  # the process can load again
     assert descriptor_count() == descriptors
 

@@ -128,9 +128,8 @@ def test_a_name_longer_than_file_systems_have(tmp_path: Path) -> None:
 
 def test_numbers_of_thousands_of_digits(tmp_path: Path) -> None:
     """Which int() refuses."""
-    write_index(tmp_path, "1" * 4001 + ".safetensors", *(f"{i}/{'2' * 4000}.safetensors" for i in range(2)))
-    with pytest.raises(OSError, match="too long"):
-        weightload.resolve_safetensors_files(tmp_path)
+    write_index(tmp_path, "1" * 5000 + ".safetensors", "2" * 5000 + ".safetensors")
+    refused(tmp_path, "a path of 5012 bytes")
     (tmp_path / INDEX).write_text('{"weight_map": ' + "1" * 10_000 + "}")
     refused(tmp_path, "is not JSON")
 
