@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import struct
@@ -192,9 +193,7 @@ def test_output_that_the_terminals_encoding_lacks(tmp_path: Path) -> None:
     assert "\\xfc\\U0001f600" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "way", [way for way in WAYS if not ("load_file" in str(way) or "safe_open" in str(way))], indirect=True
-)
+@pytest.mark.parametrize("way", [way for way in WAYS if not re.search("load_file|safe_open", str(way))], indirect=True)
 def test_a_tensor_in_two_files_by_every_way(way: Way, tmp_path: Path) -> None:
     files = [write_tensors(tmp_path / f"{i}.safetensors", [("a", "U8", [1]), (str(i), "U8", [1])]) for i in range(2)]
     with pytest.raises(errors.DuplicateTensor) as caught:
