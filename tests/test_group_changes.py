@@ -8,19 +8,17 @@ from pathlib import Path
 
 import group_scenarios as scenarios
 import pytest
-from group_support import TUNED, assert_same_failure, drained, three_files, world
+from group_support import TUNED, assert_same_failure, drained, world
 
 
 @pytest.mark.parametrize("strategy", ["broadcast", "striped"])
-def test_a_file_overwritten_mid_load(tmp_path: Path, strategy: str) -> None:
-    reference = three_files(tmp_path)
-    (tmp_path / "copies").mkdir()
-    files = [Path(shutil.copy(path, tmp_path / "copies")) for path in reference]
+def test_a_file_overwritten_mid_load(checkpoint: list[Path], tmp_path: Path, strategy: str) -> None:
+    files = [Path(shutil.copy(path, tmp_path)) for path in checkpoint]
     for path in files:
         os.utime(path, (1_600_000_000, 1_600_000_000))
     three = world(3)
     # The scenario compares every tensor that it gets with the reference's.
-    three.start(scenarios.load, files=files, reference=reference, strategy=strategy, tuned=TUNED, pause=["5"])
+    three.start(scenarios.load, files=files, reference=checkpoint, strategy=strategy, tuned=TUNED, pause=["5"])
     for rank in range(3):
         three.wait_until(rank, "5")
     with files[1].open("r+b") as file:

@@ -85,7 +85,7 @@ def test_more_files_than_descriptors(ways: str, tmp_path: Path) -> None:
         taken = before - 1  # not the one that was open to count them
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         failed = 0
-        for more in [0, 1, 5, 63, 64, 70, 100, 127, 128, 200]:
+        for more in [0, 1, 5, 63, 64, 100, 128, 200]:
             limit = taken + more
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             try:
@@ -116,7 +116,7 @@ def test_too_little_address_space(ways: str, tmp_path: Path) -> None:
         gc.collect()
         before = descriptors()
         outcomes = []
-        for megabytes in [0, 1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 1024]:
+        for megabytes in [0, 2, 8, 14, 20, 32, 64, 1024]:
             resource.setrlimit(resource.RLIMIT_AS, (used("VmSize") + (megabytes << 20), resource.RLIM_INFINITY))
             try:
                 way(paths)
