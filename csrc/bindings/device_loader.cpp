@@ -65,7 +65,8 @@ void register_device_loader(py::module_& module) {
   loader
       .def(py::init([](const DeviceTarget& target, const py::list& files,
                        const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
-                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, uint64_t window_bytes, ReadMode read) {
+                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, uint64_t window_bytes,
+                       ReadMode read) {
              DeviceLoaderOptions options;
              options.threads = threads;
              options.slot_bytes = target.slot_bytes;

@@ -121,8 +121,8 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   ends.reserve(slots_.tasks.size());
   uint64_t total = 0;
   for (const SlotTask& task : slots_.tasks) ends.push_back(total += task.bytes.size());
-  // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that travels
-  // comes between these two.
+  // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that
+  // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, window, [this](size_t task) { work(task); });
 }
