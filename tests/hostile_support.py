@@ -68,6 +68,27 @@ def get_tensors(paths: list[Path], **options: Any) -> Bytes:
         return bytes_of({name: handle.get_tensor(name) for handle in handles for name in handle.offset_keys()})
 
 
+def halves(paths: list[Path], **options: Any) -> Bytes:
+    """Each tensor as two slices of its rows."""
+    result = {}
+    for path in paths:
+        with weightload.safe_open(path, **options) as handle:
+            for name in handle.offset_keys():
+                part = handle.get_slice(name)
+                middle = (part.get_shape() or [0])[0] // 2
+                two = [part[:middle], part[middle:]] if part.get_shape() else [part[()]]
+                result[name] = b"".join(map(raw_bytes, two))
+    return result
+
+
+def prefetched(paths: list[Path], **options: Any) -> Bytes:
+    tensors = {}
+    for path in paths:
+        with weightload.safe_open(path, **options) as handle, handle.prefetch() as loader:
+            tensors.update(loader)
+    return bytes_of(tensors)
+
+
 def ones_like(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a file's names, shapes and dtypes. Reads the header past the library, whose reads tests count."""
     if not 8 < path.stat().st_size < 10**7:
@@ -101,11 +122,15 @@ CPU_WAYS: dict[str, Way] = {
     "load_into": load_into,
     "safe_open-mmap": lambda paths: get_tensors(paths, backend="mmap"),
     "safe_open-pread": lambda paths: get_tensors(paths, backend="pread"),
+    "slices-pread": lambda paths: halves(paths, backend="pread"),
+    "prefetch-mmap": lambda paths: prefetched(paths, backend="mmap"),
+    "prefetch-pread": lambda paths: prefetched(paths, backend="pread"),
 }
 SIMULATED_WAYS: dict[str, Way] = {
     "simulated-iterator": lambda paths: iterate(paths, device="simulated:0"),
     "simulated-load_file": lambda paths: load_files(paths, device="simulated:0"),
     "simulated-safe_open": lambda paths: get_tensors(paths, device="simulated:0"),
+    "simulated-prefetch": lambda paths: prefetched(paths, device="simulated:0"),
     "simulated-load_into": lambda paths: load_into(paths, "simulated:0"),
 }
 WAYS = [*CPU_WAYS, *(pytest.param(name, marks=pytest.mark.simulated) for name in SIMULATED_WAYS)]
