@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cctype>
-#include <unordered_set>
 
 #include "base/error.h"
+#include "base/repeated_name.h"
 #include "format/header_json.h"
 
 namespace weightload {
@@ -48,12 +48,11 @@ uint64_t tensor_bytes(const TensorInfo& tensor, const std::string& path) {
 }
 
 void refuse_duplicates(const std::vector<TensorInfo>& tensors, const std::string& path) {
-  std::unordered_set<std::string_view> names;
+  std::vector<std::string_view> names;
   names.reserve(tensors.size());
-  for (const TensorInfo& tensor : tensors) {
-    if (!names.insert(tensor.name).second)
-      fail_header(rule::kDuplicateTensor, "duplicate tensor name", path, tensor.name);
-  }
+  for (const TensorInfo& tensor : tensors) names.push_back(tensor.name);
+  if (const auto repeated = first_repeated(names))
+    fail_header(rule::kDuplicateTensor, "duplicate tensor name", path, tensors[*repeated].name);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 #include "pipeline/selected_tensors.h"
 
 #include <string_view>
-#include <unordered_set>
 #include <utility>
+
+#include "base/repeated_name.h"
 
 namespace weightload {
 
@@ -19,13 +20,12 @@ SelectedTensors::SelectedTensors(CheckpointFiles files, const std::vector<std::v
 
 void SelectedTensors::refuse_duplicates() const {
   if (files_.size() < 2) return;  // within one file the header has been checked
-  std::unordered_set<std::string_view> names;
+  std::vector<std::string_view> names;
   names.reserve(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    if (!names.insert(info(i).name).second) {
-      throw Error(ErrorKind::header, "an earlier file of the checkpoint has a tensor of this name too",
-                  {file(i)->path(), info(i).name, {}, 0}, rule::kDuplicateTensor);
-    }
+  for (size_t i = 0; i < tensors_.size(); ++i) names.push_back(info(i).name);
+  if (const auto repeated = first_repeated(names)) {
+    throw Error(ErrorKind::header, "an earlier file of the checkpoint has a tensor of this name too",
+                {file(*repeated)->path(), info(*repeated).name, {}, 0}, rule::kDuplicateTensor);
   }
 }
 

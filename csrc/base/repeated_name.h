@@ -1,0 +1,15 @@
+#pragma once
+#include <cstddef>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace weightload {
+
+// The number of the first name that occurs earlier in the list too; nothing where all differ.
+//
+// O(n log n) whatever the names. A hash table would not be: its hash is known, so a file can be made whose names all
+// have the same one, and then takes hours to open.
+std::optional<size_t> first_repeated(const std::vector<std::string_view>& names);
+
+}  // namespace weightload

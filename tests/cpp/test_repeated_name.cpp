@@ -1,0 +1,96 @@
+#include "base/repeated_name.h"
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <string>
+
+#include "check.h"
+
+using namespace weightload;
+
+namespace {
+
+std::vector<std::string_view> views(const std::vector<std::string>& names) { return {names.begin(), names.end()}; }
+
+// Strings of eight bytes that GNU's hash (Murmur) tells apart by its highest bit alone. The next such pair takes that
+// bit back, so every choice among n pairs of pairs has the same hash.
+std::pair<std::string, std::string> pair_of(uint64_t word) {
+  constexpr uint64_t kFactor = 0xc6a4a7935bd1e995, kInverse = 0x5f7a0ea7e59b19bd;
+  static_assert(kFactor * kInverse == 1);
+  uint64_t mixed = word * kFactor;
+  mixed = (mixed ^ mixed >> 47) * kFactor ^ 1ull << 63;
+  uint64_t other = mixed * kInverse;
+  other = (other ^ other >> 47) * kInverse;
+  return {std::string(reinterpret_cast<const char*>(&word), 8), std::string(reinterpret_cast<const char*>(&other), 8)};
+}
+
+std::vector<std::string> names_of_one_hash(unsigned pairs) {
+  std::vector<std::string> names = {""};
+  for (unsigned i = 0; i < pairs; ++i) {
+    const auto first = pair_of(2 * i + 1), second = pair_of(2 * i + 2);
+    std::vector<std::string> longer;
+    for (const std::string& name : names) {
+      longer.push_back(name + first.first + second.first);
+      longer.push_back(name + first.second + second.second);
+    }
+    names = std::move(longer);
+  }
+  return names;
+}
+
+std::chrono::nanoseconds least_time(const std::vector<std::string>& names) {
+  auto least = std::chrono::nanoseconds::max();
+  for (int i = 0; i < 3; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    CHECK(!first_repeated(views(names)));
+    least = std::min<std::chrono::nanoseconds>(least, std::chrono::steady_clock::now() - begin);
+  }
+  return least;
+}
+
+}  // namespace
+
+TEST(names_that_differ) {
+  CHECK(!first_repeated({}));
+  CHECK(!first_repeated({""}));
+  CHECK(!first_repeated({"b", "a", "", "ab", std::string_view("a\0", 2)}));
+}
+
+TEST(the_first_that_was_there_before) {
+  CHECK(first_repeated({"a", "a"}) == 1);
+  CHECK(first_repeated({"", "x", ""}) == 2);
+  CHECK(first_repeated({"a", "b", "c", "b", "a", "a"}) == 3);
+}
+
+TEST(the_same_as_by_comparing_all_with_all) {
+  uint64_t state = 1;
+  for (int round = 0; round < 500; ++round) {
+    std::vector<std::string> names;
+    for (int i = 0; i < 12; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      names.push_back(std::to_string((state >> 33) % 60));
+    }
+    std::optional<size_t> expected;
+    for (size_t i = names.size(); i-- > 0;) {
+      if (std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) !=
+          names.begin() + static_cast<std::ptrdiff_t>(i))
+        expected = i;
+    }
+    CHECK(first_repeated(views(names)) == expected);
+  }
+}
+
+TEST(names_made_to_have_one_hash_take_no_longer_than_a_sort) {
+  const std::vector<std::string> hostile = names_of_one_hash(14);
+  const std::hash<std::string> hash;
+  const bool collide = std::all_of(hostile.begin(), hostile.end(),
+                                   [&](const std::string& name) { return hash(name) == hash(hostile[0]); });
+#if defined(__GLIBCXX__) && defined(__x86_64__)
+  CHECK(collide);
+#endif
+  if (!collide) return;
+  std::vector<std::string> ordinary;
+  for (size_t i = 0; i < hostile.size(); ++i) ordinary.push_back(std::string(200, 'x') + std::to_string(i));
+  CHECK(least_time(hostile) < 30 * least_time(ordinary));
+}
