@@ -1,11 +1,26 @@
 #include "plan/read_plan.h"
 
 #include <algorithm>
+#include <string>
+
+#include "base/error.h"
 
 namespace weightload {
 namespace {
 
 constexpr uint64_t kStripeAlignment = 256;
+
+// Sparse files cost nothing to make and may be as long as the kernel counts: planning must not take all memory for what
+// cannot be loaded in any case. By the layout, so that all ranks of a group come to the same answer.
+void refuse_too_many(const Layout& layout, uint64_t task_bytes) {
+  uint64_t reads = 0;
+  for (const CopyRun& run : layout.runs) {
+    reads += 1 + run.bytes.size() / task_bytes;
+    if (reads <= kMostReads) continue;
+    throw Error(ErrorKind::memory, "cannot plan the load: it would take more than " + std::to_string(kMostReads) +
+                                       " reads of " + std::to_string(task_bytes) + " bytes");
+  }
+}
 
 // Cuts the part of `run` that lies in `share` (offsets in the block) into tasks.
 void add_tasks(const CopyRun& run, ByteRange share, uint64_t task_bytes, std::vector<ReadTask>& tasks) {
@@ -46,6 +61,7 @@ ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options) {
 }
 
 ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options) {
+  refuse_too_many(layout, options.task_bytes);
   ReadPlan plan;
   plan.block_ends.reserve(layout.blocks.size());
   for (const Block& block : layout.blocks) {

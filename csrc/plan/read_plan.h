@@ -38,6 +38,9 @@ struct ReadPlanOptions {
   uint64_t task_bytes = 8ull << 20;
 };
 
+// A plan of more reads is refused: 128 TiB by tasks of 8 MiB. A plan of as many takes half a gigabyte.
+inline constexpr uint64_t kMostReads = 1 << 24;
+
 // Bytes of one rank's stripe of a block: an N-th, rounded up to 256 so that stripes start aligned. An
 // all-gather needs equal stripes, so a block's buffer is stripe_bytes * ranks long and its end may be
 // padding.
@@ -50,7 +53,7 @@ uint64_t buffer_bytes(uint64_t block_bytes, const ReadPlanOptions& options);
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options);
 
 // The reads of one rank. Over all ranks of a striped group, or on the root of a broadcast, every byte of
-// every run is read exactly once. Pure.
+// every run is read exactly once. Pure. Throws Error{memory} beyond kMostReads.
 ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options);
 
 }  // namespace weightload

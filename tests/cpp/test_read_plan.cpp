@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "base/error.h"
 #include "check.h"
 
 using namespace weightload;
@@ -107,5 +108,24 @@ TEST(stripes_are_equal_aligned_and_long_enough) {
       CHECK(stripe % 256 == 0 && stripe * ranks >= bytes);
       CHECK(stripe * ranks < bytes + 256ull * ranks + ranks);
     }
+  }
+}
+
+TEST(a_plan_that_would_take_all_memory_is_refused_on_every_rank) {
+  const auto layout_of = [](uint64_t bytes, uint64_t count) {
+    std::vector<TensorExtent> tensors;
+    for (uint64_t i = 0; i < count; ++i) tensors.push_back({0, {i * bytes, (i + 1) * bytes}, 1});
+    return plan_layout(tensors, {});
+  };
+  ReadPlanOptions options;
+  options.ranks = 1000;
+  for (const Strategy strategy : {Strategy::independent, Strategy::broadcast, Strategy::striped}) {
+    options.strategy = strategy;
+    options.rank = 999;
+    for (const auto& [bytes, count] : {std::pair(1ull << 60, 7ull), std::pair(1ull << 47, 1ull)}) {
+      const Layout layout = layout_of(bytes, count);
+      CHECK_THROWS(plan_reads(layout, options), Error, error.kind == ErrorKind::memory);
+    }
+    CHECK(plan_reads(layout_of(1ull << 40, 8), options).block_ends.size() == 8);
   }
 }
