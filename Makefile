@@ -12,6 +12,7 @@ RUN = $(VENV)/bin/python
 OUT = bench-results
 BIG_GB ?= 2.5
 SEEDS ?= 2000
+FUZZ_SECONDS ?= 1800
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WEIGHTLOAD_WERROR = 1
@@ -20,7 +21,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench test setup lint stubs stress defects clean
+.PHONY: bench test setup lint stubs stress defects fuzz clean
 
 setup: $(VENV)/built
 
@@ -44,12 +45,17 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/fuzz -name '*.h' -o -name '*.cpp')
 	$(RUN) tests/generate_stubs.py --check
 
 # Loads to the simulated accelerator under this many seeds.
 stress: setup
 	$(RUN) tests/simulated_accelerator/stress.py --seeds $(SEEDS)
+
+# Fuzzes the header parser and the plans, with clang's libFuzzer if there is one, and compares what was found with
+# safetensors' verdicts. Says the number of executions; inputs that fail are in .build/fuzz/crashes.
+fuzz: setup
+	$(RUN) tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # Shows that the tests on the simulated accelerator catch what they are there for.
 defects: setup
