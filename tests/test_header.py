@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import DTYPE_BITS, entry, file_bytes, write_tensors
+from conftest import BACKENDS, DTYPE_BITS, entry, file_bytes, write_tensors
 from safetensors import SafetensorError
 
 import weightload
@@ -240,3 +241,18 @@ def test_memory_is_bounded_whatever_the_header_claims(tmp_path: Path) -> None:
     os.truncate(path, 2**40)  # sparse
     with pytest.raises(errors.InvalidHeaderDeserialization):
         weightload.load_file(path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_planning_is_bounded_whatever_the_file_claims(tmp_path: Path, backend: str) -> None:
+    """A file of an exabyte that takes 4 KiB of disk: far fewer reads are planned than it would take."""
+    content = file_bytes({f"t{i}": entry("U8", [2**57], i * 2**57, (i + 1) * 2**57) for i in range(8)})
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else tmp_path) as folder:
+        path = Path(folder) / "exabyte.safetensors"
+        path.write_bytes(content)
+        try:
+            os.truncate(path, len(content) + 2**60)
+        except OSError as error:
+            pytest.skip(f"no file system here has files of an exabyte: {error}")
+        with pytest.raises(errors.OutOfMemoryError, match="reads of"):
+            weightload.load_file(path, backend=backend)  # type: ignore[arg-type]
