@@ -81,6 +81,14 @@ TEST(the_same_as_by_comparing_all_with_all) {
   }
 }
 
+TEST(names_of_one_hash_are_told_apart) {
+  std::vector<std::string> names = names_of_one_hash(6);
+  CHECK(!first_repeated(views(names)));
+  names.push_back(names[17]);
+  names.push_back(names[3]);
+  CHECK(first_repeated(views(names)) == 64);
+}
+
 TEST(names_made_to_have_one_hash_take_no_longer_than_a_sort) {
   const std::vector<std::string> hostile = names_of_one_hash(14);
   const std::hash<std::string> hash;
