@@ -124,6 +124,24 @@ def test_a_dimension_beyond_torch_fails_by_name(tmp_path: Path) -> None:
         weightload.load_file(path)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**61, 4], [0, 2**31, 2**32], [3, 0, 2**62, 2]])
+def test_strides_beyond_torch_fail_by_name(tmp_path: Path, shape: list[int]) -> None:
+    path = write_tensors(tmp_path / "long.safetensors", [("long", "U8", shape)])
+    with pytest.raises(RuntimeError, match="overflow"):
+        safetensors.torch.load_file(path)
+    for load in (weightload.load_file, lambda path: weightload.load(path.read_bytes())):
+        with pytest.raises(errors.TensorError, match="overflow") as caught:
+            load(path)
+        assert caught.value.tensor == "long"
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62, 4], [0, 2**40, 2**40], [2**61, 4, 0], [0, 2**63 - 1]])
+def test_other_strides_of_empty_tensors_do_not_matter(tmp_path: Path, shape: list[int]) -> None:
+    path = write_tensors(tmp_path / "empty.safetensors", [("empty", "U8", shape)])
+    for ours in all_ways(path):
+        assert_same(ours, path)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_has_a_storage_of_its_own(real_checkpoint: Path, tmp_path: Path, backend: str) -> None:
     """Saving one must not save its neighbours, and nothing may look tied that is not."""

@@ -55,14 +55,14 @@ Sizes torch_sizes(const TensorInfo& info, const std::string& path) {
   return sizes;
 }
 
-// Row-major strides. Only an empty tensor's can leave 64 bits, where their values do not matter: unsigned, so
-// that wrapping round is defined, and without the sign, since torch computes negative ones anew and finds them too
-// large.
-Sizes contiguous_strides(const Sizes& sizes) {
+// Row-major strides. Only an empty tensor's can leave 64 bits, where their values do not matter: unsigned, so that
+// wrapping round is defined. torch refuses those that come out negative.
+Sizes contiguous_strides(const Sizes& sizes, const TensorInfo& info, const std::string& path) {
   Sizes strides(sizes.size());
   uint64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = static_cast<int64_t>(stride & INT64_MAX);
+    strides[i] = static_cast<int64_t>(stride);
+    if (strides[i] < 0) fail_tensor(info, path, "torch cannot hold the strides of its shape: they overflow");
     stride *= static_cast<uint64_t>(sizes[i] > 0 ? sizes[i] : 1);
   }
   return strides;
@@ -72,7 +72,7 @@ Sizes contiguous_strides(const Sizes& sizes) {
 
 TensorMeta torch_meta(const TensorInfo& info, const std::string& path) {
   TensorMeta meta{torch_dtype(info, path), torch_sizes(info, path), {}};
-  meta.strides = contiguous_strides(meta.sizes);
+  meta.strides = contiguous_strides(meta.sizes, info, path);
   return meta;
 }
 
