@@ -125,6 +125,37 @@ def test_what_is_missing_and_what_is_not_expected(
         assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
 
 
+def test_what_an_instance_overrides_counts(tmp_path: Path) -> None:
+    """Replacing a method of one model is how people map names."""
+    path = saved(Untied(), tmp_path / "m.safetensors")
+    ours, theirs = Untied(), Untied()
+    calls = []
+    for model in (ours, theirs):
+        plain = model.load_state_dict
+
+        def doubled(state: dict[str, Any], strict: bool = True, plain: Any = plain) -> Any:
+            calls.append(strict)
+            return plain({name: tensor * 2 for name, tensor in state.items()}, strict=strict)
+
+        model.load_state_dict = doubled  # type: ignore[assignment,method-assign]
+    assert load_model(ours, path) == safetensors.torch.load_model(theirs, path)
+    assert len(calls) == 2
+    state = theirs.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_the_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked is what is loaded, should another file get the name meanwhile."""
+    path = saved(Untied(), tmp_path / "m.safetensors")
+    opened = []
+    opener = weightload.load_model.__globals__["open_files"]
+    monkeypatch.setitem(
+        weightload.load_model.__globals__, "open_files", lambda paths: opened.append(paths) or opener(paths)
+    )
+    load_model(Untied(), path)
+    assert opened == [[path]]
+
+
 def test_a_strict_failure_loads_nothing(tmp_path: Path) -> None:
     path = saved(Untied(), tmp_path / "m.safetensors", drop=("body.bias",))
     model = Untied()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import threading
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import BACKENDS, evict, file_bytes, thread_count, write_tensors
+from conftest import BACKENDS, evict, file_bytes, run_script, thread_count, write_tensors
 from conftest import entry as header_entry
 from simulated_support import raw
 
@@ -82,7 +84,7 @@ def test_everything_in_the_order_of_the_file(path: Path, whole: dict[str, torch.
         ({"odd": slice(0, 4, 0)}, "invalid prefetch plan slice for odd"),
         ({"odd": slice(0, 6)}, "slice bound 6 for odd is out of range for 5 rows"),
         ({"odd": slice(-6, None)}, "slice bound -6 for odd is out of range for 5 rows"),
-        ({"odd": slice(1.5)}, "slice bound 1.5 for odd is out of range"),
+        ({"odd": slice(1.5)}, "prefetch plan slice bounds for odd must be integers or None"),
         ({"scalar": slice(0, 1)}, "cannot slice rows of the 0-d tensor scalar"),
     ],
 )
@@ -181,6 +183,78 @@ def test_closing_wakes_who_waits(path: Path, arm: Callable[..., None]) -> None:
         thread.join()
     assert [str(error) for error in caught] == ["the prefetch loader is closed"]
     caught.clear()
+    gc.collect()
+
+
+def test_what_has_come_can_be_taken_while_another_thread_waits(path: Path, arm: Callable[..., None]) -> None:
+    """The last tensor would take a minute."""
+    evict([path])
+    arm("delay", first=4, count=10**6, delay_ms=1500)
+    done = threading.Event()
+
+    def wait(loader: Any) -> None:
+        with contextlib.suppress(weightload.WeightLoadError):
+            loader.take("39")
+        done.set()
+
+    with settings.override(task_bytes=MIB, threads=1), weightload.safe_open(path, backend="pread") as file:
+        loader = file.prefetch()
+        loader.take("1")  # "0" came before it
+        thread = threading.Thread(target=wait, args=(loader,))
+        thread.start()
+        while not loader._pulling:
+            pass
+        assert loader.take("0").shape == (256, 1024)
+        assert not done.is_set()
+        loader.close()
+        thread.join()
+    gc.collect()
+
+
+def test_a_forked_child_is_told(path: Path) -> None:
+    done = run_script(
+        """
+        import os, sys, threading, weightload
+        loader = weightload.safe_open(sys.argv[1]).prefetch()
+        held = threading.Event()
+        def hold():
+            with loader._changed:
+                held.set()
+                done.wait()
+        done = threading.Event()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if not child:
+            try:
+                loader.take("0")
+            except weightload.WeightLoadError as error:
+                loader.close()
+                os._exit(0 if "fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        done.set()
+        thread.join()
+        """,
+        path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_bounds_may_be_any_whole_number(path: Path, whole: dict[str, torch.Tensor]) -> None:
+    plan = {"odd": slice(np.int64(1), np.int64(3))}
+    with weightload.safe_open(path) as file, file.prefetch(plan) as loader:
+        assert same(loader.take("odd"), whole["odd"][1:3])
+
+
+def test_rows_of_packed_elements(all_dtypes: Path) -> None:
+    with weightload.safe_open(all_dtypes) as file:
+        with pytest.raises(errors.TensorError, match=r"cannot slice rows of F4\.vector: a row is not a whole number"):
+            file.prefetch({"F4.vector": slice(0, 2)})
+        with file.prefetch({"F4.matrix": slice(1, 3)}) as loader:
+            want = file.get_tensor("F4.matrix")[1:3]
+            assert same(loader.take("F4.matrix"), want)
     gc.collect()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -112,17 +113,78 @@ def closed(handle: safe_open) -> safe_open:
     return handle
 
 
-@pytest.mark.parametrize(
-    "method", ["keys", "offset_keys", "metadata", "get_tensors", "prefetch", "__enter__", "__len__"]
-)
+@pytest.mark.parametrize("method", ["keys", "offset_keys", "metadata", "get_tensors", "prefetch", "__len__"])
 def test_a_closed_handle(all_dtypes: Path, method: str) -> None:
     with pytest.raises(weightload.WeightLoadError, match=r"^File is closed$"):
         getattr(closed(safe_open(all_dtypes)), method)()
 
 
+def test_a_handle_is_true(tmp_path: Path) -> None:
+    """As any object without a length is: `if file:` asks whether there is one."""
+    path = write_tensors(tmp_path / "none.safetensors", [])
+    handle = safe_open(path)
+    assert len(handle) == 0
+    assert bool(handle) is bool(closed(handle)) is True
+
+
+def test_a_subclass_may_have_a_signature_of_its_own(all_dtypes: Path) -> None:
+    class Named(safe_open):
+        def __init__(self, *, path: Path, framework: int) -> None:
+            super().__init__(path)
+            self.framework = framework
+
+    with Named(path=all_dtypes, framework=3) as file:
+        assert "F32.vector" in file
+
+
+def test_many_slices_that_are_kept_take_no_mappings(large: Path) -> None:
+    """A process may have 65,530 of them."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    with safe_open(large) as file:
+        part, one = file.get_slice("a"), file.get_tensor("one").clone()
+        part[0]
+        before = mappings()
+        kept = [part[i] for i in range(2000)]
+        ones = [file.get_tensor("one") for _ in range(2000)]
+        assert mappings() < before + 50
+        assert all(torch.equal(raw(row), raw(whole)) for row, whole in zip(kept, file.get_tensor("a"), strict=False))
+        assert all(torch.equal(each, one) for each in ones)
+
+
+def test_a_file_truncated_after_its_handle_was_opened(large: Path, tmp_path: Path) -> None:
+    """An index that makes a copy is read, not touched through the mapping: an error, and no SIGBUS."""
+    path = Path(shutil.copy(large, tmp_path))
+    done = run_script(
+        """
+        import os, sys, torch, weightload
+        for backend in ("mmap", "pread"):
+            with weightload.safe_open(sys.argv[1], backend=backend) as file:
+                part = file.get_slice("c")
+                os.truncate(sys.argv[1], 9_000_000)
+                for index in ([0, 5_000_000, 9_000_000], torch.arange(9_000_001) % 2 == 0, (torch.tensor([3]),)):
+                    try:
+                        part[index]
+                    except weightload.ReadError as error:
+                        assert error.tensor == "c"
+                    else:
+                        raise AssertionError(index)
+            os.truncate(sys.argv[1], os.stat(sys.argv[2]).st_size)
+        """,
+        path,
+        large,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
 def test_bad_arguments(all_dtypes: Path) -> None:
     with pytest.raises(ValueError, match="backend 'telepathy'"):
         safe_open(all_dtypes, backend="telepathy")  # type: ignore[arg-type]
+    for device in ("bad", 1.5, "cuda:x"):
+        with pytest.raises(ValueError, match="device"):
+            safe_open(all_dtypes, device=device)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cannot load to cuda|no accelerator"):
         safe_open(all_dtypes, device="cuda:0")
     with safe_open(all_dtypes, "pt", torch.device("cpu")) as file:

@@ -232,6 +232,10 @@ class TensorReader:
         """
         A tensor's number, or None.
         """
+    def first_view(self, tensor: int) -> typing.Any:
+        """
+        A view of the mapped file, or None if somebody has been given one.
+        """
     def get(self, name: typing.Any, map: bool) -> typing.Any:
         """
         A view of the mapped file (map=True), or private memory; the tensor's number where threads should load it; None without such a name.
@@ -251,10 +255,6 @@ class TensorReader:
     def read_rows(self, tensor: int, rows: collections.abc.Sequence[tuple[int, int]]) -> typing.Any:
         """
         (begin, end) of rows, one behind the other, in private memory, read in this thread.
-        """
-    def view(self, tensor: int) -> typing.Any:
-        """
-        A view of the mapped file, of which nobody else has one.
         """
     def with_parts(self, parts: collections.abc.Sequence[tuple[int, tuple[int, int] | None]]) -> CheckpointFile:
         """

@@ -15,14 +15,12 @@ import torch
 
 from weightload import _C, errors, settings
 from weightload._version import __version__
-from weightload.distributed import load_name
+from weightload.distributed import NODE, RECORD_BYTES, load_name
 from weightload.selection import Names, Path, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Of the record that every rank gives: enough for an error's sentence and for what follows.
-RECORD_BYTES = 2048
 # Files whose own digest is in the record, so that the first one that differs can be named.
 NAMED_FILES = 32
 AGREED, FAILED = b"\1", b"\0"
@@ -120,6 +118,8 @@ def _digest(texts: Any) -> str:
 
 def _check(records: list[bytes], failure: BaseException | None) -> None:
     """Raise what every rank raises, unless all are the same."""
+    if any(record[:1] == NODE for record in records):
+        raise errors.GroupError("ranks of the group are at different calls: some ask for the nodes of its ranks")
     failed = [rank for rank, record in enumerate(records) if record[:1] == FAILED]
     if failed:
         raise errors.from_rank(failed[0], **json.loads(records[failed[0]][1:])) from failure

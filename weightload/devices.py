@@ -38,17 +38,23 @@ def resolve(device: Device | None) -> torch.device:
         ValueError: a device that is neither the CPU nor an accelerator that this torch can use.
         WeightLoadError: a process that was forked after its parent had used the accelerator.
     """
-    if device is None or isinstance(device, int) or torch.device(device).type != "cpu":
+    try:
+        named = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    except RuntimeError as error:
+        raise ValueError(f"no such device: {str(error).splitlines()[0]}") from None
+    if named is None and device is not None and not isinstance(device, int):
+        raise ValueError(f"device={device!r}: must be a torch.device, its name or its number")
+    if named is None or named.type != "cpu":
         _require_unforked()
-    if device is None:
-        target = default_device()
+    if named is not None:
+        target = named
     elif isinstance(device, int):
         kind = accelerator()
         if kind is None:
             raise ValueError(f"device={device}: torch has no accelerator here")
         target = torch.device(kind.type, device)
     else:
-        target = torch.device(device)
+        target = default_device()
     if target.type == "cpu":
         return torch.device("cpu")
     kind = accelerator()

@@ -26,6 +26,11 @@ MOST_STRIPED_NODES, MOST_STRIPED_NODES_OF_ONE_RANK = 128, 16
 
 # The node groups of the default group they were made in; made again when torch.distributed was.
 _node_groups: dict[str, Any] = {}
+# What every rank gives before a load begins has this size, so that ranks at different calls are found out. Enough for
+# an error's sentence and for what the ranks compare.
+RECORD_BYTES = 2048
+NODE = b"\2"  # begins the record that names a rank's node
+
 # How many nodes the ranks of a group are on.
 _nodes: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 
@@ -125,9 +130,12 @@ def _names_of_nodes(group: Any, stage: str) -> list[str]:
         # Felt by Ctrl-C, unlike torch's own.
         asked = _C.Group(group, None, "cpu", _C.Strategy.broadcast, stage)
         try:
-            return [name.decode() for name in asked.agree(mine.encode()[:256].ljust(256), False)]
+            records = asked.agree(NODE + mine.encode()[:256].ljust(RECORD_BYTES - len(NODE)), False)
         finally:
             asked.close()
+        if any(record[:1] != NODE for record in records):
+            raise GroupError(f"{stage}: other ranks are at another call")
+        return [record[1:].decode() for record in records]
     names: list[Any] = [None] * torch.distributed.get_world_size(group)
     try:
         torch.distributed.all_gather_object(names, mine, group=group)
@@ -138,8 +146,6 @@ def _names_of_nodes(group: Any, stage: str) -> list[str]:
 
 def _nodes_of(group: ProcessGroup, load: str) -> int:
     """How many nodes a group's ranks are on: the same answer on all of them, who ask one another the first time."""
-    if world_is_one_node():
-        return 1
     if group not in _nodes:
         _nodes[group] = len(set(_names_of_nodes(group, f"{load}, nodes of the group")))
     return _nodes[group]

@@ -13,11 +13,12 @@ from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError
 from weightload.iterator import WeightIterator
-from weightload.rows import Run
 from weightload.selection import select_all
 
 # Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
 LEAST_FOR_PIPELINE = 1 << 20
+# Bytes of a run of rows, on average, from which a loader takes over.
+LEAST_RUN = 1 << 20
 
 
 def fetch(
@@ -25,39 +26,43 @@ def fetch(
     number: int,
     device: torch.device,
     backend: str,
-    runs: Sequence[Run] | None = None,
+    runs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A tensor, or runs of its rows one behind the other, in memory that nothing else has.
+    """A tensor, or runs of its rows (see ``rows.Rows``) one behind the other, in memory that nothing else has.
 
-    ``backend="mmap"``: a view of a mapping where that can be (CPU, one run, aligned), brought in by threads.
+    ``backend="mmap"``: a view of a mapping where that can be (CPU, one large run, aligned), brought in by threads.
 
     Raises:
         ReadError, TensorError, OutOfMemoryError: as ``safetensors_weights_iterator``.
     """
     dtype, shape, begin, end = reader.info(number)
-    rows = list(runs) if runs is not None else None
     total = end - begin
-    if rows is not None:
-        count = torch_shape(dtype, tuple(shape))[0]
-        total = total // max(1, count) * sum(stop - start for start, stop in rows)
+    extents: list[int] = []
+    if runs is not None:
+        extents = (runs[:, 1] - runs[:, 0]).tolist()
+        total = row_bytes(dtype, shape, total) * sum(extents)
     least = _C.TensorReader.LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
-    if total < least:
-        small: torch.Tensor = reader.read(number) if rows is None else reader.read_rows(number, rows)
-        return small if device.type == "cpu" else copied(small, device)
-    parts = [(number, None)] if rows is None else [(number, run) for run in rows]
-    part = reader.with_parts(parts)
-    if len(parts) == 1:
+    # Many small runs would be as many tensors to a loader.
+    if total < least or total < len(extents) * LEAST_RUN:
+        read: torch.Tensor = reader.read(number) if runs is None else reader.read_rows(number, runs.tolist())
+        return read if device.type == "cpu" else copied(read, device)
+    part = reader.with_parts([(number, None)] if runs is None else [(number, run) for run in runs.tolist()])
+    if len(part) == 1:
         with _start(part, [], device, backend) as weights:
             tensor: torch.Tensor = next(weights)[1]
             return tensor
-    assert rows is not None
-    extents = [stop - start for start, stop in rows]
     wide = torch_shape(dtype, tuple(shape))[1:]
     whole = torch.empty((sum(extents), *wide), dtype=TORCH_DTYPES[dtype], device=device)
     with _start(part, list(torch.split(whole, extents)), device, backend) as weights:
         for _ in weights:
             pass
     return whole
+
+
+def row_bytes(dtype: str, shape: Sequence[int], total: int) -> int:
+    """Bytes of a row of the first dimension as torch counts it; 0 without rows."""
+    counted = torch_shape(dtype, tuple(shape))
+    return total // counted[0] if counted and counted[0] else 0
 
 
 def find(reader: _C.TensorReader, name: str) -> int:
@@ -89,6 +94,9 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     """Every tensor of an open file, by offset."""
     if device.type != "cpu":
         return dict(load_to_device(device, file.size, [file.path], lambda: [file], None))
+    if file.size < _C.TensorReader.LEAST_FOR_THREADS:
+        reader = _C.TensorReader(file)
+        return {name: reader.get(name, backend == "mmap") for name in file.names()}
     if backend == "pread" and file.size > machine_memory():
         raise _does_not_fit(file)
     # A file that does not fit comfortably is read as it is touched.

@@ -75,23 +75,11 @@ def load_into(
             raise
         if group is not None:
             matched = dataclasses.replace(matched, direct=set())
-        sizes = {name: stop - start for file in opened for name, _, _, start, stop in file.tensors()}
         at_load = time.perf_counter()
-        stats: dict[str, LoadStats] = {}
-        total = sum(sizes[name] for name in matched.places)
-        try:
-            with progress.bar(total, show_progress) as advance:
-                here = dict.fromkeys(place.device for place in matched.places.values())
-                if group is not None:
-                    here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
-                for device in here:
-                    with _start(device, opened, paths, matched, group, strategy) as weights:
-                        _take(weights, matched, sizes, advance)
-                    if isinstance(weights, DeviceWeightIterator):
-                        stats[str(device)] = weights.load_stats()
-        finally:
-            # Bytes that changed behind autograd's back, perhaps not all of them.
-            torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
+        devices_here = dict.fromkeys(place.device for place in matched.places.values())
+        if group is not None:
+            devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
+        sizes, stats = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
     finally:
         # An exception's traceback would keep them open through this frame.
         opened.clear()
@@ -105,6 +93,32 @@ def load_into(
         seconds={"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin},
         stats=stats,
     )
+
+
+def fill(
+    matched: Match,
+    to: Iterable[torch.device],
+    files: list[_C.CheckpointFile],
+    paths: Sequence[Path],
+    group: ProcessGroup | None = None,
+    strategy: str = "independent",
+    show_progress: bool | None = False,
+) -> tuple[dict[str, int], dict[str, LoadStats]]:
+    """Load what was matched. Returns bytes of each tensor of the files, and stats of each accelerator."""
+    sizes = {name: stop - start for file in files for name, _, _, start, stop in file.tensors()}
+    stats: dict[str, LoadStats] = {}
+    total = sum(sizes[name] for name in matched.places)
+    try:
+        with progress.bar(total, show_progress) as advance:
+            for device in to:
+                with _start(device, files, paths, matched, group, strategy) as weights:
+                    _take(weights, matched, sizes, advance)
+                if isinstance(weights, DeviceWeightIterator):
+                    stats[str(device)] = weights.load_stats()
+    finally:
+        # Bytes that changed behind autograd's back, perhaps not all of them.
+        torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
+    return sizes, stats
 
 
 def _first_device(target: Target) -> torch.device:

@@ -8,12 +8,13 @@ from collections.abc import Collection
 import torch
 from safetensors.torch import _remove_duplicate_names
 
-from weightload import devices
-from weightload.api import load_file
+from weightload import _C, devices
 from weightload.errors import StateDictError
-from weightload.into import load_into
+from weightload.fetch import load_all
+from weightload.into import fill
 from weightload.iterator import Backend
-from weightload.safe_open import safe_open
+from weightload.selection import Path, open_files
+from weightload.state_dict import match
 
 # What makes loading more than copying under the same names.
 HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
@@ -51,32 +52,47 @@ def load_model(
         StateDictError: (a ``RuntimeError``) names differ under ``strict``, or shapes differ.
         FileNotFoundError, HeaderError, ReadError, TensorError, ValueError: as ``load_file``.
     """
-    devices.resolve(device)
-    with safe_open(filename, backend=backend) as file:
-        names = file.offset_keys()
+    target = devices.resolve(device)
+    if backend not in ("mmap", "pread"):
+        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+    files = open_files([filename])
+    try:
+        return _load(model, files, [filename], strict, target, backend)
+    finally:
+        files.clear()  # an exception's traceback would keep them open through this frame
+
+
+def _load(
+    model: torch.nn.Module,
+    files: list[_C.CheckpointFile],
+    paths: list[Path],
+    strict: bool,
+    device: torch.device,
+    backend: str,
+) -> tuple[set[str], list[str]]:
+    names = files[0].names()
     state = model.state_dict()
-    plain = _is_plain(model)
-    if plain:
+    matched = match(model, files, strict=False) if _is_plain(model) else None
+    if matched is not None:
         missing, unexpected = set(state).difference(names), [name for name in names if name not in state]
     else:
-        tensors = load_file(filename, device, backend=backend)
-        report = model.load_state_dict(tensors, strict=False)
+        report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
         missing, unexpected = set(report.missing_keys), list(report.unexpected_keys)
     for others in _remove_duplicate_names(state, preferred_names=names).values():
         unexpected += [name for name in others if name not in missing]
         missing.difference_update(others)
     if strict and (missing or unexpected):
         raise StateDictError(_in_words(model, missing, unexpected))
-    if plain:
-        load_into(model, filename, strict=False, strategy="independent", show_progress=False)
+    if matched is not None:
+        fill(matched, dict.fromkeys(place.device for place in matched.places.values()), files, paths)
     return missing, unexpected
 
 
 def _is_plain(model: torch.nn.Module) -> bool:
     """Whether loading the module means no more than copying each tensor to its namesake."""
     for module in model.modules():
-        kind = type(module)
-        if any(getattr(kind, name) is not getattr(torch.nn.Module, name) for name in METHODS):
+        kind, own = type(module), vars(module)
+        if any(name in own or getattr(kind, name) is not getattr(torch.nn.Module, name) for name in METHODS):
             return False
         if any(getattr(module, name) for name in HOOKS):
             return False

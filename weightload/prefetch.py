@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import os
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -14,7 +16,6 @@ from weightload.dtypes import TORCH_DTYPES
 from weightload.errors import TensorError, WeightLoadError
 from weightload.fetch import find
 from weightload.iterator import WeightIterator
-from weightload.rows import Run
 
 CLOSED = "the prefetch loader is closed"
 
@@ -30,9 +31,11 @@ class PrefetchLoader:
         self._weights, self._names, self._device = weights, names, device
         self._left = dict.fromkeys(names)
         self._waiting: dict[str, tuple[torch.Tensor, torch.Stream | None]] = {}
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._closed = False
-        self._lock = threading.RLock()
+        self._pulling = False  # by one thread at a time, which does not hold the lock meanwhile
+        self._changed = threading.Condition()
+        self._process = os.getpid()
 
     def names(self) -> list[str]:
         """All names, taken or not, in the order in which they load."""
@@ -50,39 +53,62 @@ class PrefetchLoader:
             ReadError, OutOfMemoryError: as ``safetensors_weights_iterator``; from then on for every tensor that had
                 not come yet.
         """
-        with self._lock:
-            if self._closed:
-                raise WeightLoadError(CLOSED)
-            if name not in self._left:
-                known = name in self._names
-                raise TensorError(f"tensor {name} {'was taken before' if known else 'is not in the prefetch plan'}")
-            while name not in self._waiting:
+        self._require_process()
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise WeightLoadError(CLOSED)
+                if name in self._waiting:
+                    return self._hand_out(name)
+                if name not in self._left:
+                    known = name in self._names
+                    raise TensorError(f"tensor {name} {'was taken before' if known else 'is not in the prefetch plan'}")
                 self._pull()
-            return self._hand_out(name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         while True:
-            with self._lock:
+            self._require_process()
+            with self._changed:
+                while not self._waiting and self._left and not self._closed:
+                    self._pull()
                 if self._closed or not self._left:
                     return
-                if not self._waiting:
-                    self._pull()
                 name = next(iter(self._waiting))
                 pair = name, self._hand_out(name)
             yield pair
 
+    def _require_process(self) -> None:
+        """In a forked child another thread may hold the lock for ever."""
+        if os.getpid() != self._process:
+            raise WeightLoadError("this prefetch was begun before fork(); its threads are in the parent process only")
+
     def _pull(self) -> None:
-        """Wait for the next tensor."""
+        """Wait until another tensor has come, or until another thread that waits for one has done so."""
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
+        if self._pulling:
+            self._changed.wait()
+            return
+        self._pulling = True
+        self._changed.release()
+        pulled: tuple[str, torch.Tensor] | None = None
+        error: BaseException | None = None
         try:
-            name, tensor = next(self._weights)
-        except StopIteration:  # closed by another thread
-            raise WeightLoadError(CLOSED) from None
-        except Exception as error:
-            self._error = error
-            raise
-        self._waiting[name] = tensor, self._stream()
+            pulled = next(self._weights)
+        except StopIteration:
+            error = WeightLoadError(CLOSED)
+        except BaseException as other:
+            error = other
+        self._changed.acquire()
+        self._pulling = False
+        self._changed.notify_all()
+        if error is not None:
+            if not self._closed:
+                interrupted = WeightLoadError("the prefetch was interrupted")
+                self._error = error if isinstance(error, Exception) else interrupted
+            raise error
+        if pulled is not None and pulled[0] in self._left:
+            self._waiting[pulled[0]] = pulled[1], self._stream()
 
     def _stream(self) -> torch.Stream | None:
         return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device)
@@ -99,8 +125,11 @@ class PrefetchLoader:
     def close(self) -> None:
         """Stop loading and let go of what was not taken."""
         self._closed = True
-        self._weights.close()  # wakes whoever waits in take()
-        with self._lock:
+        self._weights.close()  # wakes whoever waits for a tensor
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._changed.notify_all()
             self._waiting.clear()
             self._error = None
 
@@ -143,24 +172,29 @@ def start_prefetch(
     return PrefetchLoader(weights, names, device)
 
 
-def _entry(reader: _C.TensorReader, name: str, wanted: slice | None) -> tuple[int, Run | None]:
+def _entry(reader: _C.TensorReader, name: str, wanted: slice | None) -> tuple[int, tuple[int, int] | None]:
     """A tensor's number and rows, from a plan."""
     number = find(reader, name)
     if wanted is None:
         return number, None
     if not isinstance(wanted, slice):
         raise TensorError(f"prefetch plan values must be None or a slice, got {type(wanted).__name__} for {name}")
-    shape = reader.info(number)[1]
+    dtype, shape, begin, end = reader.info(number)
     if not shape:
         raise TensorError(f"cannot slice rows of the 0-d tensor {name}")
+    if (dtype == "F4" and len(shape) == 1) or (shape[0] and (end - begin) % shape[0]):
+        raise TensorError(f"cannot slice rows of {name}: a row is not a whole number of bytes")
     for bound in (wanted.start, wanted.stop):
-        # Python would clamp it; a plan that goes past the tensor is a mistake.
-        if bound is not None and not (isinstance(bound, int) and -shape[0] <= bound <= shape[0]):
-            raise TensorError(f"prefetch plan slice bound {bound!r} for {name} is out of range for {shape[0]} rows")
+        try:
+            whole = 0 if bound is None else operator.index(bound)
+        except TypeError:
+            raise TensorError(f"prefetch plan slice bounds for {name} must be integers or None") from None
+        if not -shape[0] <= whole <= shape[0]:  # Python would clamp it; a plan that goes past the tensor is a mistake
+            raise TensorError(f"prefetch plan slice bound {whole} for {name} is out of range for {shape[0]} rows")
     try:
-        begin, end, step = wanted.indices(shape[0])
+        first, last, step = wanted.indices(shape[0])
     except (TypeError, ValueError) as error:
         raise TensorError(f"invalid prefetch plan slice for {name}: {error}") from error
     if step != 1:
         raise TensorError(f"prefetch plan slices must have step 1, got {step} for {name}")
-    return number, (begin, max(begin, end))
+    return number, (first, max(first, last))

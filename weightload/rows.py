@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-Run = tuple[int, int]
+# Between rows that lie closer than this the kernel reads on anyway.
+PAGE = 4096
 
 
-def plan_rows(index: Any, shape: Sequence[int]) -> tuple[list[Run] | None, Any]:
+class Rows(NamedTuple):
+    """What to read of a tensor, and what to pick from it."""
+
+    runs: torch.Tensor | None
+    """(n, 2) of int64: begin and end of runs of rows, ascending and apart; None for all rows."""
+    index: Any
+    """Picks from these rows, one run behind the other, what was asked of the tensor."""
+
+
+def is_basic(index: Any) -> bool:
+    """Whether torch makes a view of it, without looking at an element."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+
+
+def plan_rows(index: Any, shape: Sequence[int], row_bytes: int) -> Rows:
     """Split ``tensor[index]`` into rows to read and an index into those.
 
     Args:
         index: anything that torch takes between brackets.
         shape: the tensor's, as torch counts it.
-
-    Returns:
-        Runs ``(begin, end)`` of rows of the first dimension, ascending and apart; None for all rows. And the index
-        that picks from these rows, one run behind the other, what ``index`` picks from the tensor.
+        row_bytes: of one row. Runs with less than a page between them become one.
 
     Raises:
         IndexError, TypeError, ValueError: torch's own, for an index that does not fit.
     """
+    if is_basic(index):
+        try_index(index, shape)
+    everything = Rows(None, index)
     if isinstance(index, list) and not all(isinstance(item, int) for item in index):
-        return None, index  # what torch makes of nested lists depends on its version
+        return everything  # what torch makes of nested lists depends on its version
     items = list(index) if isinstance(index, tuple) else [index]
-    if all(_is_basic(item) for item in items):
-        _try(index, shape)  # costs nothing, reads nothing, and raises what torch does
-    at = _first_dimension(items, len(shape))
+    at = first_dimension(items, len(shape))
     if at is None:
-        return None, index
-    runs, items[at] = _rows(items[at], shape, index)
-    return runs, (tuple(items) if runs is not None else index)
+        return everything
+    planned = _of_slice(items[at], shape[0], row_bytes) or _of_array(items[at], shape, row_bytes)
+    if planned is None:
+        return everything
+    items[at] = planned.index
+    return Rows(planned.runs, tuple(items))
 
 
-def _is_basic(item: Any) -> bool:
-    return item is None or item is Ellipsis or isinstance(item, (int, slice))
-
-
-def _try(index: Any, shape: Sequence[int]) -> None:
+def try_index(index: Any, shape: Sequence[int]) -> None:
+    """Raise what torch does of an index, without an element being read."""
     torch.empty((), dtype=torch.uint8).expand(tuple(shape))[index]
 
 
-def _first_dimension(items: list[Any], dimensions: int) -> int | None:
-    """Which item is about the first dimension; None if none restricts it."""
+def first_dimension(items: Sequence[Any], dimensions: int) -> int | None:
+    """Which item is about the first of so many dimensions; None if none restricts it."""
+    if dimensions == 0:
+        return None
     for at, item in enumerate(items):
         if item is None:
             continue
@@ -58,6 +74,16 @@ def _first_dimension(items: list[Any], dimensions: int) -> int | None:
     return None
 
 
+def about_last_dimension(index: Any, dimensions: int) -> bool:
+    """Whether an index picks from the last of so many dimensions, and does not take all of it."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    at = next((at for at, item in enumerate(items) if item is Ellipsis), None)
+    behind = [] if at is None else [item for item in items[at + 1 :] if _dimensions(item)]
+    if not behind and sum(map(_dimensions, items)) == dimensions:
+        behind = [item for item in items if _dimensions(item)]
+    return bool(behind) and not (isinstance(behind[-1], slice) and behind[-1] == slice(None))
+
+
 def _dimensions(item: Any) -> int:
     """Dimensions of the tensor that an item is about."""
     if item is None or item is Ellipsis or isinstance(item, bool):
@@ -65,54 +91,74 @@ def _dimensions(item: Any) -> int:
     if isinstance(item, (int, slice)):
         return 1
     array = _as_tensor(item)
-    if array is None or array.dtype != torch.bool:
-        return 1
-    return array.ndim
+    return array.ndim if array is not None and array.dtype is torch.bool else 1
 
 
 def _as_tensor(item: Any) -> torch.Tensor | None:
+    """An array of whole numbers or truth values, as torch understands it; None for what is torch's to judge."""
     try:
         array = torch.as_tensor(item, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
-    # torch indexes with [] as with a list of whole numbers.
-    return array.to(torch.long) if isinstance(item, list) and array.numel() == 0 else array
+    if isinstance(item, torch.Tensor) and array.dtype not in (torch.int64, torch.int32, torch.bool):
+        return None
+    if isinstance(item, list) and array.numel() == 0:  # torch indexes with [] as with a list of whole numbers
+        return array.to(torch.long)
+    if array.dtype is torch.bool:
+        return array
+    return None if array.is_floating_point() or array.is_complex() else array.to(torch.long)
 
 
-def _rows(item: Any, shape: Sequence[int], index: Any) -> tuple[list[Run] | None, Any]:
-    """Runs of rows for the item about the first dimension, and the item that takes its place."""
-    count = shape[0]
-    if isinstance(item, slice):
-        rows = range(*item.indices(count))
-        if not rows:
-            return [(0, 0)], slice(None)
-        return ([(rows[0], rows[-1] + 1)] if rows.step == 1 else [(row, row + 1) for row in rows]), slice(None)
-    array = _as_tensor(item)
-    if array is None or array.dtype == torch.uint8 or array.is_floating_point() or array.is_complex():
-        return None, item  # for torch to judge
-    if array.dtype == torch.bool:
+def _of_slice(item: Any, count: int, row_bytes: int) -> Rows | None:
+    if not isinstance(item, slice):
+        return None
+    rows = range(*item.indices(count))
+    if not rows or rows.step < 0:
+        return Rows(torch.tensor([[0, 0]]), slice(None)) if rows.step > 0 else None
+    if (rows.step - 1) * row_bytes < PAGE:
+        return Rows(torch.tensor([[rows[0], rows[-1] + 1]]), slice(None, None, rows.step))
+    begins = torch.arange(rows[0], rows[-1] + 1, rows.step)
+    return Rows(torch.stack([begins, begins + 1], 1), slice(None))
+
+
+def _of_array(item: Any, shape: Sequence[int], row_bytes: int) -> Rows | None:
+    array = None if isinstance(item, slice) else _as_tensor(item)
+    if array is None:
+        return None
+    if array.dtype is torch.bool:
         if list(array.shape) != list(shape[: array.ndim]):
-            _try(index, shape)
-            return None, item
-        wanted = array.flatten(1).any(1) if array.ndim > 1 else array
-        rows_there = wanted.nonzero().flatten()
-        return _runs(rows_there.tolist()), array[rows_there]
+            return None
+        runs = _runs((array.flatten(1).any(1) if array.ndim > 1 else array).nonzero().flatten(), row_bytes)
+        return Rows(runs, array[_rows_of(runs)])
+    count = shape[0]
     if array.numel() and not (-count <= int(array.min()) and int(array.max()) < count):
-        _try(index, shape)
-        return None, item
+        return None
     if array.ndim == 0:
         row = int(array) % count
-        return [(row, row + 1)], 0
-    wanted, place = torch.unique(torch.where(array < 0, array + count, array), return_inverse=True)
-    return _runs(wanted.tolist()), place.reshape(array.shape)
+        return Rows(torch.tensor([[row, row + 1]]), 0)
+    array = torch.where(array < 0, array + count, array)
+    runs = _runs(torch.unique(array), row_bytes)
+    which = torch.searchsorted(runs[:, 0].contiguous(), array, right=True) - 1
+    return Rows(runs, array - runs[which, 0] + _places(runs)[which])
 
 
-def _runs(rows: list[int]) -> list[Run]:
-    """Ascending numbers as runs without gaps."""
-    runs: list[Run] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return runs or [(0, 0)]
+def _places(runs: torch.Tensor) -> torch.Tensor:
+    """Where each run begins, one behind the other."""
+    lengths = runs[:, 1] - runs[:, 0]
+    return lengths.cumsum(0) - lengths
+
+
+def _rows_of(runs: torch.Tensor) -> torch.Tensor:
+    """The numbers of all rows in runs."""
+    lengths = runs[:, 1] - runs[:, 0]
+    return torch.repeat_interleave(runs[:, 0] - _places(runs), lengths) + torch.arange(int(lengths.sum()))
+
+
+def _runs(rows: torch.Tensor, row_bytes: int) -> torch.Tensor:
+    """Ascending numbers as runs, with a page or more between them."""
+    if rows.numel() == 0:
+        return torch.tensor([[0, 0]])
+    ends = (rows[1:] - rows[:-1] - 1) * row_bytes >= PAGE
+    last = torch.cat([ends, torch.tensor([True])])
+    first = torch.cat([torch.tensor([True]), ends])
+    return torch.stack([rows[first], rows[last] + 1], 1)

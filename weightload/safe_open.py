@@ -12,10 +12,10 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C, devices
 from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
-from weightload.fetch import copied, fetch, find, load_all
+from weightload.fetch import copied, fetch, find, load_all, row_bytes
 from weightload.iterator import Backend
 from weightload.prefetch import PrefetchLoader, start_prefetch
-from weightload.rows import plan_rows
+from weightload.rows import about_last_dimension, is_basic, plan_rows
 from weightload.selection import open_files
 
 # What safetensors calls torch. Other frameworks are its own business.
@@ -53,12 +53,11 @@ class safe_open:
         ValueError: a device that torch cannot use here, or no such backend.
     """
 
-    def __new__(
-        cls, filename: str | os.PathLike[str], framework: str = "pt", device: Any = "cpu", **options: Any
-    ) -> Any:
-        if framework in TORCH_NAMES:
-            return super().__new__(cls)
-        return safetensors_open(filename, framework=framework, device=device, **options)
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        framework = arguments[1] if len(arguments) > 1 else options.get("framework", "pt")
+        if cls is safe_open and framework not in TORCH_NAMES:
+            return safetensors_open(*arguments, **options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -78,7 +77,6 @@ class safe_open:
         self._names: list[str] | None = None
 
     def __enter__(self) -> safe_open:
-        self._opened()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,6 +105,10 @@ class safe_open:
 
     def __len__(self) -> int:
         return len(self._opened().file)
+
+    def __bool__(self) -> bool:
+        """True, whatever is in the file."""
+        return True
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._opened().find(name) is not None
@@ -179,11 +181,12 @@ class TensorSlice:
     """A tensor of a file, read when it is indexed. Outlives its handle."""
 
     def __init__(self, reader: _C.TensorReader, number: int, device: torch.device, backend: str) -> None:
-        self._reader, self._number, self._device, self._backend = reader, number, device, backend
+        self._reader, self._number, self._device = reader, number, device
         self._dtype, self._shape, self._begin, self._end = reader.info(number)
+        self._mapped = backend == "mmap" and device.type == "cpu" and reader.can_map(number)
 
     def get_shape(self) -> list[int]:
-        """The shape in the header, in elements."""
+        """The shape in the header, in elements; of F4 too, where torch counts pairs."""
         return list(self._shape)
 
     def get_dtype(self) -> str:
@@ -194,22 +197,36 @@ class TensorSlice:
         """What torch's indexing gives: of a mapped file a view where torch gives one, else memory of its own.
 
         Raises:
-            IndexError, TypeError, ValueError: torch's own.
+            IndexError, TypeError, ValueError: torch's own; IndexError also for the last dimension of F4, which has
+                elements in the file and pairs in torch.
             ReadError, TensorError, OutOfMemoryError: as ``safe_open.get_tensor``.
         """
-        view: torch.Tensor
-        mapped = self._backend == "mmap" and self._device.type == "cpu" and self._reader.can_map(self._number)
-        if mapped and self._end - self._begin < _C.TensorReader.LEAST_FOR_THREADS:
-            view = self._reader.view(self._number)
-            return view[index]
-        runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)))
-        if mapped:
-            if (runs and len(runs) > 1) or self._reader.is_cached(self._begin, self._end):
-                view = self._reader.view(self._number)
+        if self._dtype == "F4" and about_last_dimension(index, len(self._shape)):
+            raise IndexError("the last dimension of a packed dtype (F4) cannot be indexed: torch counts pairs")
+        least = _C.TensorReader.LEAST_FOR_THREADS
+        size = self._end - self._begin
+        # Only where torch makes a view: a copy would touch pages that may be gone by now, which ends the process.
+        lazy = self._mapped and is_basic(index)
+        if lazy and size < least:
+            view: torch.Tensor | None = self._reader.first_view(self._number)
+            if view is not None:
                 return view[index]
-            return fetch(self._reader, self._number, self._device, self._backend, runs)[within]
-        rows = fetch(self._reader, self._number, self._device, self._backend, runs)
+        wide = row_bytes(self._dtype, self._shape, size)
+        runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)), wide)
+        if lazy and size >= least and self._may_be_touched(runs, wide):
+            view = self._reader.first_view(self._number)
+            if view is not None:
+                return view[index]
+        rows = fetch(self._reader, self._number, self._device, "mmap" if lazy else "pread", runs)
         picked = rows[within]
-        if picked.untyped_storage().nbytes() == picked.nbytes:
+        of_a_mapping = lazy and rows.nbytes >= least and (runs is None or len(runs) == 1)
+        if of_a_mapping or picked.untyped_storage().nbytes() == picked.nbytes:
             return picked
         return copied(picked, self._device)  # not for a few of the bytes to keep all of them
+
+    def _may_be_touched(self, runs: torch.Tensor | None, wide: int) -> bool:
+        """Whether page faults are as good as threads: for rows that lie apart, or are in the page cache."""
+        if runs is not None and len(runs) > 1:
+            return True
+        begin, end = (0, self._end - self._begin) if runs is None else (runs[0] * wide).tolist()
+        return self._reader.is_cached(self._begin + begin, self._begin + end)

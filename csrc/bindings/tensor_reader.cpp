@@ -15,6 +15,9 @@ namespace py = pybind11;
 namespace weightload {
 namespace {
 
+// Below, reading again costs no more than mapping again, and mappings are limited.
+constexpr uint64_t kLeastToMapAgain = 1 << 20;
+
 // Bytes from which threads bring in a tensor faster than the calling one, starting them included.
 constexpr uint64_t kLeastForThreads = 8 << 20;
 
@@ -37,7 +40,10 @@ py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<R
   TensorInMemory part;
   {
     py::gil_scoped_release release;
-    part = reader.read(tensor, rows);
+    part = reader.read(tensor, rows, [] {
+      const py::gil_scoped_acquire acquire;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
   }
   return wrap(reader, part);
 }
@@ -57,7 +63,8 @@ py::object get(TensorReader& reader, py::handle name, bool map) {
   const bool large = bytes.size() >= kLeastForThreads;
   if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
   if (large && cached_bytes(*reader.file().file(), bytes) != bytes.size()) return py::int_(*tensor);
-  return wrap(reader, reader.view(*tensor));
+  if (const auto first = reader.first_view(*tensor)) return wrap(reader, *first);
+  return bytes.size() < kLeastToMapAgain ? read(reader, *tensor, nullptr) : wrap(reader, reader.view_again(*tensor));
 }
 
 std::tuple<std::string, std::vector<uint64_t>, uint64_t, uint64_t> info(const TensorReader& reader, uint32_t number) {
@@ -89,8 +96,12 @@ void register_tensor_reader(py::module_& module) {
            "None without such a name.")
       .def("can_map", &TensorReader::can_map, py::arg("tensor"))
       .def(
-          "view", [](TensorReader& reader, uint32_t tensor) { return wrap(reader, reader.view(tensor)); },
-          py::arg("tensor"), "A view of the mapped file, of which nobody else has one.")
+          "first_view",
+          [](TensorReader& reader, uint32_t tensor) {
+            const auto view = reader.first_view(tensor);
+            return view ? wrap(reader, *view) : py::none();
+          },
+          py::arg("tensor"), "A view of the mapped file, or None if somebody has been given one.")
       .def(
           "read", [](const TensorReader& reader, uint32_t tensor) { return read(reader, tensor, nullptr); },
           py::arg("tensor"), "A tensor in private memory, read in this thread.")

@@ -1,6 +1,5 @@
 #include "pipeline/tensor_reader.h"
 
-#include <algorithm>
 #include <string>
 
 #include "base/error.h"
@@ -8,35 +7,10 @@
 namespace weightload {
 namespace {
 
-// Reading on over a gap of less than a page costs nothing: the kernel reads whole pages.
-constexpr uint64_t kPage = 4096;
-constexpr uint64_t kMostTogether = 1 << 20;  // bytes of a read for several ranges
+constexpr uint64_t kBetweenPauses = 32 << 20;  // bytes
 
 [[noreturn]] void fail_rows(const CheckpointFile& file, const TensorInfo& info, const std::string& what) {
   throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
-}
-
-// Reads ranges one behind the other; those with little between them in one call.
-void read_ranges(const ByteSource& source, const std::vector<ByteRange>& ranges, char* to) {
-  std::vector<char> several;
-  for (size_t first = 0, next = 0; first < ranges.size(); first = next) {
-    const auto follows = [&](const ByteRange& range) {
-      const uint64_t end = ranges[next - 1].end;
-      return range.begin >= end && range.begin - end < kPage && range.end - ranges[first].begin <= kMostTogether;
-    };
-    for (next = first + 1; next < ranges.size() && follows(ranges[next]);) ++next;
-    if (next == first + 1) {
-      source.read(ranges[first].begin, to, ranges[first].size());
-      to += ranges[first].size();
-      continue;
-    }
-    several.resize(ranges[next - 1].end - ranges[first].begin);
-    source.read(ranges[first].begin, several.data(), several.size());
-    for (size_t i = first; i < next; ++i) {
-      const char* const from = several.data() + (ranges[i].begin - ranges[first].begin);
-      to = std::copy(from, from + ranges[i].size(), to);
-    }
-  }
 }
 
 // torch's type of packed elements counts pairs in the last dimension, which of a vector is the first.
@@ -60,16 +34,30 @@ bool TensorReader::can_map(uint32_t tensor) const {
   return file_->file() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
 }
 
-TensorInMemory TensorReader::view(uint32_t tensor) {
-  const TensorInfo& info = file_->header().tensors.at(tensor);
-  if (info.bytes.empty()) return {info, nullptr, {}};
-  std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_ || given_[tensor]) {
-    map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
-    given_.assign(file_->header().tensors.size(), false);
-  }
+void TensorReader::map() {
+  map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
+  given_.assign(file_->header().tensors.size(), false);
+}
+
+TensorInMemory TensorReader::give(uint32_t tensor) {
+  const TensorInfo& info = file_->header().tensors[tensor];
   given_[tensor] = true;
   return {info, map_->data() + info.bytes.begin, map_};
+}
+
+std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor) {
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  if (info.bytes.empty()) return TensorInMemory{info, nullptr, {}};
+  std::lock_guard<std::mutex> lock(mapping_);
+  if (!map_) map();
+  if (given_[tensor]) return std::nullopt;
+  return give(tensor);
+}
+
+TensorInMemory TensorReader::view_again(uint32_t tensor) {
+  std::lock_guard<std::mutex> lock(mapping_);
+  if (!map_ || given_.at(tensor)) map();
+  return give(tensor);
 }
 
 uint64_t TensorReader::row_count(uint32_t tensor) const {
@@ -89,7 +77,8 @@ TensorInfo TensorReader::narrowed(uint32_t tensor, RowRange rows) const {
   return info;
 }
 
-TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows) const {
+TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows,
+                                  const std::function<void()>& pause) const {
   const TensorInfo& whole = file_->header().tensors.at(tensor);
   TensorInMemory result{whole, nullptr, {}};
   std::vector<ByteRange> ranges{whole.bytes};
@@ -109,7 +98,15 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
   try {
     result.memory = allocate_block(result.info.bytes.size());
     result.data = result.memory->data();
-    read_ranges(file_->source(), ranges, result.data);
+    char* to = result.data;
+    const char* paused = to;
+    for (const ByteRange& range : ranges) {
+      file_->source().read(range.begin, to, range.size());
+      to += range.size();
+      if (static_cast<uint64_t>(to - paused) < kBetweenPauses) continue;
+      pause();
+      paused = to;
+    }
     file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {
     throw Error(error.kind, error.message,

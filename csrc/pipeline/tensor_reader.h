@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -41,19 +42,24 @@ class TensorReader {
   // Whether view() can be had: bytes in memory have no mapping, and tensors that lie misaligned must be read.
   bool can_map(uint32_t tensor) const;
 
-  // The tensor in a mapping that nobody has this tensor of yet: a mapping is copy-on-write, and what one holder of a
-  // view writes must not be what the next is given. The file is mapped again when a tensor is asked for again.
-  TensorInMemory view(uint32_t tensor);
+  // The tensor in the mapping, if nobody has been given it there: a mapping is copy-on-write, and what one holder of a
+  // view writes must not be what the next is given.
+  std::optional<TensorInMemory> first_view(uint32_t tensor);
 
-  // Reads whole rows, one range behind the other, into private memory; without ranges all of the tensor. Reads nothing
-  // between the ranges, except for gaps of less than a page.
-  TensorInMemory read(uint32_t tensor, const std::vector<RowRange>* rows) const;
+  // The same where it has been given, in a new mapping of the file. Mappings are limited (vm.max_map_count).
+  TensorInMemory view_again(uint32_t tensor);
+
+  // Reads whole rows, one range behind the other, into private memory; without ranges all of the tensor. Calls `pause`
+  // now and then, which may throw.
+  TensorInMemory read(uint32_t tensor, const std::vector<RowRange>* rows, const std::function<void()>& pause) const;
 
   // The bytes and header entry of some rows. Throws Error{tensor} where the tensor has no such rows.
   TensorInfo narrowed(uint32_t tensor, RowRange rows) const;
 
  private:
   uint64_t row_count(uint32_t tensor) const;
+  TensorInMemory give(uint32_t tensor);
+  void map();
 
   const std::shared_ptr<const CheckpointFile> file_;
   mutable std::once_flag indexing_;
