@@ -181,6 +181,20 @@ def test_slices_outlive_their_handle(sliced: Path) -> None:
         assert torch.equal(part[2:], want[2:])
 
 
+def test_slices_that_lie_apart_are_views_of_one_mapping(tmp_path: Path) -> None:
+    """As those of a fused query, key and value; one that overlaps what was given has memory of its own."""
+    path = write_tensors(tmp_path / "aligned.safetensors", [("large", "F32", LARGE)])
+    with weightload.safe_open(path) as file:
+        part = file.get_slice("large")
+        second, first, third = part[1000:2000], part[:1000], part[2000:5000:2]
+        assert second.data_ptr() - first.data_ptr() == 1000 * 2800
+        assert third.data_ptr() - second.data_ptr() == 1000 * 2800
+        again = part[1999:2001]
+        assert not second.data_ptr() <= again.data_ptr() < third.data_ptr() + third.nbytes
+        second.zero_()
+        assert torch.equal(bits(again), bits(weightload.load_file(path)["large"][1999:2001]))
+
+
 def test_packed_and_float8(all_dtypes: Path) -> None:
     whole = weightload.load_file(all_dtypes)
     for backend in BACKENDS:
@@ -209,7 +223,7 @@ def test_pairs_of_f4_are_not_cut_by_elements(all_dtypes: Path) -> None:
 def test_the_plan_of_rows() -> None:
     def runs(index: Any, shape: list[int], row_bytes: int = 4097) -> Any:
         found = plan_rows(index, shape, row_bytes).runs
-        return None if found is None else found.tolist()
+        return None if found is None else list(map(list, found))
 
     assert runs(slice(2, 5), [9, 2]) == [[2, 5]]
     assert runs(slice(2, 8, 3), [9, 2]) == [[2, 3], [5, 6]]

@@ -232,9 +232,9 @@ class TensorReader:
         """
         A tensor's number, or None.
         """
-    def first_view(self, tensor: int) -> typing.Any:
+    def first_view(self, tensor: int, rows: tuple[int, int] | None) -> typing.Any:
         """
-        A view of the mapped file, or None if somebody has been given one.
+        A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it.
         """
     def get(self, name: typing.Any, map: bool) -> typing.Any:
         """

@@ -13,6 +13,7 @@ from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError
 from weightload.iterator import WeightIterator
+from weightload.rows import Run
 from weightload.selection import select_all
 
 # Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
@@ -26,7 +27,7 @@ def fetch(
     number: int,
     device: torch.device,
     backend: str,
-    runs: torch.Tensor | None = None,
+    runs: list[Run] | None = None,
 ) -> torch.Tensor:
     """A tensor, or runs of its rows (see ``rows.Rows``) one behind the other, in memory that nothing else has.
 
@@ -37,16 +38,15 @@ def fetch(
     """
     dtype, shape, begin, end = reader.info(number)
     total = end - begin
-    extents: list[int] = []
+    extents = [stop - start for start, stop in runs or ()]
     if runs is not None:
-        extents = (runs[:, 1] - runs[:, 0]).tolist()
         total = row_bytes(dtype, shape, total) * sum(extents)
     least = _C.TensorReader.LEAST_FOR_THREADS if device.type == "cpu" else LEAST_FOR_PIPELINE
     # Many small runs would be as many tensors to a loader.
     if total < least or total < len(extents) * LEAST_RUN:
-        read: torch.Tensor = reader.read(number) if runs is None else reader.read_rows(number, runs.tolist())
+        read: torch.Tensor = reader.read(number) if runs is None else reader.read_rows(number, runs)
         return read if device.type == "cpu" else copied(read, device)
-    part = reader.with_parts([(number, None)] if runs is None else [(number, run) for run in runs.tolist()])
+    part = reader.with_parts([(number, None)] if runs is None else [(number, run) for run in runs])
     if len(part) == 1:
         with _start(part, [], device, backend) as weights:
             tensor: torch.Tensor = next(weights)[1]

@@ -11,11 +11,14 @@ import torch
 PAGE = 4096
 
 
+Run = tuple[int, int]  # begin and end
+
+
 class Rows(NamedTuple):
     """What to read of a tensor, and what to pick from it."""
 
-    runs: torch.Tensor | None
-    """(n, 2) of int64: begin and end of runs of rows, ascending and apart; None for all rows."""
+    runs: list[Run] | None
+    """Runs of rows, ascending and apart; None for all rows."""
     index: Any
     """Picks from these rows, one run behind the other, what was asked of the tensor."""
 
@@ -37,6 +40,9 @@ def plan_rows(index: Any, shape: Sequence[int], row_bytes: int) -> Rows:
     Raises:
         IndexError, TypeError, ValueError: torch's own, for an index that does not fit.
     """
+    if isinstance(index, slice) and index.step in (None, 1) and shape:
+        begin, end, _ = index.indices(shape[0])
+        return Rows([(begin, max(begin, end))], slice(None))
     if is_basic(index):
         try_index(index, shape)
     everything = Rows(None, index)
@@ -114,14 +120,15 @@ def _of_slice(item: Any, count: int, row_bytes: int) -> Rows | None:
         return None
     rows = range(*item.indices(count))
     if not rows or rows.step < 0:
-        return Rows(torch.tensor([[0, 0]]), slice(None)) if rows.step > 0 else None
+        return Rows([(0, 0)], slice(None)) if rows.step > 0 else None
     if (rows.step - 1) * row_bytes < PAGE:
-        return Rows(torch.tensor([[rows[0], rows[-1] + 1]]), slice(None, None, rows.step))
-    begins = torch.arange(rows[0], rows[-1] + 1, rows.step)
-    return Rows(torch.stack([begins, begins + 1], 1), slice(None))
+        return Rows([(rows[0], rows[-1] + 1)], slice(None, None, rows.step))
+    return Rows([(row, row + 1) for row in rows], slice(None))
 
 
 def _of_array(item: Any, shape: Sequence[int], row_bytes: int) -> Rows | None:
+    if isinstance(item, int) and not isinstance(item, bool) and -shape[0] <= item < shape[0]:
+        return Rows([(item % shape[0], item % shape[0] + 1)], 0)
     array = None if isinstance(item, slice) else _as_tensor(item)
     if array is None:
         return None
@@ -129,17 +136,21 @@ def _of_array(item: Any, shape: Sequence[int], row_bytes: int) -> Rows | None:
         if list(array.shape) != list(shape[: array.ndim]):
             return None
         runs = _runs((array.flatten(1).any(1) if array.ndim > 1 else array).nonzero().flatten(), row_bytes)
-        return Rows(runs, array[_rows_of(runs)])
+        return Rows(_pairs(runs), array[_rows_of(runs)])
     count = shape[0]
     if array.numel() and not (-count <= int(array.min()) and int(array.max()) < count):
         return None
     if array.ndim == 0:
         row = int(array) % count
-        return Rows(torch.tensor([[row, row + 1]]), 0)
+        return Rows([(row, row + 1)], 0)
     array = torch.where(array < 0, array + count, array)
     runs = _runs(torch.unique(array), row_bytes)
     which = torch.searchsorted(runs[:, 0].contiguous(), array, right=True) - 1
-    return Rows(runs, array - runs[which, 0] + _places(runs)[which])
+    return Rows(_pairs(runs), array - runs[which, 0] + _places(runs)[which])
+
+
+def _pairs(runs: torch.Tensor) -> list[Run]:
+    return list(map(tuple, runs.tolist()))
 
 
 def _places(runs: torch.Tensor) -> torch.Tensor:
@@ -155,7 +166,7 @@ def _rows_of(runs: torch.Tensor) -> torch.Tensor:
 
 
 def _runs(rows: torch.Tensor, row_bytes: int) -> torch.Tensor:
-    """Ascending numbers as runs, with a page or more between them."""
+    """Ascending numbers as (n, 2) beginnings and ends of runs, with a page or more between them."""
     if rows.numel() == 0:
         return torch.tensor([[0, 0]])
     ends = (rows[1:] - rows[:-1] - 1) * row_bytes >= PAGE

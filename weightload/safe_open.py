@@ -203,30 +203,25 @@ class TensorSlice:
         """
         if self._dtype == "F4" and about_last_dimension(index, len(self._shape)):
             raise IndexError("the last dimension of a packed dtype (F4) cannot be indexed: torch counts pairs")
-        least = _C.TensorReader.LEAST_FOR_THREADS
         size = self._end - self._begin
-        # Only where torch makes a view: a copy would touch pages that may be gone by now, which ends the process.
-        lazy = self._mapped and is_basic(index)
-        if lazy and size < least:
-            view: torch.Tensor | None = self._reader.first_view(self._number)
-            if view is not None:
-                return view[index]
         wide = row_bytes(self._dtype, self._shape, size)
         runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)), wide)
-        if lazy and size >= least and self._may_be_touched(runs, wide):
-            view = self._reader.first_view(self._number)
+        # Only where torch makes a view: a copy would touch pages that may be gone by now, which ends the process.
+        lazy = self._mapped and is_basic(index)
+        one = runs[0] if runs and len(runs) == 1 else None
+        begin, end = (one[0] * wide, one[1] * wide) if one else (0, size)
+        if lazy and ((runs and not one) or self._is_at_hand(begin, end)):
+            view: torch.Tensor | None = self._reader.first_view(self._number, one)
             if view is not None:
-                return view[index]
+                return view[within if one else index]
         rows = fetch(self._reader, self._number, self._device, "mmap" if lazy else "pread", runs)
         picked = rows[within]
-        of_a_mapping = lazy and rows.nbytes >= least and (runs is None or len(runs) == 1)
+        of_a_mapping = lazy and end - begin >= _C.TensorReader.LEAST_FOR_THREADS and (one or not runs)
         if of_a_mapping or picked.untyped_storage().nbytes() == picked.nbytes:
             return picked
         return copied(picked, self._device)  # not for a few of the bytes to keep all of them
 
-    def _may_be_touched(self, runs: torch.Tensor | None, wide: int) -> bool:
-        """Whether page faults are as good as threads: for rows that lie apart, or are in the page cache."""
-        if runs is not None and len(runs) > 1:
-            return True
-        begin, end = (0, self._end - self._begin) if runs is None else (runs[0] * wide).tolist()
-        return self._reader.is_cached(self._begin + begin, self._begin + end)
+    def _is_at_hand(self, begin: int, end: int) -> bool:
+        """Whether page faults are as good as threads for these bytes of the tensor: few, or in the page cache."""
+        few = end - begin < _C.TensorReader.LEAST_FOR_THREADS
+        return few or self._reader.is_cached(self._begin + begin, self._begin + end)

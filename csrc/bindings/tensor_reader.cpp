@@ -63,7 +63,7 @@ py::object get(TensorReader& reader, py::handle name, bool map) {
   const bool large = bytes.size() >= kLeastForThreads;
   if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
   if (large && cached_bytes(*reader.file().file(), bytes) != bytes.size()) return py::int_(*tensor);
-  if (const auto first = reader.first_view(*tensor)) return wrap(reader, *first);
+  if (const auto first = reader.first_view(*tensor, nullptr)) return wrap(reader, *first);
   return bytes.size() < kLeastToMapAgain ? read(reader, *tensor, nullptr) : wrap(reader, reader.view_again(*tensor));
 }
 
@@ -97,11 +97,13 @@ void register_tensor_reader(py::module_& module) {
       .def("can_map", &TensorReader::can_map, py::arg("tensor"))
       .def(
           "first_view",
-          [](TensorReader& reader, uint32_t tensor) {
-            const auto view = reader.first_view(tensor);
+          [](TensorReader& reader, uint32_t tensor, const std::optional<RowTuple>& rows) {
+            const RowRange range = rows ? RowRange{std::get<0>(*rows), std::get<1>(*rows)} : RowRange{};
+            const auto view = reader.first_view(tensor, rows ? &range : nullptr);
             return view ? wrap(reader, *view) : py::none();
           },
-          py::arg("tensor"), "A view of the mapped file, or None if somebody has been given one.")
+          py::arg("tensor"), py::arg("rows"),
+          "A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it.")
       .def(
           "read", [](const TensorReader& reader, uint32_t tensor) { return read(reader, tensor, nullptr); },
           py::arg("tensor"), "A tensor in private memory, read in this thread.")

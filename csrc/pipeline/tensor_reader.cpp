@@ -1,6 +1,8 @@
 #include "pipeline/tensor_reader.h"
 
+#include <iterator>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 
@@ -36,28 +38,45 @@ bool TensorReader::can_map(uint32_t tensor) const {
 
 void TensorReader::map() {
   map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
-  given_.assign(file_->header().tensors.size(), false);
+  given_.clear();
 }
 
-TensorInMemory TensorReader::give(uint32_t tensor) {
-  const TensorInfo& info = file_->header().tensors[tensor];
-  given_[tensor] = true;
-  return {info, map_->data() + info.bytes.begin, map_};
+// False if any of these bytes have been given. Neighbours become one range: a file that is read in order takes one.
+bool TensorReader::claim(ByteRange bytes) {
+  auto next = given_.lower_bound(bytes.begin);
+  if (next != given_.end() && next->first < bytes.end) return false;
+  if (next != given_.begin()) {
+    const auto previous = std::prev(next);
+    if (previous->second > bytes.begin) return false;
+    if (previous->second == bytes.begin) {
+      bytes.begin = previous->first;
+      given_.erase(previous);
+    }
+  }
+  if (next != given_.end() && next->first == bytes.end) {
+    bytes.end = next->second;
+    next = given_.erase(next);
+  }
+  given_.emplace_hint(next, bytes.begin, bytes.end);
+  return true;
 }
 
-std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor) {
-  const TensorInfo& info = file_->header().tensors.at(tensor);
-  if (info.bytes.empty()) return TensorInMemory{info, nullptr, {}};
+std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const RowRange* rows) {
+  TensorInfo info = rows ? narrowed(tensor, *rows) : file_->header().tensors.at(tensor);
+  if (info.bytes.empty()) return TensorInMemory{std::move(info), nullptr, {}};
   std::lock_guard<std::mutex> lock(mapping_);
   if (!map_) map();
-  if (given_[tensor]) return std::nullopt;
-  return give(tensor);
+  if (!claim(info.bytes)) return std::nullopt;
+  char* const data = map_->data() + info.bytes.begin;
+  return TensorInMemory{std::move(info), data, map_};
 }
 
 TensorInMemory TensorReader::view_again(uint32_t tensor) {
+  const TensorInfo& info = file_->header().tensors.at(tensor);
   std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_ || given_.at(tensor)) map();
-  return give(tensor);
+  map();
+  claim(info.bytes);
+  return {info, map_->data() + info.bytes.begin, map_};
 }
 
 uint64_t TensorReader::row_count(uint32_t tensor) const {

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -42,9 +43,9 @@ class TensorReader {
   // Whether view() can be had: bytes in memory have no mapping, and tensors that lie misaligned must be read.
   bool can_map(uint32_t tensor) const;
 
-  // The tensor in the mapping, if nobody has been given it there: a mapping is copy-on-write, and what one holder of a
-  // view writes must not be what the next is given.
-  std::optional<TensorInMemory> first_view(uint32_t tensor);
+  // The tensor, or rows of it, in the mapping, if nobody has been given any of these bytes there: a mapping is
+  // copy-on-write, and what one holder of a view writes must not be what the next is given.
+  std::optional<TensorInMemory> first_view(uint32_t tensor, const RowRange* rows);
 
   // The same where it has been given, in a new mapping of the file. Mappings are limited (vm.max_map_count).
   TensorInMemory view_again(uint32_t tensor);
@@ -58,7 +59,7 @@ class TensorReader {
 
  private:
   uint64_t row_count(uint32_t tensor) const;
-  TensorInMemory give(uint32_t tensor);
+  bool claim(ByteRange bytes);
   void map();
 
   const std::shared_ptr<const CheckpointFile> file_;
@@ -67,7 +68,7 @@ class TensorReader {
 
   std::mutex mapping_;  // guards what follows
   HostMemoryRef map_;
-  std::vector<bool> given_;  // of the tensors in map_
+  std::map<uint64_t, uint64_t> given_;  // bytes of map_: begin and end of ranges that lie apart
 };
 
 }  // namespace weightload
