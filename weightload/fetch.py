@@ -96,7 +96,9 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
         return dict(load_to_device(device, file.size, [file.path], lambda: [file], None))
     if file.size < _C.TensorReader.LEAST_FOR_THREADS:
         reader = _C.TensorReader(file)
-        return {name: reader.get(name, backend == "mmap") for name in file.names()}
+        # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
+        if backend == "pread" or reader.is_cached(0, file.size):
+            return {name: reader.get(name, backend == "mmap") for name in file.names()}
     if backend == "pread" and file.size > machine_memory():
         raise _does_not_fit(file)
     # A file that does not fit comfortably is read as it is touched.
