@@ -1,5 +1,6 @@
 #include "pipeline/tensor_reader.h"
 
+#include <algorithm>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -21,14 +22,22 @@ uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4
 }  // namespace
 
 std::optional<uint32_t> TensorReader::find(std::string_view name) const {
-  std::call_once(indexing_, [this] {
-    const auto& tensors = file_->header().tensors;
+  const auto& tensors = file_->header().tensors;
+  const std::hash<std::string_view> hash_of;
+  const auto before = [&](const Entry& entry, size_t hash, std::string_view text) {
+    return entry.hash != hash ? entry.hash < hash : tensors[entry.tensor].name < text;
+  };
+  std::call_once(indexing_, [&] {
     index_.reserve(tensors.size());
-    for (uint32_t i = 0; i < tensors.size(); ++i) index_.emplace(tensors[i].name, i);
+    for (uint32_t i = 0; i < tensors.size(); ++i) index_.push_back({hash_of(tensors[i].name), i});
+    std::sort(index_.begin(), index_.end(),
+              [&](const Entry& a, const Entry& b) { return before(a, b.hash, tensors[b.tensor].name); });
   });
-  const auto found = index_.find(name);
-  if (found == index_.end()) return std::nullopt;
-  return found->second;
+  const size_t hash = hash_of(name);
+  const auto found = std::lower_bound(index_.begin(), index_.end(), name,
+                                      [&](const Entry& entry, std::string_view) { return before(entry, hash, name); });
+  if (found == index_.end() || found->hash != hash || tensors[found->tensor].name != name) return std::nullopt;
+  return found->tensor;
 }
 
 bool TensorReader::can_map(uint32_t tensor) const {

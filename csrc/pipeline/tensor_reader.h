@@ -6,7 +6,6 @@
 #include <mutex>
 #include <optional>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -64,7 +63,11 @@ class TensorReader {
 
   const std::shared_ptr<const CheckpointFile> file_;
   mutable std::once_flag indexing_;
-  mutable std::unordered_map<std::string_view, uint32_t> index_;  // into the header's names
+  struct Entry {
+    size_t hash;
+    uint32_t tensor;
+  };
+  mutable std::vector<Entry> index_;  // sorted by hash, then by name: see base/repeated_name.h for why it is no table
 
   std::mutex mapping_;  // guards what follows
   HostMemoryRef map_;
