@@ -67,6 +67,9 @@ TEST(a_tensor_that_was_given_comes_from_another_mapping) {
   const TensorInMemory second = reader.view_again(0);
   CHECK(rows.is_right(second, 0, kRow * kRows));
   CHECK(!reader.first_view(0, nullptr));
+  TensorReader other(rows.file);
+  const RowRange early{0, 5}, late{5, 9};
+  CHECK(other.first_view(0, &early).has_value() && other.first_view(0, &late).has_value());
   CHECK(rows.is_right(reader.read(0, nullptr, kNoPause), 0, kRow * kRows));
 }
 
@@ -97,12 +100,14 @@ TEST(rows_that_are_not_there_are_refused) {
 
 TEST(names_are_found_also_among_names_of_one_hash) {
   const Rows rows;
-  std::vector<std::string> names = names_of_one_hash(9);
+  std::vector<std::string> names, absent;
+  for (const std::string& name : names_of_one_hash(9)) (names.size() > absent.size() ? absent : names).push_back(name);
   names.insert(names.end(), {"", "a", "b", std::string("a\0", 2)});
   std::vector<TensorInfo> tensors;
   for (const std::string& name : names) tensors.push_back({name, Dtype::U8, {1}, {rows.begin, rows.begin + 1}});
   const TensorReader reader(rows.file->with_tensors(tensors));
   for (uint32_t i = 0; i < names.size(); ++i) CHECK(reader.find(names[i]).value() == i);
   CHECK(!reader.find("c"));
+  for (const std::string& name : absent) CHECK(!reader.find(name));
   CHECK(!reader.find(names[0] + "x"));
 }
