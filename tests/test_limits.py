@@ -227,3 +227,20 @@ def test_a_checkpoint_larger_than_the_control_groups_memory(options: dict[str, A
         # What the process has at this point is its parent group's.
         way = "simulated" if "device" in options else "iterator-mmap"
         run_ways(way, script, path, repr(options), group, size=size, names=names)
+
+
+@pytest.mark.parametrize("ways", WAYS)
+def test_no_memory_may_be_locked(ways: str) -> None:
+    """Whoever may not lock a page (no privilege, RLIMIT_MEMLOCK 0) loads all the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = write_tensors(Path(folder) / "a.safetensors", [(f"{i}", "U8", [1 << 20]) for i in range(20)])
+        path.chmod(0o644)
+        script = """
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+            if os.geteuid() == 0:
+                os.setgroups([]); os.setgid(65534); os.setuid(65534)
+            way(paths)
+            assert threads() == 0
+        """
+        run_ways(ways, script, path, size=1 << 20, names=[str(i) for i in range(20)])

@@ -85,6 +85,17 @@ def test_a_sparse_giant_is_mapped_or_refused(tmp_path: Path) -> None:
     assert_nothing_held()
 
 
+def test_a_sparse_giant_of_misaligned_tensors_is_refused(tmp_path: Path) -> None:
+    """They are copied into private memory, each of which would fit."""
+    size, count = 2**32, 1000
+    tensors = {"odd": entry("U8", [1], 0, 1)}
+    tensors |= {f"{i}": entry("F32", [size // 4], 1 + i * size, 1 + (i + 1) * size) for i in range(count)}
+    header = file_bytes(tensors)
+    path = sparse(tmp_path / "misaligned.safetensors", header, len(header) + 1 + size * count)
+    with pytest.raises(errors.OutOfMemoryError, match="do not fit into the machine"):
+        weightload.load_file(path)
+
+
 def test_verifying_a_sparse_giant_can_be_interrupted(tmp_path: Path) -> None:
     path = giant(tmp_path / "giant.safetensors", 2**41)
     script = """

@@ -99,11 +99,19 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
         # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
         if backend == "pread" or reader.is_cached(0, file.size):
             return {name: reader.get(name, backend == "mmap") for name in file.names()}
-    if backend == "pread" and file.size > machine_memory():
+    if file.size > machine_memory() and _private_bytes(file, backend) > machine_memory():
         raise _does_not_fit(file)
     # A file that does not fit comfortably is read as it is touched.
     read_ahead = file.size <= available_memory() // 2
     return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
+
+
+def _private_bytes(file: _C.CheckpointFile, backend: str) -> int:
+    """Bytes that loading all of a file puts into private memory: with mappings, of tensors that lie misaligned."""
+    if backend == "pread":
+        return file.size
+    reader = _C.TensorReader(file)
+    return sum(end - begin for number, (*_, begin, end) in enumerate(file.tensors()) if not reader.can_map(number))
 
 
 def _does_not_fit(file: _C.CheckpointFile) -> OutOfMemoryError:
