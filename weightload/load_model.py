@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection
 
 import torch
-from safetensors.torch import _remove_duplicate_names
 
 from weightload import _C, devices
 from weightload.errors import StateDictError
@@ -70,6 +69,8 @@ def _load(
     device: torch.device,
     backend: str,
 ) -> tuple[set[str], list[str]]:
+    from safetensors.torch import _remove_duplicate_names  # not worth every process's time
+
     names = files[0].names()
     state = model.state_dict()
     matched = match(model, files, strict=False) if _is_plain(model) else None
