@@ -99,6 +99,31 @@ def test_an_io_error_mid_load(
     read_somewhere(failure, checkpoint, names, drained(outcomes)[0].names)
 
 
+@pytest.mark.parametrize("fault", ["error", "end_of_file", "short_read", "interrupt"])
+@pytest.mark.parametrize(("strategy", "rank"), [("broadcast", 0), ("striped", 1)])
+def test_a_fault_at_every_read_of_a_rank(
+    three: World, checkpoint: list[Path], names: list[str], strategy: str, rank: int, fault: str
+) -> None:
+    """Headers and digest too: the same error on every rank, or, for what is continued, everything."""
+    large = {"block_bytes": 524_288, "task_bytes": 262_144, "window_bytes": 1_048_576, "threads": 2}
+    files, failed = checkpoint[:1], 0
+    for first in range(40):
+        plan = {"fault": fault, "first": first, "count": 1, "error_number": 5}
+        outcomes = three.run(
+            scenarios.load, files=files, strategy=strategy, tuned=large, per_rank={rank: {"fault": plan}}
+        )
+        if drained(outcomes)[0].error is None:
+            assert_whole(outcomes, names[:128])
+        else:
+            failed += 1
+            assert assert_same_failure(outcomes, "ReadError", rank).filename == str(files[0])
+        if outcomes[rank].value.reads <= first:
+            break
+    else:
+        raise AssertionError("more reads than expected")
+    assert failed == (0 if fault in ("short_read", "interrupt") else first)
+
+
 def read_somewhere(failure: scenarios.Failure, files: list[Path], names: list[str], before: list[str]) -> None:
     """The error of a read says where, and what came before it is what came before that place."""
     assert failure.filename in [str(path) for path in files]
