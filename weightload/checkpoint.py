@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightload.errors import CheckpointError, DuplicateTensor, WeightLoadError
+from weightload.errors import CheckpointError, DuplicateTensor, located
 from weightload.index import INDEX_NAME, is_index, is_missing, read_index
 
 # The names under which transformers and diffusers save a model. Where one of them is present, other files beside
@@ -201,16 +201,10 @@ def check_contents(files: list[Path], promised: dict[str, Path]) -> None:
     for path, names in zip(files, names_of_files, strict=True):
         for name in names:
             if name in owner:
-                raise _about(DuplicateTensor(f"{path}: tensor `{name}` is in {owner[name]} too"), path, name)
+                raise located(DuplicateTensor(f"{path}: tensor `{name}` is in {owner[name]} too"), str(path), name)
             owner[name] = path
     for name, path in promised.items():
         if owner.get(name) != path:
             where = f"it is in {owner[name]}" if name in owner else "no shard has it"
             what = f"{path}: tensor `{name}` is not in this shard, as the index says; {where}"
-            raise _about(CheckpointError(what), path, name)
-
-
-def _about(error: WeightLoadError, path: Path, tensor: str) -> WeightLoadError:
-    """The error with its place. Not done where it is raised: it must not be a variable of a frame that it keeps."""
-    error.filename, error.tensor = str(path), tensor
-    return error
+            raise located(CheckpointError(what), str(path), name)

@@ -12,6 +12,7 @@ import torch
 
 from weightload import _C, devices, settings
 from weightload.agreement import Sharing
+from weightload.distributed import has_cpu_backend
 from weightload.selection import Names, Path, close_at_exit, select_all
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def fail_together(
     def fail() -> list[_C.CheckpointFile]:
         raise error
 
-    if any(known.type == "cpu" for known in group._device_types):
+    if has_cpu_backend(group):
         Sharing(group, strategy, torch.device("cpu"), None, paths).agree(fail, None)
     elif device is not None and device.type not in ("cpu", "meta"):
         here = devices.resolve(device)

@@ -123,10 +123,15 @@ def _make_node_group(world: Any, load: str) -> Any:
     return mine
 
 
+def has_cpu_backend(group: Any) -> bool:
+    """Whether ranks can tell one another things past an accelerator that may be busy or missing."""
+    return any(device.type == "cpu" for device in group._device_types)
+
+
 def _names_of_nodes(group: Any, stage: str) -> list[str]:
     """Every rank's node. A collective call."""
     mine = node_of_this_process()
-    if any(device.type == "cpu" for device in group._device_types):
+    if has_cpu_backend(group):
         # Felt by Ctrl-C, unlike torch's own.
         asked = _C.Group(group, None, "cpu", _C.Strategy.broadcast, stage)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from errno import ENOENT
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -153,6 +154,16 @@ class NoSuchFileError(FileNotFoundError):
 
     def __str__(self) -> str:
         return f"{self.strerror}: {os.fsdecode(self.filename)}"
+
+
+Located = TypeVar("Located", bound=WeightLoadError)
+
+
+def located(error: Located, filename: str, tensor: str | None = None) -> Located:
+    """The error with its place. Not done where it is raised: an error that is a variable of a frame that its traceback
+    keeps would keep that frame's files open."""
+    error.filename, error.tensor = filename, tensor
+    return error
 
 
 _RULES: dict[str, type[HeaderError]] = {rule.__name__: rule for rule in HeaderError.__subclasses__()}

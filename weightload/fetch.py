@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from weightload import _C
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import OutOfMemoryError, TensorError
+from weightload.errors import OutOfMemoryError, TensorError, located
 from weightload.iterator import WeightIterator
 from weightload.rows import Run
 from weightload.selection import select_all
@@ -73,7 +72,7 @@ def find(reader: _C.TensorReader, name: str) -> int:
     """
     number = reader.find(name)
     if number is None:
-        raise _no_such_tensor(reader, name)
+        raise no_such_tensor(reader, name)
     return number
 
 
@@ -83,11 +82,8 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 
-def _no_such_tensor(reader: _C.TensorReader, name: str) -> TensorError:
-    """Not made where it is raised: it must not be a variable of a frame that it keeps, and with it the file."""
-    error = TensorError(f"File does not contain tensor {name}")
-    error.filename, error.tensor = reader.file.path, name
-    return error
+def no_such_tensor(reader: _C.TensorReader, name: str) -> TensorError:
+    return located(TensorError(f"File does not contain tensor {name}"), reader.file.path, name)
 
 
 def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:
@@ -99,10 +95,14 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
         # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
         if backend == "pread" or reader.is_cached(0, file.size):
             return {name: reader.get(name, backend == "mmap") for name in file.names()}
-    if file.size > machine_memory() and _private_bytes(file, backend) > machine_memory():
-        raise _does_not_fit(file)
-    # A file that does not fit comfortably is read as it is touched.
-    read_ahead = file.size <= available_memory() // 2
+    memory = _meminfo()
+    most = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
+    # Said before memory is filled, with a sparse giant say, which would end the process.
+    if most and file.size > most and _private_bytes(file, backend) > most:
+        what = f"{file.path}: {file.size} bytes do not fit into the machine's {most}"
+        raise located(OutOfMemoryError(what), file.path)
+    # A file that does not fit comfortably (MemAvailable: without swapping) is read as it is touched.
+    read_ahead = file.size <= memory.get("MemAvailable", 0) // 2
     return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
 
 
@@ -114,29 +114,13 @@ def _private_bytes(file: _C.CheckpointFile, backend: str) -> int:
     return sum(end - begin for number, (*_, begin, end) in enumerate(file.tensors()) if not reader.can_map(number))
 
 
-def _does_not_fit(file: _C.CheckpointFile) -> OutOfMemoryError:
-    """Said before memory is filled, with a sparse giant say, which would end the process."""
-    error = OutOfMemoryError(f"{file.path}: {file.size} bytes do not fit into the machine's {machine_memory()}")
-    error.filename = file.path
-    return error
-
-
-def machine_memory() -> int:
-    """Bytes of memory and swap; without bound where that is not known."""
-    return _meminfo("MemTotal") + _meminfo("SwapTotal") or sys.maxsize
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where that is not known."""
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(field: str) -> int:
+def _meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes; empty where there is none."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 
 
 def _start(

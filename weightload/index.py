@@ -9,7 +9,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weightload.errors import CheckpointError
+from weightload.errors import CheckpointError, located
 
 # model.safetensors.index.json, and with a variant: model.safetensors.index.fp16.json (transformers),
 # model.safetensors.fp16.index.json and model.fp16.safetensors.index.json (diffusers, by age).
@@ -132,6 +132,4 @@ def _require_path(index: Path, name: str) -> None:
 
 
 def _refuse(path: Path, what: str) -> CheckpointError:
-    error = CheckpointError(f"{path}: {what}")
-    error.filename = str(path)
-    return error
+    return located(CheckpointError(f"{path}: {what}"), str(path))

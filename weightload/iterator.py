@@ -66,6 +66,12 @@ class WeightIterator(_C.HostLoader):
         self.close()
 
 
+def require_backend(backend: str) -> None:
+    """Raise ``ValueError`` for what is no ``Backend``."""
+    if backend not in ("mmap", "pread"):
+        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+
+
 def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
     if not to_cpu:
         return devices.resolve(device)
@@ -159,8 +165,7 @@ def safetensors_weights_iterator(
     depended on what failed.
     """
     target = _target(to_cpu, device)
-    if backend not in ("mmap", "pread"):
-        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+    require_backend(backend)
     paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
     chosen = "independent" if to_cpu or (strategy == "auto" and not broadcast) else strategy
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths))

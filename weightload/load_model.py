@@ -11,7 +11,7 @@ from weightload import _C, devices
 from weightload.errors import StateDictError
 from weightload.fetch import load_all
 from weightload.into import fill
-from weightload.iterator import Backend
+from weightload.iterator import Backend, require_backend
 from weightload.selection import Path, open_files
 from weightload.state_dict import match
 
@@ -52,8 +52,7 @@ def load_model(
         FileNotFoundError, HeaderError, ReadError, TensorError, ValueError: as ``load_file``.
     """
     target = devices.resolve(device)
-    if backend not in ("mmap", "pread"):
-        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+    require_backend(backend)
     files = open_files([filename])
     try:
         return _load(model, files, [filename], strict, target, backend)

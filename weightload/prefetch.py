@@ -13,7 +13,7 @@ import torch
 from weightload import _C, settings
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES
-from weightload.errors import TensorError, WeightLoadError
+from weightload.errors import TensorError, WeightLoadError, located
 from weightload.fetch import find
 from weightload.iterator import WeightIterator
 
@@ -157,9 +157,8 @@ def start_prefetch(
     names = part.names()
     for name, dtype, _, _, _ in part.tensors():
         if dtype not in TORCH_DTYPES:
-            error = TensorError(f"prefetch cannot hand out dtype {dtype}: torch has no matching dtype")
-            error.filename, error.tensor = file.path, name
-            raise error
+            what = f"prefetch cannot hand out dtype {dtype}: torch has no matching dtype"
+            raise located(TensorError(what), file.path, name)
     everything = list(range(len(part)))
     total = max(part.bytes_of(everything), 4096)
     weights: WeightIterator | DeviceWeightIterator

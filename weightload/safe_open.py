@@ -12,8 +12,8 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C, devices
 from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
-from weightload.fetch import copied, fetch, find, load_all, row_bytes
-from weightload.iterator import Backend
+from weightload.fetch import copied, fetch, find, load_all, no_such_tensor, row_bytes
+from weightload.iterator import Backend, require_backend
 from weightload.prefetch import PrefetchLoader, start_prefetch
 from weightload.rows import about_last_dimension, is_basic, plan_rows
 from weightload.selection import open_files
@@ -67,8 +67,7 @@ class safe_open:
         *,
         backend: Backend = "mmap",
     ) -> None:
-        if backend not in ("mmap", "pread"):
-            raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+        require_backend(backend)
         self._device = devices.resolve(device)
         self._backend = backend
         self._on_cpu = self._device.type == "cpu"
@@ -139,7 +138,9 @@ class safe_open:
         found = reader.get(name, self._maps) if self._on_cpu else reader.find(name)
         if isinstance(found, torch.Tensor):
             return found
-        return fetch(reader, find(reader, name), self._device, self._backend)
+        if found is None:
+            raise no_such_tensor(reader, name)
+        return fetch(reader, found, self._device, self._backend)
 
     def get_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, by offset: as ``load_file``."""
