@@ -86,7 +86,7 @@ def test_what_was_read_before_an_error_is_delivered(tmp_path: Path, arm: Callabl
     files = open_files([path])
     arm("error", first=10, count=10**6, error_number=errno.EIO)
     names = []
-    with settings.override(task_bytes=1 << 20, threads=2), pytest.raises(errors.ReadError):
+    with settings.override(task_bytes=1 << 20, threads=1), pytest.raises(errors.ReadError):
         names.extend(
             name for name, _ in WeightIterator(files, select_all(files, None), backend="pread", read_ahead=True)
         )
