@@ -1,15 +1,45 @@
 #include "base/repeated_name.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 
 namespace weightload {
+namespace {
 
-std::optional<size_t> first_repeated(const std::vector<std::string_view>& names) {
-  struct Entry {
-    size_t hash;  // sorts ordinary names without looking at them
-    size_t number;
-  };
+struct Entry {
+  size_t hash;  // tells ordinary names apart without looking at them
+  size_t number;
+};
+
+using Names = std::vector<std::string_view>;
+
+// How many places of the table a name may look at, all names taken together: three times what ordinary ones do.
+constexpr size_t kLooksANameMayTake = 4;
+
+// O(n), or false where the names' hashes meet too often to go on: they may have been made to.
+bool search_table(const Names& names, std::optional<size_t>& first) {
+  size_t size = 2;
+  while (size < 2 * names.size()) size *= 2;
+  std::vector<Entry> table(size, Entry{0, names.size()});
+  size_t looks = kLooksANameMayTake * names.size();
+  for (size_t i = 0; i < names.size(); ++i) {
+    const size_t hash = std::hash<std::string_view>()(names[i]);
+    for (size_t at = hash & (size - 1);; at = (at + 1) & (size - 1)) {
+      if (looks-- == 0) return false;
+      Entry& entry = table[at];
+      if (entry.number == names.size()) {
+        entry = {hash, i};
+        break;
+      }
+      if (entry.hash == hash && names[entry.number] == names[i]) return first = i, true;
+    }
+  }
+  return true;
+}
+
+// O(n log n), whatever the names.
+std::optional<size_t> search_sorted(const Names& names) {
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i) entries.push_back({std::hash<std::string_view>()(names[i]), i});
@@ -25,6 +55,13 @@ std::optional<size_t> first_repeated(const std::vector<std::string_view>& names)
     if (!first || entry.number < *first) first = entry.number;
   }
   return first;
+}
+
+}  // namespace
+
+std::optional<size_t> first_repeated(const std::vector<std::string_view>& names) {
+  std::optional<size_t> first;
+  return search_table(names, first) ? first : search_sorted(names);
 }
 
 }  // namespace weightload

@@ -8,8 +8,8 @@ namespace weightload {
 
 // The number of the first name that occurs earlier in the list too; nothing where all differ.
 //
-// O(n log n) whatever the names. A hash table would not be: its hash is known, so a file can be made whose names all
-// have the same one, and then takes hours to open.
+// By a hash table, and by sorting as soon as hashes meet too often. The table alone would be a target: its hash is
+// known, so a file can be made whose names all have the same one, and then takes hours to open.
 std::optional<size_t> first_repeated(const std::vector<std::string_view>& names);
 
 }  // namespace weightload

@@ -10,6 +10,9 @@ namespace {
 // serde_json, which safetensors parses with, refuses the 128th level; so do we, to give the same verdict.
 constexpr int kMaxDepth = 127;
 
+// The text of the shortest entry that writers make is about as long as this.
+constexpr size_t kLeastEntryBytes = 64;
+
 // Receives the parser's events and fills a Header. A stack of states is not needed: the format is two levels
 // deep, and values of unknown fields are only counted through (`skip_depth_`).
 //
@@ -19,7 +22,9 @@ constexpr int kMaxDepth = 127;
 //    '--"__metadata__"--> null, or map of strings
 class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
  public:
-  explicit HeaderSax(const std::string& path) : path_(path) {}
+  HeaderSax(const std::string& path, size_t text_bytes) : path_(path) {
+    header_.tensors.reserve(text_bytes / kLeastEntryBytes);  // memory that is not used is not touched either
+  }
   Header take() { return std::move(header_); }
 
   bool null() override {
@@ -32,7 +37,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   bool binary(nlohmann::json::binary_t&) override { return other_value("binary"); }
 
   bool number_unsigned(uint64_t value) override {
-    if (where_ == Where::shape) return current().shape.push_back(value), true;
+    if (where_ == Where::shape) return shape_.push_back(value), true;
     if (where_ == Where::offsets) {
       if (offsets_seen_ == 2) fail_entry("data_offsets must hold exactly two numbers");
       (offsets_seen_++ == 0 ? current().bytes.begin : current().bytes.end) = value;
@@ -73,7 +78,8 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
           metadata_seen_ = true;
           return where_ = Where::metadata_value, true;
         }
-        header_.tensors.emplace_back().name = std::move(name);
+        header_.tensors.emplace_back().name.assign(
+            name);  // not moved: the parser would have to let its buffer grow anew
         return where_ = Where::tensor_value, true;
       case Where::metadata: return metadata_key_ = std::move(name), where_ = Where::metadata_text, true;
       case Where::entry: return enter_field(name), true;
@@ -99,7 +105,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
 
   bool start_array(size_t) override {
     descend();
-    if (where_ == Where::shape_value) return where_ = Where::shape, true;
+    if (where_ == Where::shape_value) return shape_.clear(), where_ = Where::shape, true;
     if (where_ == Where::offsets_value) return offsets_seen_ = 0, where_ = Where::offsets, true;
     return other_container("a list");
   }
@@ -108,6 +114,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
     --depth_;
     if (skip_depth_ > 0) return leave_skipped();
     if (where_ == Where::offsets && offsets_seen_ != 2) fail_entry("data_offsets must hold exactly two numbers");
+    if (where_ == Where::shape) current().shape.assign(shape_.begin(), shape_.end());
     where_ = Where::entry;
     return true;
   }
@@ -195,7 +202,8 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   Header header_;
   Where where_ = Where::start;
   std::string metadata_key_;
-  unsigned fields_ = 0;  // seen in the current entry
+  std::vector<uint64_t> shape_;  // of the current entry: one allocation of the right size each, when it is whole
+  unsigned fields_ = 0;          // seen in the current entry
   int offsets_seen_ = 0;
   int depth_ = 0;
   int skip_depth_ = 0;  // containers open inside an ignored field
@@ -218,7 +226,7 @@ Header read_header_json(std::string_view json, const std::string& path) {
   // The library would take a zero byte for the end of the text, whatever follows. JSON has no place for one.
   if (json.find('\0') != std::string_view::npos)
     fail_header(rule::kInvalidHeaderDeserialization, "invalid JSON in header: zero byte", path);
-  HeaderSax sax(path);
+  HeaderSax sax(path, json.size());
   nlohmann::json::sax_parse(json.data(), json.data() + json.size(), &sax);
   return sax.take();
 }
