@@ -267,6 +267,13 @@ def count_reads(here: Rank, files: Sequence[Path], tuned: dict[str, int], strate
     return counts
 
 
+def stats_of(here: Rank, files: Sequence[Path], strategy: str) -> dict[str, Any]:
+    """What the load of one rank says of itself."""
+    weights = weightload.safetensors_weights_iterator(files, device="cpu", group=here.group(None), strategy=strategy)
+    list(weights)
+    return weights.stats().as_dict()
+
+
 def load_module(
     here: Rank,
     files: Sequence[Path],

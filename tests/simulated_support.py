@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 import weightload
-from weightload.device_iterator import LoadStats
 from weightload.iterator import DeviceWeightIterator
+from weightload.load_stats import LoadStats
 
 DEVICE = "simulated:0"
 # Small enough that slots and blocks are reused many times by a checkpoint of a few megabytes.
@@ -53,7 +53,7 @@ def load(*paths: Path, **options: Any) -> DeviceWeightIterator:
 def load_stats_of(path: Path) -> LoadStats:
     weights = load(path)
     dict(weights)
-    return weights.load_stats()
+    return weights.stats()
 
 
 @contextmanager

@@ -131,6 +131,15 @@ def test_every_byte_is_read_once_by_the_group(shards: list[Path], size: int) -> 
     assert max(together) <= 1.5 * sum(together) / size
 
 
+@pytest.mark.parametrize("strategy", ["broadcast", "striped"])
+def test_each_rank_counts_what_it_read_itself(shards: list[Path], strategy: str) -> None:
+    stats = [outcome.value for outcome in world(2).run(scenarios.stats_of, files=shards, strategy=strategy)]
+    assert all({"agreement", "collective", "consumer"} < set(rank["stages"]) for rank in stats)
+    read = [sum(file["bytes"] for file in rank["files"]) for rank in stats]
+    assert sum(read) == stats[0]["bytes"] == stats[1]["bytes"]
+    assert (read[1] == 0) == (strategy == "broadcast")
+
+
 @pytest.mark.parametrize("options", [{"to_cpu": True, "device": None}, {"broadcast": False}])
 def test_loads_that_never_communicate(mixed: list[Path], options: dict[str, object]) -> None:
     """One rank alone may call them, whatever the others do meanwhile."""

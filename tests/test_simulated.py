@@ -43,7 +43,7 @@ def test_every_way_of_reading(simulated: Any, mixed: list[Path], read: str, cold
     with settings.override(read=read, **SMALL):
         weights = load(*mixed)
         assert_same(dict(weights), *mixed)
-    stats = weights.load_stats()
+    stats = weights.stats()
     assert stats.buffered_bytes + stats.direct_bytes == weights.total_bytes
     if read == "buffered" or (read == "auto" and not cold):
         assert stats.direct_bytes == 0
@@ -65,7 +65,7 @@ def test_direct_reads_leave_the_page_cache_alone(simulated: Any, tmp_path: Path)
     with settings.override(slot_bytes=1 << 20, read="direct"):
         weights = load(path)
         got = dict(weights)
-    assert weights.load_stats().direct_bytes == weights.total_bytes
+    assert weights.stats().direct_bytes == weights.total_bytes
     cached = _C.resident_bytes(os.fsencode(path))
     assert cached is not None
     assert cached < path.stat().st_size // 2
@@ -90,13 +90,13 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
     with settings.override(slot_bytes=1 << 20):
         weights = load(path)
         got = dict(weights)
-    stats = weights.load_stats()
+    stats = weights.stats()
     assert stats.direct_bytes > 8 << 20, stats
     assert stats.buffered_bytes > 8 << 20, stats
     assert_same(got, path)
     weights = load(path)
     dict(weights)
-    assert weights.load_stats().direct_bytes == 0, "warm by now"
+    assert weights.stats().direct_bytes == 0, "warm by now"
     """
     done = run_script(script, path)
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def test_selected_names_are_all_that_is_read(simulated: Any, mixed: list[Path]) 
         assert set(got) == wanted
         for name, tensor in got.items():
             assert torch.equal(raw(tensor), raw(reference[name])), name
-    stats = weights.load_stats()
+    stats = weights.stats()
     assert stats.buffered_bytes + stats.direct_bytes == sum(tensor.nbytes for tensor in reference.values())
 
 

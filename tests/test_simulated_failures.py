@@ -85,7 +85,7 @@ def test_pinned_memory_counts_as_torch_rounds_it(simulated: Any, mixed: list[Pat
     with settings.override(slot_bytes=12 << 10, pinned_bytes=64 << 10):
         weights = load(*mixed)
         assert_same(dict(weights), *mixed)
-    assert weights.load_stats().slots <= 4
+    assert weights.stats().device.slots <= 4
 
 
 @pytest.mark.parametrize("pinned", [1, 2, 3])
@@ -95,7 +95,7 @@ def test_a_smaller_ring_when_page_locking_fails(simulated: Any, mixed: list[Path
         warnings.simplefilter("error")
         weights = load(*mixed)
         assert_same(dict(weights), *mixed)
-    assert (weights.load_stats().slots, weights.load_stats().pageable_slots) == (pinned, 0)
+    assert (weights.stats().device.slots, weights.stats().device.pageable_slots) == (pinned, 0)
 
 
 def test_pageable_memory_with_one_warning_when_there_is_no_other(simulated: Any, mixed: list[Path]) -> None:
@@ -104,7 +104,7 @@ def test_pageable_memory_with_one_warning_when_there_is_no_other(simulated: Any,
         weights = load(*mixed)
         assert_same(dict(weights), *mixed)
     assert len(caught) == 1
-    assert weights.load_stats().pageable_slots == weights.load_stats().slots > 0
+    assert weights.stats().device.pageable_slots == weights.stats().device.slots > 0
 
 
 @pytest.mark.parametrize("read", ["buffered", "direct"])

@@ -265,7 +265,7 @@ def test_pinned_memory_is_at_most_the_ring_and_given_back(simulated: Any, mixed:
         assert simulated.pinned_bytes() == 0
     tiny = load(mixed[0], names={"odd.1"})
     dict(tiny)
-    assert tiny.load_stats().slots <= 2
+    assert tiny.stats().device.slots <= 2
 
 
 def test_memory_lives_as_long_as_any_tensor_of_its_block(simulated: Any, mixed: list[Path]) -> None:

@@ -61,6 +61,16 @@ class CheckpointFile:
         dict of str to str, or None where the header has none
         """
     @property
+    def open_s(self) -> float:
+        """
+        what opening took, the header's reading and parsing included
+        """
+    @property
+    def parse_s(self) -> float:
+        """
+        of this, the parsing
+        """
+    @property
     def path(self) -> str: ...
     @property
     def size(self) -> int:
@@ -150,6 +160,10 @@ class HostLoader:
         """
         Stops and joins the reading threads and lets go of the files.
         """
+    def counts(self) -> dict[str, typing.Any]:
+        """
+        What the load has counted so far; weightload/load_stats.py makes sense of it.
+        """
     @property
     def total_bytes(self) -> int:
         """
@@ -210,9 +224,13 @@ class DeviceLoader:
         """
         Stops and joins the reading threads and lets go of the files.
         """
-    def stats(self) -> dict[str, typing.Any]:
+    def counts(self) -> dict[str, typing.Any]:
         """
-        What the threads have done so far: bytes, counts, and seconds of all threads together.
+        What the load has counted so far; weightload/load_stats.py makes sense of it.
+        """
+    def device_counts(self) -> dict[str, typing.Any]:
+        """
+        What the ring and the side stream have done so far, beside counts().
         """
     @property
     def total_bytes(self) -> int:

@@ -20,12 +20,14 @@ from weightload.into import load_into  # noqa: E402
 from weightload.iterator import safetensors_weights_iterator  # noqa: E402
 from weightload.load_model import load_model  # noqa: E402
 from weightload.load_report import LoadReport  # noqa: E402
+from weightload.load_stats import LoadStats  # noqa: E402
 from weightload.safe_open import safe_open  # noqa: E402
 
 __all__ = [
     "GroupError",
     "HeaderError",
     "LoadReport",
+    "LoadStats",
     "RankDisagreementError",
     "RankLeftError",
     "ReadError",

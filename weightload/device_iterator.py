@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from weightload import _C, devices, settings
+from weightload import _C, counting, devices, settings
 from weightload.agreement import Sharing
+from weightload.counting import Counting
 from weightload.distributed import has_cpu_backend
+from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, select_all
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class DeviceWeightIterator(_C.DeviceLoader):
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
     with other ranks took. ``places`` has memory on the device for some of the tensors, in their order; the iterator
     then gives ``(name, None)`` for them, and they are complete, for the stream that is current then, when it ends.
-    ``window_bytes``: how far reading may run ahead, in place of a block.
+    ``window_bytes``: how far reading may run ahead, in place of a block. ``begun``: when the load began, by
+    ``counting.now()``; default: now.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class DeviceWeightIterator(_C.DeviceLoader):
         places: Sequence[torch.Tensor | None] = (),
         sharing: Sharing | None = None,
         window_bytes: int | None = None,
+        begun: float | None = None,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
+        self._counting = Counting(files, begun, self.agreement_seconds)
         try:
             super().__init__(
                 target,
@@ -64,39 +68,9 @@ class DeviceWeightIterator(_C.DeviceLoader):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def load_stats(self) -> LoadStats:
-        """What the load has done so far."""
-        return LoadStats(**self.stats())
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadStats:
-    """What the threads of a load to an accelerator did. Seconds are of all threads together."""
-
-    buffered_bytes: int
-    """Bytes read through the page cache."""
-    direct_bytes: int
-    """Bytes read past the page cache (O_DIRECT)."""
-    slots: int
-    """Slots of the ring that were made."""
-    pageable_slots: int
-    """Of these, slots that could not be page-locked."""
-    slots_filled: int
-    """Slots' worth of reads that the plan has."""
-    copies: int
-    """Host-to-device copies that the plan has."""
-    blocks: int
-    """Allocations on the device that the plan has."""
-    block_bytes: int
-    """Their bytes: the tensors', and padding."""
-    read_s: float
-    """Reading into slots."""
-    copy_s: float
-    """Queueing copies (not the copies themselves)."""
-    allocate_s: float
-    """Allocating blocks."""
-    ring_wait_s: float
-    """Waiting until the device gave a slot back: what remains when reading is faster than copying."""
+    def stats(self) -> LoadStats:
+        """What the load has done so far, and how long it took; after its end, too."""
+        return self._counting.stats(self.counts(), self.device_counts())
 
 
 def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.DeviceTarget:
@@ -132,6 +106,7 @@ def load_to_device(
 
     It is shared with the ranks of ``group`` unless that is None; there are no places then.
     """
+    begun = counting.now()
     own_bytes, pieces = most_bytes, len(paths)
     if group is not None:
         own_bytes = own_share(most_bytes, group, strategy)
@@ -147,10 +122,11 @@ def load_to_device(
     try:
         if group is None:
             files = open_them()
-            return DeviceWeightIterator(target, files, select_all(files, names), places, window_bytes=window_bytes)
+            selection = select_all(files, names)
+            return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, begun=begun)
         sharing = Sharing(group, strategy, device, target, paths)
         files, selection = sharing.agree(open_them, names)
-        return DeviceWeightIterator(target, files, selection, sharing=sharing)
+        return DeviceWeightIterator(target, files, selection, sharing=sharing, begun=begun)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, devices, progress
-from weightload.device_iterator import DeviceWeightIterator, LoadStats, fail_together, load_to_device
+from weightload.device_iterator import DeviceWeightIterator, fail_together, load_to_device
 from weightload.distributed import load_name, resolve_group
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
+from weightload.load_stats import LoadStats
 from weightload.selection import Path, open_files
 from weightload.state_dict import Match, Target, match
 
@@ -104,7 +105,7 @@ def fill(
     strategy: str = "independent",
     show_progress: bool | None = False,
 ) -> tuple[dict[str, int], dict[str, LoadStats]]:
-    """Load what was matched. Returns bytes of each tensor of the files, and stats of each accelerator."""
+    """Load what was matched. Returns bytes of each tensor of the files, and stats of the load to each device."""
     sizes = {name: stop - start for file in files for name, _, _, start, stop in file.tensors()}
     stats: dict[str, LoadStats] = {}
     total = sum(sizes[name] for name in matched.places)
@@ -113,8 +114,7 @@ def fill(
             for device in to:
                 with _start(device, files, paths, matched, group, strategy) as weights:
                     _take(weights, matched, sizes, advance)
-                if isinstance(weights, DeviceWeightIterator):
-                    stats[str(device)] = weights.load_stats()
+                stats[str(device)] = weights.stats()
     finally:
         # Bytes that changed behind autograd's back, perhaps not all of them.
         torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from weightload import _C, devices, progress, settings
+from weightload import _C, counting, devices, progress, settings
 from weightload.agreement import Sharing
+from weightload.counting import Counting
 from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
 from weightload.distributed import load_name, resolve_group
+from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, open_files, select_all
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ class WeightIterator(_C.HostLoader):
         read_ahead: bool,
         places: Sequence[torch.Tensor | None] = (),
         sharing: Sharing | None = None,
+        begun: float | None = None,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
+        self._counting = Counting(files, begun, self.agreement_seconds)
         try:
             super().__init__(
                 files,
@@ -64,6 +68,10 @@ class WeightIterator(_C.HostLoader):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def stats(self) -> LoadStats:
+        """What the load has done so far, and how long it took; after its end, too."""
+        return self._counting.stats(self.counts())
 
 
 def require_backend(backend: str) -> None:
@@ -92,13 +100,15 @@ def load_to_host(
     places: Sequence[torch.Tensor | None] = (),
 ) -> WeightIterator:
     """Start a load to the CPU, shared with the ranks of ``group`` unless that is None."""
+    begun = counting.now()
     if group is None:
         files = open_them()
-        return WeightIterator(files, select_all(files, names), backend=backend, read_ahead=read_ahead, places=places)
+        selection = select_all(files, names)
+        return WeightIterator(files, selection, backend=backend, read_ahead=read_ahead, places=places, begun=begun)
     sharing = Sharing(group, strategy, torch.device("cpu"), None, paths)
     try:
         files, selection = sharing.agree(open_them, names)
-        return WeightIterator(files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing)
+        return WeightIterator(files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing, begun=begun)
     finally:
         sharing.close()
 
@@ -115,7 +125,7 @@ def safetensors_weights_iterator(
     names: Names | None = None,
     show_progress: bool | None = None,
     backend: Backend = "mmap",
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> WeightIterator | DeviceWeightIterator | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -144,6 +154,10 @@ def safetensors_weights_iterator(
             second.
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
             memory, which later changes of the file cannot reach. On an accelerator memory is always private.
+
+    Returns:
+        An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
+        what the load has done, by stage, and what it waited for.
 
     Yields:
         ``(name, tensor)``. The tensor has the shape and dtype of the header (F4 as ``torch.float4_e2m1fn_x2``,
@@ -175,7 +189,7 @@ def safetensors_weights_iterator(
     else:
         weights = load_to_device(target, bytes_of_files(paths), paths, lambda: open_files(paths), names, group, chosen)
     if progress.wanted(show_progress):
-        return progress.with_bar(weights, always=show_progress is True)
+        return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights
 
 

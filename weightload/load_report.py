@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from weightload.device_iterator import LoadStats
+from weightload.load_stats import LoadStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,4 +31,4 @@ class LoadReport:
     accelerator the host is done before the device is: work queued on the current stream comes after the load's."""
 
     stats: dict[str, LoadStats]
-    """By accelerator (``"cuda:0"``): what the threads did."""
+    """By device (``"cpu"``, ``"cuda:0"``): what the load there did."""

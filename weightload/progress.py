@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from weightload.device_iterator import DeviceWeightIterator
     from weightload.iterator import WeightIterator
+    from weightload.load_stats import LoadStats
 
 Advance = Callable[[int], object]
 
@@ -42,13 +43,51 @@ def _bar(total: int, always: bool) -> Any:
     )
 
 
-def with_bar(weights: WeightIterator | DeviceWeightIterator, always: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same items; leaving early closes the load.
+class WeightsWithBar:
+    """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
     Args:
         weights: the load.
         always: show the bar from the start, not only once the load has lasted a second.
     """
+
+    def __init__(self, weights: WeightIterator | DeviceWeightIterator, always: bool) -> None:
+        self._weights = weights
+        self._items = _advancing(weights, always)
+
+    def __iter__(self) -> WeightsWithBar:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._items)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __enter__(self) -> WeightsWithBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the selected tensors."""
+        return self._weights.total_bytes
+
+    def close(self) -> None:
+        """Stop the load, and take the bar away."""
+        self._items.close()
+        self._weights.close()
+
+    def stats(self) -> LoadStats:
+        """What the load has done so far."""
+        return self._weights.stats()
+
+
+def _advancing(
+    weights: WeightIterator | DeviceWeightIterator, always: bool
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     with weights, _bar(weights.total_bytes, always) as shown:
         for name, tensor in weights:
             shown.update(tensor.nbytes)

@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "bindings/load_counts.h"
 #include "bindings/register.h"
 #include "io/residency.h"
 
@@ -85,6 +86,11 @@ void register_checkpoint_file(py::module_& module) {
                                    PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
                              })
       .def_property_readonly("size", &CheckpointFile::size, "bytes, header included")
+      .def_property_readonly(
+          "open_s", [](const CheckpointFile& file) { return in_seconds(file.open_ns()); },
+          "what opening took, the header's reading and parsing included")
+      .def_property_readonly(
+          "parse_s", [](const CheckpointFile& file) { return in_seconds(file.parse_ns()); }, "of this, the parsing")
       .def_property_readonly("data_begin", [](const CheckpointFile& file) { return file.header().data_begin; })
       .def_property_readonly("metadata", metadata, "dict of str to str, or None where the header has none")
       .def("__len__", [](const CheckpointFile& file) { return file.header().tensors.size(); })

@@ -29,25 +29,21 @@ using PyDeviceLoader = PyLoader<DeviceLoader, DeviceTensor, wrap_device_tensor>;
 
 DeviceBlockRef device_place(PyObject* tensor) { return adopt_tensor(THPVariable_Unpack(tensor)); }
 
-py::dict stats(PyDeviceLoader& self) {
+py::dict device_counts(PyDeviceLoader& self) {
   const DeviceLoadStats stats = [&] {
     py::gil_scoped_release release;
     return self.loader().stats();
   }();
-  const auto seconds = [](uint64_t nanoseconds) { return static_cast<double>(nanoseconds) * 1e-9; };
   py::dict result;
-  result["buffered_bytes"] = stats.buffered_bytes;
-  result["direct_bytes"] = stats.direct_bytes;
   result["copies"] = stats.copies;
   result["slots_filled"] = stats.slots_filled;
   result["slots"] = stats.ring.slots;
   result["pageable_slots"] = stats.ring.pageable_slots;
   result["blocks"] = stats.blocks;
   result["block_bytes"] = stats.block_bytes;
-  result["read_s"] = seconds(stats.read_ns);
-  result["copy_s"] = seconds(stats.copy_ns);
-  result["allocate_s"] = seconds(stats.allocate_ns);
-  result["ring_wait_s"] = seconds(stats.ring.wait_ns);
+  result["copy_s"] = in_seconds(stats.copy_ns);
+  result["allocate_s"] = in_seconds(stats.allocate_ns);
+  result["ring_wait_s"] = in_seconds(stats.ring.wait_ns);
   return result;
 }
 
@@ -83,7 +79,7 @@ void register_device_loader(py::module_& module) {
            }),
            py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"),
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"), py::arg("read"))
-      .def("stats", &stats, "What the threads have done so far: bytes, counts, and seconds of all threads together.");
+      .def("device_counts", &device_counts, "What the ring and the side stream have done so far, beside counts().");
   define_iteration(loader);
 }
 

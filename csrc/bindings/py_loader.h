@@ -8,6 +8,7 @@
 #include <mutex>
 #include <vector>
 
+#include "bindings/load_counts.h"
 #include "pipeline/checkpoint_file.h"
 #include "pipeline/host_loader.h"
 
@@ -72,6 +73,7 @@ class PyLoader {
   uint64_t total_bytes() const { return total_bytes_; }
   size_t tensor_count() const { return tensor_count_; }
   Loader& loader() { return *loader_; }
+  pybind11::dict counts() const { return load_counts(loader_->counts()); }
 
  private:
   // The next tensor, or false at the end. Waits without the GIL.
@@ -140,6 +142,7 @@ void define_iteration(Class& loader) {
   using Type = typename Class::type;
   loader.def("__iter__", [](pybind11::object self) { return self; })
       .def("__next__", &Type::next)
+      .def("counts", &Type::counts, "What the load has counted so far; weightload/load_stats.py makes sense of it.")
       .def("close", &Type::close, "Stops and joins the reading threads and lets go of the files.")
       .def_property_readonly("total_bytes", &Type::total_bytes, "bytes of the selected tensors")
       .def("__len__", &Type::tensor_count);

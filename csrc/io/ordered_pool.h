@@ -32,6 +32,8 @@ class OrderedPool {
   OrderedPool(const OrderedPool&) = delete;
   OrderedPool& operator=(const OrderedPool&) = delete;
 
+  size_t thread_count() const { return threads_.size(); }
+
   // The consumer needs tasks up to `task` next. Cheap when the number has not grown.
   void advance(size_t task);
 

@@ -29,7 +29,7 @@ std::optional<bool> is_cached(const File& file, ByteRange range) {
 
 }  // namespace
 
-RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadCounts& counts)
+RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, FileCounts& counts)
     : source_(source), file_(file), mode_(mode), counts_(counts) {
   if (!file) return;
   storage_ = storage_of(*file);

@@ -8,6 +8,7 @@
 #include "io/byte_source.h"
 #include "io/direct_file.h"
 #include "io/file.h"
+#include "io/file_counts.h"
 #include "io/file_system.h"
 #include "io/read_rates.h"
 
@@ -17,12 +18,6 @@ enum class ReadMode : uint8_t {
   automatic,  // by what the page cache holds of each range, by file system, and by what was faster
   buffered,   // through the page cache
   direct,     // past it, on any file system that lets us
-};
-
-// How many bytes came which way; of all files of a load together.
-struct ReadCounts {
-  std::atomic<uint64_t> buffered_bytes{0};
-  std::atomic<uint64_t> direct_bytes{0};
 };
 
 // Reads ranges of one file into buffers, each the faster way: through the page cache what is there, and what is not
@@ -41,7 +36,7 @@ class RangeReader {
   };
 
   // `file` is null for bytes in memory.
-  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadCounts& counts);
+  RangeReader(const ByteSource& source, const File* file, ReadMode mode, FileCounts& counts);
 
   // Whether ranges may be read through the page cache, which is then better filled through a mapping.
   bool wants_mapping() const { return file_ && mode_ != ReadMode::direct && storage_ != Storage::memory; }
@@ -65,7 +60,7 @@ class RangeReader {
   const ByteSource& source_;
   const File* file_;
   const ReadMode mode_;
-  ReadCounts& counts_;
+  FileCounts& counts_;
   Storage storage_ = Storage::memory;
   char* mapping_ = nullptr;
   std::unique_ptr<const DirectFile> direct_;

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "base/stopwatch.h"
 #include "io/memory_source.h"
 #include "io/ordered_pool.h"
 #include "memory/host_memory.h"
@@ -14,24 +15,28 @@ namespace {
 // One read gets the length and, of most files, the whole header.
 constexpr uint64_t kFirstRead = 64 << 10;
 
-Header read_header(const ByteSource& source) {
+Header read_header(const ByteSource& source, std::atomic<uint64_t>& parse_ns) {
   std::string start(std::min(kFirstRead, source.size()), '\0');
   source.read(0, start.data(), start.size());
   source.require_unchanged(0);
   const uint64_t length = check_header_length(start, source.size(), source.path());
-  if (kLengthBytes + length <= start.size())
-    return parse_header(std::string_view(start).substr(kLengthBytes, length), source.size(), source.path());
+  const auto parse = [&](std::string_view json) {
+    Stopwatch watch(parse_ns);
+    return parse_header(json, source.size(), source.path());
+  };
+  if (kLengthBytes + length <= start.size()) return parse(std::string_view(start).substr(kLengthBytes, length));
   // A block, not a string: huge pages, and not filled with zeros first. Saves a fifth of the time at 13 MB.
   const HostMemoryRef text = allocate_block(length);
   source.read(kLengthBytes, text->data(), length);
   source.require_unchanged(kLengthBytes);
-  return parse_header({text->data(), length}, source.size(), source.path());
+  return parse({text->data(), length});
 }
 
 }  // namespace
 
-CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source)
-    : source_(std::move(source)), header_(read_header(*source_)) {}
+CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source) : source_(std::move(source)) {
+  header_ = read_header(*source_, parse_ns_);
+}
 
 CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source, std::shared_ptr<const File> file,
                                Header header)
@@ -45,9 +50,15 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::with_tensors(std::vector<T
 }
 
 std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& path) {
-  auto file = File::open(path);
-  std::shared_ptr<CheckpointFile> opened(new CheckpointFile(file));
-  opened->file_ = std::move(file);
+  std::atomic<uint64_t> open_ns{0};
+  std::shared_ptr<CheckpointFile> opened;
+  {
+    Stopwatch watch(open_ns);
+    auto file = File::open(path);
+    opened.reset(new CheckpointFile(file));
+    opened->file_ = std::move(file);
+  }
+  opened->open_ns_ = open_ns.load();
   return opened;
 }
 

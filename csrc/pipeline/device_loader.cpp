@@ -5,23 +5,10 @@
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/stopwatch.h"
 
 namespace weightload {
 namespace {
-
-// Adds the time until its end to a counter.
-class Stopwatch {
- public:
-  explicit Stopwatch(std::atomic<uint64_t>& total) : total_(total) {}
-  ~Stopwatch() {
-    const auto elapsed = std::chrono::steady_clock::now() - begin_;
-    total_.fetch_add(static_cast<uint64_t>(std::chrono::nanoseconds(elapsed).count()), std::memory_order_relaxed);
-  }
-
- private:
-  std::atomic<uint64_t>& total_;
-  const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-};
 
 // Moves pieces that lie as in the file to where the image has them: never to the left, so the last goes first.
 void spread(char* image, uint64_t file_begin, const SlotPiece* first, const SlotPiece* last) {
@@ -40,6 +27,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
       ring_(std::move(ring)),
       shared_(std::move(exchange)),
       selected_(std::move(files), selection),
+      counts_(selected_.files().size()),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
@@ -104,7 +92,7 @@ void DeviceLoader::open_readers(ReadMode mode) {
     auto& reader = readers_[task.file];
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, read_counts_);
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, counts_.files[task.file]);
     if (!reader->wants_mapping()) continue;
     try {
       maps_[task.file] = map_file(file.file()->fd(), file.size(), file.path());
@@ -125,6 +113,7 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, window, [this](size_t task) { work(task); });
+  counts_.threads = pool_->thread_count();
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
@@ -139,7 +128,7 @@ void DeviceLoader::work(size_t number) {
   });
   PinnedRing::Lease slot = ring_->acquire();
   {
-    Stopwatch watch(read_ns_);
+    Stopwatch watch(counts_.files[task.file].read_ns);
     fill(task, slot->data());
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
@@ -210,7 +199,7 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
   const uint32_t number = place.block;
   const bool empty = selected_.info(next_).bytes.empty();
   if (!empty) {
-    const bool complete = shared_ ? shared_.complete(number, patience) : await(number, patience);
+    const bool complete = shared_ ? shared_.complete(number, patience, counts_.shared_ns) : await(number, patience);
     if (!complete) return interrupted_ ? Step::end : Step::not_ready;
     if (!in_place_[number]) device_->await_block(*blocks_[number]);
     awaited_[number] = true;
@@ -221,6 +210,7 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
   tensor.block = tensor.in_place ? nullptr : empty ? empty_block() : blocks_[number];
   tensor.block_offset = empty ? 0 : place.block_offset;
   ++next_;
+  counts_.deliver(tensor.info->bytes.size());
   // The last tensor of a block takes the loader's own reference with it.
   if (next_ == layout_.blocks[number].last_tensor && !in_place_[number]) blocks_[number] = nullptr;
   return Step::tensor;
@@ -231,6 +221,8 @@ bool DeviceLoader::await(uint32_t block, std::chrono::milliseconds patience) {
   if (slots_.tasks_of_block[block] == 0) return true;
   const uint32_t last_task = slots_.last_task_of_block[block];
   pool_->advance(last_task);
+  if (pool_->is_done(last_task)) return true;
+  Stopwatch watch(counts_.wait_ns);
   try {
     return pool_->wait(last_task, patience);
   } catch (const Error& error) {
@@ -285,6 +277,7 @@ void DeviceLoader::close() noexcept {
   blocks_.clear();
   empty_ = nullptr;
   ring_->close();
+  counts_.end();
   readers_.clear();
   maps_.clear();
   selected_.close();
@@ -297,9 +290,6 @@ bool DeviceLoader::found_pageable() {
 
 DeviceLoadStats DeviceLoader::stats() const {
   DeviceLoadStats stats;
-  stats.buffered_bytes = read_counts_.buffered_bytes;
-  stats.direct_bytes = read_counts_.direct_bytes;
-  stats.read_ns = read_ns_;
   stats.copy_ns = copy_ns_;
   stats.allocate_ns = allocate_ns_;
   stats.slots_filled = slots_.tasks.size();

@@ -11,6 +11,7 @@
 #include "io/range_reader.h"
 #include "memory/host_memory.h"
 #include "memory/pinned_ring.h"
+#include "pipeline/load_counts.h"
 #include "pipeline/selected_tensors.h"
 #include "pipeline/shared_blocks.h"
 #include "plan/layout.h"
@@ -39,10 +40,9 @@ struct DeviceTensor {
   bool in_place = false;  // such a one
 };
 
-// What the threads of a load did, in nanoseconds of all threads together, and in bytes.
+// What the threads of a load did beyond reading, in nanoseconds of all threads together, and in bytes.
 struct DeviceLoadStats {
-  uint64_t buffered_bytes = 0, direct_bytes = 0;
-  uint64_t read_ns = 0, copy_ns = 0, allocate_ns = 0;
+  uint64_t copy_ns = 0, allocate_ns = 0;
   uint64_t copies = 0, slots_filled = 0, blocks = 0, block_bytes = 0;
   PinnedRing::Stats ring;
 };
@@ -77,6 +77,7 @@ class DeviceLoader {
   uint64_t total_bytes() const { return selected_.total_bytes(); }
   size_t tensor_count() const { return selected_.size(); }
   DeviceLoadStats stats() const;
+  const LoadCounts& counts() const { return counts_; }
 
   // True once, when page-locking has failed. The consumer's call.
   bool found_pageable();
@@ -98,9 +99,9 @@ class DeviceLoader {
   const std::shared_ptr<PinnedRing> ring_;
   SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
+  LoadCounts counts_;
   Layout layout_;
   SlotPlan slots_;
-  ReadCounts read_counts_;
   std::vector<HostMemoryRef> maps_;                    // by file; to fill the page cache through
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
   std::vector<bool> in_place_;                         // by block
@@ -112,7 +113,7 @@ class DeviceLoader {
   std::vector<std::atomic<uint32_t>> unfinished_;  // by block: tasks that have yet to queue a copy into it
   std::vector<bool> awaited_;                      // by block: handed to the consumer
 
-  std::atomic<uint64_t> read_ns_{0}, copy_ns_{0}, allocate_ns_{0};
+  std::atomic<uint64_t> copy_ns_{0}, allocate_ns_{0};
   size_t next_ = 0;
   bool pageable_found_ = false;
   bool places_awaited_ = true;  // false while the caller's memory may be written

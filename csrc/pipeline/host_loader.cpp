@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/stopwatch.h"
 #include "io/page_in.h"
 #include "io/residency.h"
 
@@ -26,6 +27,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
                        const HostLoaderOptions& options)
     : shared_(std::move(exchange)),
       selected_(std::move(files), selection),
+      counts_(selected_.files().size()),
       readiness_(selected_.size()),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
@@ -146,6 +148,7 @@ void HostLoader::start(const HostLoaderOptions& options) {
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
   pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
+  counts_.threads = pool_->thread_count();
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
@@ -153,15 +156,19 @@ void HostLoader::work(size_t task) {
   const ReadTask& read = reads_.tasks[task];
   const CheckpointFile& file = *selected_.files()[read.file];
   char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
+  FileCounts& counts = counts_.files[read.file];
+  Stopwatch watch(counts.read_ns);
   if (layout_.blocks[read.block].mapped) {
     if (!page_in_) return;
     page_in(*file.file(), mapping, read.bytes);
     file.source().require_unchanged(read.bytes.begin);
+    counts.mapped_bytes += read.bytes.size();
     return;
   }
   if (mapping) fill_page_cache(*file.file(), mapping, read.bytes);
   file.source().read(read.bytes.begin, block_memory(read.block)->data() + read.block_offset, read.bytes.size());
   file.source().require_unchanged(read.bytes.begin);
+  counts.buffered_bytes += read.bytes.size();
 }
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {
@@ -183,6 +190,7 @@ bool HostLoader::prepare(uint32_t block, std::chrono::milliseconds patience, Pay
   const uint32_t last = reads_.block_ends[block];
   if (first < last) {
     pool_->advance(last - 1);
+    Stopwatch watch(counts_.wait_ns);
     try {
       if (!pool_->wait(last - 1, patience)) return false;
     } catch (const Error& error) {
@@ -207,6 +215,8 @@ void HostLoader::unmap_passed_files(uint32_t current_file) {
 }
 
 bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
+  if (pool_->is_done(task)) return true;
+  Stopwatch watch(counts_.wait_ns);
   try {
     return pool_->wait(task, patience);
   } catch (const Error& error) {
@@ -223,7 +233,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
   if (shared_) {
-    if (!shared_.complete(place.block, patience)) return interrupted_ ? Step::end : Step::not_ready;
+    if (!shared_.complete(place.block, patience, counts_.shared_ns)) return interrupted_ ? Step::end : Step::not_ready;
   } else if (pool_) {
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
@@ -243,6 +253,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
     tensor.data = tensor.memory->data() + place.block_offset;
   }
   ++next_;
+  counts_.deliver(tensor.info->bytes.size());
   // The last tensor of a private block takes the loader's own reference with it.
   if (next_ == block.last_tensor) blocks_[place.block] = {};
   return Step::tensor;
@@ -258,6 +269,7 @@ void HostLoader::close() noexcept {
   if (forked()) shared_.forget();
   if (pool_ && !forked()) pool_->join();
   shared_.leave();
+  counts_.end();
   blocks_.clear();
   block_cache_->close();
   maps_.clear();

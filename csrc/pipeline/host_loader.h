@@ -9,6 +9,7 @@
 #include "io/ordered_pool.h"
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
+#include "pipeline/load_counts.h"
 #include "pipeline/selected_tensors.h"
 #include "pipeline/shared_blocks.h"
 #include "plan/layout.h"
@@ -79,6 +80,8 @@ class HostLoader {
   // Whether the next next() communicates with other ranks.
   bool needs_others() const;
 
+  const LoadCounts& counts() const { return counts_; }
+
   uint64_t total_bytes() const { return selected_.total_bytes(); }
   size_t tensor_count() const { return selected_.size(); }
 
@@ -101,6 +104,7 @@ class HostLoader {
 
   SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
+  LoadCounts counts_;
   std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
   std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
   std::vector<Readiness> readiness_;         // by tensor

@@ -1,10 +1,12 @@
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/stopwatch.h"
 #include "pipeline/group_exchange.h"
 #include "pipeline/group_registry.h"
 #include "plan/layout.h"
@@ -63,9 +65,11 @@ class SharedBlocks {
     return turn_of_[block] == kStays || exchange_->is_complete(turn_of_[block]);
   }
 
-  // See GroupExchange::complete().
-  bool complete(uint32_t block, std::chrono::milliseconds patience) {
-    return is_complete(block) || exchange_->complete(turn_of_[block], patience);
+  // See GroupExchange::complete(). Adds the time it takes to `shared_ns`.
+  bool complete(uint32_t block, std::chrono::milliseconds patience, std::atomic<uint64_t>& shared_ns) {
+    if (is_complete(block)) return true;
+    Stopwatch watch(shared_ns);
+    return exchange_->complete(turn_of_[block], patience);
   }
 
   void leave() noexcept {

@@ -72,6 +72,16 @@ struct Load {
 
 }  // namespace
 
+namespace {
+
+uint64_t direct_bytes(const Load& load) {
+  uint64_t total = 0;
+  for (const FileCounts& file : load.loader->counts().files) total += file.direct_bytes;
+  return total;
+}
+
+}  // namespace
+
 TEST(every_byte_arrives_whatever_way_it_is_read) {
   const Checkpoint checkpoint;
   for (const ReadMode mode : {ReadMode::automatic, ReadMode::buffered, ReadMode::direct}) {
@@ -82,9 +92,11 @@ TEST(every_byte_arrives_whatever_way_it_is_read) {
       options.read = mode;
       Load load(checkpoint.paths(), options);
       CHECK(load.drain() == 309);
-      const DeviceLoadStats stats = load.loader->stats();
-      CHECK(stats.buffered_bytes + stats.direct_bytes == load.loader->total_bytes());
-      if (mode == ReadMode::buffered) CHECK(stats.direct_bytes == 0);
+      uint64_t read = 0;
+      for (const FileCounts& file : load.loader->counts().files) read += file.buffered_bytes + file.direct_bytes;
+      CHECK(read == load.loader->total_bytes());
+      CHECK(load.loader->counts().tensors == 309 && load.loader->counts().tensor_bytes == read);
+      if (mode == ReadMode::buffered) CHECK(direct_bytes(load) == 0);
     }
   }
 }
@@ -203,7 +215,7 @@ TEST(a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache) {
   }());
   CHECK(refused.drain() == 6);
   fault_hook::disarm();
-  CHECK(refused.loader->stats().direct_bytes == 0);
+  CHECK(direct_bytes(refused) == 0);
 }
 
 TEST(device_memory_that_runs_out_names_the_tensor) {
@@ -230,6 +242,6 @@ TEST(files_of_other_users_whose_residency_is_secret_are_read_through_the_page_ca
   CHECK(::seteuid(65534) == 0);
   Load load(checkpoint.paths());
   CHECK(load.drain() == 309);
-  CHECK(load.loader->stats().direct_bytes == 0);
+  CHECK(direct_bytes(load) == 0);
   CHECK(::seteuid(0) == 0);
 }

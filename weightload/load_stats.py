@@ -1,0 +1,198 @@
+"""What a load says of itself: bytes, seconds and rate by stage, how each file was read, and what held it up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+THREADS_STAGES = ("read", "allocate", "pin_wait", "copy")
+SMALL_FILE = 0.01  # share of a load's bytes; below, a file's rate says nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a load."""
+
+    seconds: float
+    """Of all its threads together."""
+    bytes: int = 0
+    """That passed through; 0 where none do."""
+    threads: int = 1
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """10^9 bytes a second, all threads together; None where nothing passed or no time did."""
+        return self.bytes / 1e9 / (self.seconds / self.threads) if self.bytes and self.seconds else None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileStats:
+    """What was read of one file, by this rank."""
+
+    path: str
+    mapped_bytes: int
+    """Brought into a mapping, ahead of the consumer."""
+    buffered_bytes: int
+    """Read through the page cache, by ``pread``."""
+    direct_bytes: int
+    """Read past the page cache, by ``O_DIRECT``."""
+    seconds: float
+    """Of all reading threads together."""
+
+    @property
+    def bytes(self) -> int:
+        """All that was read."""
+        return self.mapped_bytes + self.buffered_bytes + self.direct_bytes
+
+    @property
+    def read(self) -> str:
+        """The ways it was read, in words: "mapped", "buffered", "direct", two of them, or "left to page faults"."""
+        ways = [way for way in ("mapped", "buffered", "direct") if getattr(self, f"{way}_bytes")]
+        return " and ".join(ways) or "left to page faults"
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """10^9 bytes a second of one thread; None where nothing was read."""
+        return self.bytes / 1e9 / self.seconds if self.bytes and self.seconds else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceStats:
+    """The ring and the blocks of a load to an accelerator."""
+
+    slots: int
+    """Slots of page-locked memory that were made."""
+    pageable_slots: int
+    """Of these, slots that could not be page-locked."""
+    slots_filled: int
+    """Slots' worth of reads that the plan has."""
+    copies: int
+    """Host-to-device copies that the plan has."""
+    blocks: int
+    """Allocations on the device that the plan has."""
+    block_bytes: int
+    """Their bytes: the tensors', and padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadStats:
+    """What a load has done so far. It is always counted, at two readings of the clock for every read and every wait."""
+
+    seconds: float
+    """From the call that began the load to its end, or until now."""
+    ended: bool
+    bytes: int
+    """Of the tensors that the consumer has got."""
+    tensors: int
+    """Their number."""
+    threads: int
+    """Reading threads; 0 where the consumer's page faults read."""
+    stages: dict[str, Stage]
+    """In the order in which a byte passes them, without those that took no part:
+
+    ``open`` (files and headers) and of it ``parse``, of the threads that open;
+    ``agreement`` of the ranks;
+    ``read``, and on accelerators ``allocate`` (blocks), ``pin_wait`` (for a page-locked slot that the device has copied
+    from) and ``copy`` (queueing copies, not the copies themselves), all of the reading threads;
+    ``wait`` (for them), ``collective`` (with waiting for other ranks) and ``consumer`` (what happens between two
+    tensors, and making them), all three of the thread that iterates."""
+    files: list[FileStats]
+    device: DeviceStats | None
+    """Of loads to an accelerator."""
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that were read through the page cache by ``pread``, of all files."""
+        return sum(file.buffered_bytes for file in self.files)
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes that were read past the page cache, of all files."""
+        return sum(file.direct_bytes for file in self.files)
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes a second, from beginning to end."""
+        return self.bytes / 1e9 / self.seconds
+
+    @property
+    def slowest_file(self) -> FileStats | None:
+        """The file with the lowest rate, of those that hold at least a hundredth of what was read."""
+        least = SMALL_FILE * sum(file.bytes for file in self.files)
+        rates = [(file.gb_per_s, file) for file in self.files if file.gb_per_s and file.bytes >= least]
+        return min(rates, key=lambda rate: rate[0], default=(None, None))[1]
+
+    @property
+    def bottleneck(self) -> str:
+        """What the load waited for most, in words."""
+        return bottleneck(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, with the rates, the slowest file's path and the bottleneck."""
+        values = dataclasses.asdict(self)
+        for name, stage in self.stages.items():
+            values["stages"][name]["gb_per_s"] = stage.gb_per_s
+        for entry, file in zip(values["files"], self.files, strict=True):
+            entry.update(bytes=file.bytes, read=file.read, gb_per_s=file.gb_per_s)
+        slowest = self.slowest_file
+        return {**values, "slowest_file": slowest and slowest.path, "bottleneck": self.bottleneck}
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def bottleneck(stats: LoadStats) -> str:
+    """Where most of the iterating thread's time went; if in waiting for the reading threads, where theirs did."""
+    stages = stats.stages
+    last: dict[str, float] = {
+        name: stage.seconds for name, stage in stages.items() if name in ("wait", "collective", "consumer")
+    }
+    last["open"] = max(0.0, stats.seconds - sum(last.values()))
+    name = max(last, key=last.__getitem__)
+    share = f"{last[name] / stats.seconds:.0%} of {_time(stats.seconds)}" if stats.seconds else "no time"
+    if name != "wait":
+        words = {
+            "open": "opening the files and checking headers",
+            "collective": "collectives, or ranks that were late for them,",
+            "consumer": "the consumer, between two tensors,",
+        }
+        return f"{words[name]} took {share}"
+    threads = {name: stage.seconds for name, stage in stages.items() if name in THREADS_STAGES}
+    name = max(threads, key=threads.__getitem__, default="read")
+    rate = stages["read"].gb_per_s if "read" in stages else None
+    words = {
+        "read": f"reading, at {rate:.1f} GB/s by {stats.threads} thread(s)," if rate else "reading",
+        "allocate": "allocating memory on the device",
+        "pin_wait": "copying to the device, which gave page-locked slots back late,",
+        "copy": "queueing copies to the device",
+    }
+    return f"{words[name]} kept the consumer waiting for {share}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _rate(gb_per_s: float | None) -> str:
+    return f"{gb_per_s:.2f} GB/s" if gb_per_s else ""
+
+
+def _lines(stats: LoadStats) -> Iterator[str]:
+    sofar = "" if stats.ended else " so far"
+    what = f"{stats.bytes / 1e9:.3f} GB, {stats.tensors} tensors, {len(stats.files)} file(s)"
+    yield f"{what}: {_time(stats.seconds)}{sofar}, {_rate(stats.gb_per_s)}"
+    for name, stage in stats.stages.items():
+        threads = f"{stage.threads} threads" if stage.threads > 1 else ""
+        took, rate = _time(stage.seconds), _rate(stage.gb_per_s)
+        yield f"  {name.replace('_', ' '):11} {took:>9}  {rate:>12}  {threads}".rstrip()
+    ways: dict[str, int] = {}
+    for file in stats.files:
+        ways[file.read] = ways.get(file.read, 0) + 1
+    yield f"  files       {', '.join(f'{count} {way}' for way, count in ways.items())}"
+    slowest = stats.slowest_file
+    if slowest and len(stats.files) > 1:
+        yield f"  slowest     {slowest.path}: {_rate(slowest.gb_per_s)} a thread, {slowest.read}"
+    if stats.device and stats.device.pageable_slots:
+        yield f"  pageable    {stats.device.pageable_slots} of {stats.device.slots} slots could not be page-locked"
+    yield f"  bottleneck  {stats.bottleneck}"
