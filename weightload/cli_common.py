@@ -1,0 +1,60 @@
+"""What the commands of the command line share: printing, exit codes, the arguments that name a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, TextIO, TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+OK, BROKEN, USAGE, UNUSABLE, STOPPED = 0, 1, 2, 3, 130
+
+EPILOG = """\
+PATH is a safetensors file, an index (*.safetensors.index.json) or a directory.
+
+exit codes:
+  0    all is well
+  1    the checkpoint breaks a rule of the format, or its bytes differ
+  2    wrong usage, or a setting that is not allowed
+  3    PATH, or a file it calls for, is missing or cannot be read
+  130  stopped by Ctrl-C
+"""
+
+
+def add_command(commands: Commands, name: str, help: str, description: str) -> argparse.ArgumentParser:
+    """A command's parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=help, description=description, epilog=EPILOG, formatter_class=formatter)
+
+
+def add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """The arguments that name a checkpoint."""
+    command.add_argument("path", metavar="PATH", help="a file, an index or a directory")
+    command.add_argument("--subfolder", help="a folder below PATH, such as diffusers' transformer")
+    command.add_argument("--variant", help="load the files of this variant, such as fp16")
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line. Names out of files may hold anything: what would break the line or steer a terminal is escaped."""
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(line, file=file)
+
+
+def print_text(text: str) -> None:
+    """Print text of our own making, of any number of lines."""
+    print(text)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, which escapes by itself what would steer a terminal."""
+    print(json.dumps(value, indent=2))
+
+
+def bytes_in_words(count: int) -> str:
+    """A number of bytes in decimal units."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
