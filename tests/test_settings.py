@@ -39,6 +39,25 @@ def test_bad_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.current()
 
 
+def test_values_are_compared_with_their_limits() -> None:
+    for bad in (
+        {"threads": -1}, {"window_bytes": 4095}, {"read": "fast"}, {"read": 1}, {"threads": 1.5}, {"slot_bytes": 8000},
+        {"pinned_bytes": 8192, "slot_bytes": 12288},
+    ):  # fmt: skip
+        with settings.override(**bad), pytest.raises(ValueError, match=next(iter(bad))):  # type: ignore[arg-type]
+            settings.current()
+
+
+def test_where_a_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(settings.origins().values()) == {"default"}
+    monkeypatch.setenv("WEIGHTLOAD_THREADS", "3")
+    monkeypatch.setenv("WEIGHTLOAD_READ", "direct")
+    monkeypatch.setenv("WEIGHTLOAD_TASK_BYTES", "")  # as if it were not there
+    with settings.override(read="buffered"):
+        origins = settings.origins()
+    assert (origins["threads"], origins["read"], origins["task_bytes"]) == ("environment", "override", "default")
+
+
 def test_threads_default_to_the_cpus_of_the_process_not_the_machine() -> None:
     script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from weightload import settings; "
     script += "print(settings.current().thread_count())"

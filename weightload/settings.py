@@ -1,4 +1,7 @@
-"""Every knob of a load: its unit, its default, its environment variable, and a scoped override."""
+"""Every knob of a load: its unit, its default, its environment variable, and a scoped override.
+
+SETTINGS.md is made from this file (``weightload settings --markdown``).
+"""
 
 from __future__ import annotations
 
@@ -7,56 +10,124 @@ import contextvars
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from weightload.cpus import usable_cpus
 
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
+MOST_DEFAULT_THREADS = 16
+
+CPU = "CPU"
+ACCELERATORS = "accelerators"
+BOTH = f"{CPU}, {ACCELERATORS}"
+
+_Value = TypeVar("_Value", int, str)
+
+
+def _knob(
+    default: _Value, *, unit: str, loads: str, what: str, change: str, least: int = 4096, multiple: int = 1
+) -> _Value:
+    """A field of Settings, with what its page says of it.
+
+    Args:
+        default: the value without an environment variable and without an override.
+        unit: what a number counts.
+        loads: which loads it is for: to the CPU, to accelerators.
+        what: what it is.
+        change: when to change it, and what that costs.
+        least: the least number allowed.
+        multiple: numbers must be multiples of it.
+    """
+    about = {"unit": unit, "loads": loads, "what": what, "change": change, "least": least, "multiple": multiple}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of one load. The environment variable of a field is ``WEIGHTLOAD_`` and its name in capitals."""
 
-    threads: int = 0
-    """Reading threads. 0: as many as the process may use CPUs (affinity and cgroup quota), at most 16."""
-
-    window_bytes: int = 256 * MIB
-    """Bytes that reading may run ahead of the consumer: bounds the memory no tensor owns yet, and what an early
-    exit has read in vain."""
-
-    task_bytes: int = 8 * MIB
-    """Bytes of one read. Smaller reads start the consumer sooner; larger ones cost fewer system calls."""
-
-    block_bytes: int = 64 * MIB
-    """Bytes of private memory that neighbouring small tensors share; a larger tensor has its own."""
-
-    pinned_bytes: int = 256 * MIB
-    """Accelerators: bytes of page-locked host memory, in slots that are filled and copied from in turn."""
-
-    slot_bytes: int = 8 * MIB
-    """Accelerators: bytes of one slot, a multiple of 4096: one read and one copy. Smaller slots start the first copy
-    sooner; larger ones cost fewer calls. torch locks the next power of two. Small loads take smaller slots."""
-
-    device_block_bytes: int = 128 * MIB
-    """Accelerators: bytes of device memory that neighbouring tensors share; a larger tensor has its own. Also how far
-    reading may run ahead of the consumer. Allocators round sizes: 128 MiB keeps that below 1 %."""
-
-    read: str = "auto"
-    """Accelerators: "buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what
-    is in the page cache from there, the rest directly on local disks."""
+    threads: int = _knob(
+        0,
+        unit="threads",
+        loads=BOTH,
+        least=0,
+        what="Reading threads. 0: as many as the process may use CPUs (affinity and cgroup quota), at most "
+        f"{MOST_DEFAULT_THREADS}.",
+        change="More where the storage answers late but to many at once (network file systems, striped disks); fewer "
+        "where other work of the process needs the CPUs, or where one disk slows down under several readers.",
+    )
+    window_bytes: int = _knob(
+        256 * MIB,
+        unit="bytes",
+        loads=CPU,
+        what="How far reading may run ahead of the consumer: bounds the memory that no tensor owns yet, and what an "
+        "early exit has read in vain.",
+        change="Larger where the consumer works in bursts (quantises a large tensor, say) and storage should not "
+        "stand still meanwhile; smaller where memory is short.",
+    )
+    task_bytes: int = _knob(
+        8 * MIB,
+        unit="bytes",
+        loads=CPU,
+        what="One read of one thread.",
+        change="Smaller reads start the consumer sooner and share small loads among more threads; larger ones cost "
+        "fewer system calls, which pays where each request is a round trip over a network.",
+    )
+    block_bytes: int = _knob(
+        64 * MIB,
+        unit="bytes",
+        loads=f"{CPU} (private memory)",
+        what="Private memory that neighbouring small tensors share; a larger tensor has its own. Also what ranks "
+        "that share the reading send in one piece. Mapped tensors (the default on the CPU) are in no block.",
+        change="Smaller where single small tensors are kept and the rest is dropped: a block lives as long as any of "
+        "its tensors. Ranks that share a load must have the same value.",
+    )
+    pinned_bytes: int = _knob(
+        256 * MIB,
+        unit="bytes",
+        loads=ACCELERATORS,
+        what="Page-locked host memory, in slots that are filled and copied from in turn.",
+        change="Larger where load_stats() shows that the threads wait for slots although reading is the "
+        "slower side; smaller where many processes share the memory or its limit (ulimit -l).",
+    )
+    slot_bytes: int = _knob(
+        8 * MIB,
+        unit="bytes",
+        loads=ACCELERATORS,
+        multiple=4096,
+        what="One slot: one read and one copy. torch locks the next power of two. Small loads take smaller slots.",
+        change="Smaller slots start the first copy sooner; larger ones cost fewer calls. pinned_bytes must hold one.",
+    )
+    device_block_bytes: int = _knob(
+        128 * MIB,
+        unit="bytes",
+        loads=ACCELERATORS,
+        what="Device memory that neighbouring tensors share; a larger tensor has its own. Also how far reading may "
+        "run ahead of the consumer, and what ranks that share the reading send in one piece.",
+        change="Smaller where device memory is nearly full, or single small tensors are kept and the rest is dropped. "
+        "Allocators round sizes: 128 MiB keeps that below 1 %. Ranks that share a load must have the same value.",
+    )
+    read: str = _knob(
+        "auto",
+        unit=", ".join(f'"{mode}"' for mode in READ_MODES),
+        loads=ACCELERATORS,
+        what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
+        "the page cache from there, the rest on local disks whichever way has been faster.",
+        change='"direct" where loads are always cold and the page cache belongs to others; "buffered" where the files '
+        "are soon loaded again, by this process or another one.",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "threads" else 4096
+            value, least, multiple = getattr(self, field.name), field.metadata["least"], field.metadata["multiple"]
             if field.name == "read":
                 if value not in READ_MODES:
                     raise ValueError(f"weightload setting read={value!r}: must be one of {', '.join(READ_MODES)}")
             elif not isinstance(value, int) or value < least:
                 raise ValueError(f"weightload setting {field.name}={value!r}: must be a whole number from {least}")
-        if self.slot_bytes % 4096:
-            raise ValueError(f"weightload setting slot_bytes={self.slot_bytes}: must be a multiple of 4096")
+            elif value % multiple:
+                raise ValueError(f"weightload setting {field.name}={value}: must be a multiple of {multiple}")
         if self.pinned_bytes < self.slot_bytes:
             raise ValueError(
                 f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
@@ -64,24 +135,46 @@ class Settings:
 
     def thread_count(self) -> int:
         """Threads to start: the setting, or the default of this process now."""
-        return self.threads or min(usable_cpus(), 16)
+        return self.threads or min(usable_cpus(), MOST_DEFAULT_THREADS)
 
+
+NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
 _overrides: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("weightload_settings")
 
 
-def current() -> Settings:
-    """The settings in force: scoped overrides, else environment variables, else defaults."""
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"WEIGHTLOAD_{name.upper()}"
+
+
+def _from_environment() -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        text = os.environ.get(f"WEIGHTLOAD_{field.name.upper()}")
+    for name in NAMES:
+        text = os.environ.get(variable(name))
         if text:
             try:
-                values[field.name] = text if field.name == "read" else int(text)
+                values[name] = text if name == "read" else int(text)
             except ValueError:
-                raise ValueError(f"WEIGHTLOAD_{field.name.upper()}={text!r}: must be a whole number") from None
-    values.update(_overrides.get({}))
-    return Settings(**values)
+                raise ValueError(f"{variable(name)}={text!r}: must be a whole number") from None
+    return values
+
+
+def current() -> Settings:
+    """The settings in force: scoped overrides, else environment variables, else defaults.
+
+    Raises:
+        ValueError: a value that is not allowed, with the setting or the environment variable that has it.
+    """
+    return Settings(**{**_from_environment(), **_overrides.get({})})
+
+
+def origins() -> dict[str, str]:
+    """Where each setting in force comes from: ``"override"``, ``"environment"`` or ``"default"``."""
+    overrides, environment = _overrides.get({}), _from_environment()
+    return {
+        name: "override" if name in overrides else "environment" if name in environment else "default" for name in NAMES
+    }
 
 
 @contextlib.contextmanager
@@ -91,7 +184,7 @@ def override(**values: int | str) -> Iterator[None]:
     Raises:
         TypeError: a name that is no setting.
     """
-    unknown = set(values) - {field.name for field in dataclasses.fields(Settings)}
+    unknown = set(values) - set(NAMES)
     if unknown:
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
     token = _overrides.set({**_overrides.get({}), **values})
