@@ -9,7 +9,7 @@ import sys
 
 from safetensors import SafetensorError
 
-from weightload import __version__, cli_inspect, cli_verify
+from weightload import __version__, cli_inspect, cli_settings, cli_verify
 from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, say
 
 
@@ -43,12 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="weightload",
-        description="Look into safetensors checkpoints.",
+        description="Look into safetensors checkpoints, and into the settings of their loading.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"weightload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cli_inspect, cli_verify):
+    for command in (cli_inspect, cli_verify, cli_settings):
         command.add(commands)
     return parser
