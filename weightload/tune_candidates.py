@@ -1,0 +1,91 @@
+"""What tune tries: the settings in force, and each setting changed by itself; and how much of a checkpoint it loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from weightload.settings import MIB, READ_MODES, Settings
+from weightload.settings_page import shown
+
+Value = int | str
+
+# Times the value in force. On the way to the storage there is seldom a use for more threads.
+THREAD_FACTORS, MOST_THREADS = (2, 4, 0.5, 8, 0.25), 64
+SIZE_FACTORS = (0.25, 4)
+
+# Bytes of a load. Below the least, starting and ending it is what is measured; the most bounds the memory it takes.
+LEAST_SAMPLE, MOST_SAMPLE = 64 * MIB, 2048 * MIB
+# Loads of a candidate: with fewer nothing is recommended; as many are planned; with more nothing is gained.
+LEAST_RUNS, PLANNED_RUNS, MOST_RUNS = 3, 5, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings to load with, as changes to those in force."""
+
+    changes: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {shown(name, value)}" for name, value in self.changes) or "in force"
+
+
+IN_FORCE = Candidate()
+
+
+def candidates(now: Settings, to_accelerator: bool) -> list[Candidate]:
+    """The settings in force, then single changes of them, those that most often matter first.
+
+    Where the environment has changed a setting, its default is among them.
+    """
+    found = [IN_FORCE]
+    for name in ("threads", "read", "slot_bytes", "device_block_bytes", "pinned_bytes") if to_accelerator else (
+        "threads", "task_bytes", "window_bytes",
+    ):  # fmt: skip
+        tried = {_effective(now, name)}
+        for value in (getattr(Settings(), name), *_values(now, name)):
+            try:
+                changed = dataclasses.replace(now, **{name: value})
+            except ValueError:  # a ring that is smaller than a slot
+                continue
+            if _effective(changed, name) not in tried:
+                tried.add(_effective(changed, name))
+                found.append(Candidate(((name, value),)))
+    return found
+
+
+def _effective(settings: Settings, name: str) -> Value:
+    value: Value = settings.thread_count() if name == "threads" else getattr(settings, name)
+    return value
+
+
+def _values(now: Settings, name: str) -> list[Value]:
+    if name == "read":
+        return list(READ_MODES)
+    if name == "threads":
+        threads = now.thread_count()
+        return [int(threads * factor) for factor in THREAD_FACTORS if 1 <= threads * factor <= MOST_THREADS]
+    size = getattr(now, name)
+    return [max(64 << 10, int(size * factor) // 4096 * 4096) for factor in SIZE_FACTORS]
+
+
+def fit(
+    tried: Sequence[Candidate], bytes_per_second: float, seconds: float, total_bytes: int
+) -> tuple[int, list[Candidate]]:
+    """How many bytes a load may have, and which candidates there is time for, the first ones of those given.
+
+    Slow storage gets smaller loads, down to LEAST_SAMPLE, then fewer candidates, down to none but the settings in
+    force.
+
+    Args:
+        tried: the candidates, with the settings in force in front.
+        bytes_per_second: of a load with the settings in force, all that goes with it included.
+        seconds: for all loads together.
+        total_bytes: of the checkpoint.
+    """
+    all_bytes = bytes_per_second * seconds
+    least = min(LEAST_SAMPLE, total_bytes)
+    fitting = int(all_bytes / max(1, LEAST_RUNS * least))
+    kept = list(tried[: max(1, fitting)])
+    planned = int(all_bytes / (PLANNED_RUNS * len(kept)))
+    return min(max(planned, least), MOST_SAMPLE, total_bytes), kept if len(kept) > 1 else [IN_FORCE]
