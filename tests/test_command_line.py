@@ -74,7 +74,7 @@ def test_exit_codes(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["inspect", "--help"], ["verify", "--help"], ["settings", "--help"]):
+    for arguments in (["--help"], *([command, "--help"] for command in ("inspect", "verify", "settings", "tune"))):
         with pytest.raises(SystemExit) as done:
             cli.main(arguments)
         assert done.value.code == 0

@@ -9,7 +9,7 @@ import sys
 
 from safetensors import SafetensorError
 
-from weightload import __version__, cli_inspect, cli_settings, cli_verify
+from weightload import __version__, cli_inspect, cli_settings, cli_tune, cli_verify
 from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, say
 
 
@@ -49,6 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weightload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cli_inspect, cli_verify, cli_settings):
+    for command in (cli_inspect, cli_verify, cli_settings, cli_tune):
         command.add(commands)
     return parser
