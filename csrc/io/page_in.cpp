@@ -52,7 +52,7 @@ ByteRange pages_around(ByteRange range) {
 }  // namespace
 
 void page_in(const File& file, char* mapping, ByteRange range) {
-  const bool was_cached = cached_bytes_by_cachestat(file, range) == range.size();
+  const bool was_cached = cached_bytes(file, range, mapping) == range.size();
   const ByteRange pages = pages_around(range);
   const int error_number = populate(mapping + pages.begin, mapping + pages.end);
   if (was_cached && error_number == 0) return;
@@ -65,7 +65,7 @@ void page_in(const File& file, char* mapping, ByteRange range) {
 }
 
 void fill_page_cache(const File& file, char* mapping, ByteRange range) {
-  if (cached_bytes_by_cachestat(file, range) == range.size()) return;
+  if (cached_bytes(file, range, mapping) == range.size()) return;
   const ByteRange pages = pages_around(range);
   populate(mapping + pages.begin, mapping + pages.end);
   // Nobody will use these page table entries.

@@ -1,9 +1,11 @@
 #include "io/residency.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -40,6 +42,11 @@ bool may_ask_mincore(const File& file) {
          ::faccessat(AT_FDCWD, ("/proc/self/fd/" + std::to_string(file.fd())).c_str(), W_OK, AT_EACCESS) == 0;
 }
 
+bool is_overlay(const File& file) {
+  struct statfs status;
+  return ::fstatfs(file.fd(), &status) == 0 && status.f_type == OVERLAYFS_SUPER_MAGIC;
+}
+
 }  // namespace
 
 std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange range) {
@@ -47,10 +54,12 @@ std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange ra
   CachestatRange asked{range.begin, range.size()};
   Cachestat answer{};
   if (::syscall(kCachestat, file.fd(), &asked, &answer, 0) != 0) return std::nullopt;
+  // overlayfs has the pages in the file below, and asks its own file, which has none (seen with Linux 6.18).
+  if (answer.cached == 0 && is_overlay(file)) return std::nullopt;
   return clip(answer.cached, range);
 }
 
-std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range) {
+std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range, char* mapping) {
   if (range.empty()) return 0;
   if (!may_ask_mincore(file)) return std::nullopt;
   std::vector<unsigned char> pages;
@@ -58,11 +67,12 @@ std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange rang
   // Piece by piece: the answer is a byte a page, which of a sparse giant would not fit into memory.
   for (uint64_t begin = round_down(range.begin, page_bytes()); begin < range.end; begin += kMincorePiece) {
     const size_t length = static_cast<size_t>(std::min(kMincorePiece, range.end - begin));
-    void* mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
-    if (mapping == MAP_FAILED) return std::nullopt;
+    void* const asked = mapping ? mapping + begin
+                                : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
+    if (asked == MAP_FAILED) return std::nullopt;
     pages.resize((length + page_bytes() - 1) / page_bytes());
-    const bool answered = ::mincore(mapping, length, pages.data()) == 0;
-    ::munmap(mapping, length);
+    const bool answered = ::mincore(asked, length, pages.data()) == 0;
+    if (!mapping) ::munmap(asked, length);
     if (!answered) return std::nullopt;
     const auto here = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
     cached += static_cast<uint64_t>(here);
@@ -70,9 +80,9 @@ std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange rang
   return clip(cached, range);
 }
 
-std::optional<uint64_t> cached_bytes(const File& file, ByteRange range) {
+std::optional<uint64_t> cached_bytes(const File& file, ByteRange range, char* mapping) {
   const auto answer = cached_bytes_by_cachestat(file, range);
-  return answer ? answer : cached_bytes_by_mincore(file, range);
+  return answer ? answer : cached_bytes_by_mincore(file, range, mapping);
 }
 
 }  // namespace weightload

@@ -8,12 +8,13 @@
 namespace weightload {
 
 // Bytes of `range` whose pages are in the page cache, or nothing where the kernel does not say. One system
-// call with cachestat (Linux 6.5); before that mincore on a scratch mapping, about 20 ns a page. Both answer
-// only to those who own the file or may write it, so that nobody can watch what others read.
-std::optional<uint64_t> cached_bytes(const File& file, ByteRange range);
+// call with cachestat (Linux 6.5); before that, and on overlayfs, mincore, about 20 ns a page, on `mapping` (the
+// address of the file's byte 0 in one) or else on a mapping for the purpose. Both answer only to those who own the file
+// or may write it, so that nobody can watch what others read.
+std::optional<uint64_t> cached_bytes(const File& file, ByteRange range, char* mapping = nullptr);
 
 // The same with the call chosen, for tests.
 std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange range);
-std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range);
+std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range, char* mapping = nullptr);
 
 }  // namespace weightload
