@@ -48,6 +48,30 @@ def test_verify(real_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "104 tensors equal to safetensors'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    for name in ("a", "b"):
+        write_tensors(tmp_path / f"{name}.safetensors", [(f"{name}{i}", "F32", [500_000]) for i in range(3)])
+    command = ["load", str(tmp_path), "--touch", "--backend", backend]
+    assert cli.main(command) == 0
+    assert "6 tensors, 12.00 MB in " in capsys.readouterr().out
+    assert cli.main([*command, "--stats"]) == 0
+    out = capsys.readouterr().out
+    for line in ("0.012 GB, 6 tensors, 2 file(s)", "open", "parse", "read", "consumer", "files", "bottleneck"):
+        assert line in out
+    assert cli.main([*command, "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["tensors"], stats["bytes"], stats["ended"]) == (6, 12_000_000, True)
+    assert [file["read"] for file in stats["files"]] == [{"mmap": "mapped", "pread": "buffered"}[backend]] * 2
+
+
+def test_load_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tensors(tmp_path / "m.safetensors", [])
+    for how in ([], ["--stats"], ["--json"]):
+        assert cli.main(["load", str(tmp_path), *how]) == 0
+    assert "nothing to load" in capsys.readouterr().out
+
+
 def test_verify_goes_on_after_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A list of one bad and one good shard that an index names."""
     write_tensors(tmp_path / "b.safetensors", [("b", "U8", [1])])

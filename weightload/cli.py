@@ -9,7 +9,7 @@ import sys
 
 from safetensors import SafetensorError
 
-from weightload import __version__, cli_inspect, cli_settings, cli_tune, cli_verify
+from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify
 from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, say
 
 
@@ -43,12 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="weightload",
-        description="Look into safetensors checkpoints, and into the settings of their loading.",
+        description="Look into safetensors checkpoints, their loading and its settings.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"weightload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cli_inspect, cli_verify, cli_settings, cli_tune):
+    for command in (cli_inspect, cli_verify, cli_load, cli_settings, cli_tune):
         command.add(commands)
     return parser

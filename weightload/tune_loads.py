@@ -99,7 +99,7 @@ class Loads:
             show_progress=False,
         )
         # Another thread's close() ends a next() that waits for storage.
-        stop = threading.Timer(max(0.0, limit_s - (time.perf_counter() - begin)), weights.close)  # type: ignore[attr-defined]
+        stop = threading.Timer(max(0.0, limit_s - (time.perf_counter() - begin)), weights.close)
         stop.daemon = True  # Ctrl-C may come while it starts: nobody waits for it then
         try:
             stop.start()
@@ -115,7 +115,7 @@ class Loads:
             took = time.perf_counter() - begin
         finally:
             stop.cancel()
-            weights.close()  # type: ignore[attr-defined]
+            weights.close()
         return took if count == len(self.sample.names) else None
 
 
