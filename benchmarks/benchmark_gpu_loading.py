@@ -28,9 +28,9 @@ from typing import IO, Any
 
 import torch
 from gpu_limits import THREADS, Copy, cold_read, environment
-from gpu_peers import BASELINE, PEERS, SWEEP
+from peers import BASELINE, PEERS, SWEEP
 from gpu_report import print_table, save_plot
-from gpu_worker import FailedError, Worker, a_device
+from loader_worker import FailedError, Worker, a_device
 from machine import NotEvictedError, evict, raw_parallel_read, resident_share
 
 import weightload

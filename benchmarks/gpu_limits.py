@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_worker import a_device
+from loader_worker import a_device
 from machine import PIECE, NotEvictedError, describe, evict, fill_cache, raw_parallel_read
 
 MIB = 1 << 20

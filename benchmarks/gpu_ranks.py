@@ -32,7 +32,7 @@ from typing import Any
 
 from gpu_limits import environment
 from gpu_report import print_ranks
-from gpu_worker import a_device
+from loader_worker import a_device
 
 import weightload
 

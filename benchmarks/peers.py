@@ -1,6 +1,6 @@
 """The loaders that are compared: each a function from files to an iterator of (name, tensor on the device).
 
-This file imports nothing but torch before a loader is called: each runs in a process of its own (gpu_worker.py), which
+This file imports nothing but torch before a loader is called: each runs in a process of its own (loader_worker.py), which
 must not hold the other loaders' libraries, or another version of its own. A loader that cannot work here raises
 NotAvailableError, or whatever its library raises.
 """

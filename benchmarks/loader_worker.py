@@ -1,6 +1,6 @@
 """Runs one loader in a process of its own, and checks what it yields.
 
-    python benchmarks/gpu_worker.py NAME --device cuda:0 FILE ...    loads once and checks: for profilers, sanitizers
+    python benchmarks/loader_worker.py NAME --device cuda:0 FILE ...    loads once and checks: for profilers, sanitizers
 
 In a process of its own a crash or a hang ends only that loader, none inherits another's pinned memory or open files,
 and two versions of one package can be compared. Both ends of the pipe between the processes are in this file.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from gpu_peers import NotAvailableError, Peer, Weights, environment, find, missing
+from peers import NotAvailableError, Peer, Weights, environment, find, missing
 
 SAMPLE = 50
 PIECE = 4 << 20
@@ -249,7 +249,7 @@ class Worker:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", help="a loader of gpu_peers.py, or FILE.py:FUNCTION")
+    parser.add_argument("name", help="a loader of peers.py, or FILE.py:FUNCTION")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--device", type=a_device, default="cuda:0")
     parser.add_argument("--serve", action="store_true", help="answer requests of the comparison")
