@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from proc import process_memory
+
 from weightload import _C
 from weightload.cpus import usable_cpus
 
@@ -177,10 +179,7 @@ def private_bytes() -> int:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return process_memory(os.getpid(), [field])
 
 
 class PeakMemory:
