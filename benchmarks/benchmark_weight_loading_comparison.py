@@ -42,6 +42,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda; default: this rank's accelerator, or the CPU without one")
     parser.add_argument("--group", choices=("node", "all"), default="node", help="the ranks that load together")
     parser.add_argument("--backend", metavar="NAME", help="torch.distributed's; default: the CPU's and the device's")
+    parser.add_argument("--drop-failing", action="store_true", help="ways that fail are left out and said why")
+    parser.add_argument("--budget", type=float, default=1e9, metavar="S", help="time after which no round begins")
     parser.add_argument("--ways", metavar="NAME,NAME", help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
@@ -82,8 +84,8 @@ def main() -> None:
     del opened
 
     comparison = Comparison(Place(files, device, ranks.group), ways_for(device, options.ways), ranks, total)
-    comparison.check()
-    comparison.measure(options.warmup, options.repeats)
+    comparison.check(options.drop_failing)
+    comparison.measure(options.warmup, options.repeats, options.budget)
     remarks = comparison.cache_remarks()
     result = {
         "benchmark": "weight_loading_comparison",
@@ -103,7 +105,8 @@ def main() -> None:
         "cache": "warm",
         "cache_verified": not remarks,
         "cache_remarks": remarks,
-        "identical_bytes": True,  # the check above ends the run otherwise
+        "identical_bytes": True,  # the check above ends the run otherwise, or drops the way
+        "dropped": comparison.dropped,
         "warmup": options.warmup,
         "repeats": options.repeats,
         "rows": summarise(comparison.timings, total),

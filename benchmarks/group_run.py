@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import statistics
 import time
@@ -101,29 +102,48 @@ class Comparison:
             block = torch.ones(BLOCK, dtype=torch.uint8, device=place.device)
             self.limits[RAW_COLLECTIVE] = lambda: raw_collective(place, total, block)
         self.timings: dict[str, list[Timing]] = {name: [] for name in (*self.limits, *ways)}
+        self.dropped: dict[str, dict[str, str | None]] = {}  # ways that failed, and how
         self.remarks: list[str] = []  # why the page cache may not have been warm
 
-    def check(self) -> None:
+    def check(self, drop_failing: bool = False) -> None:
         """One untimed load of every way, compared byte for byte.
+
+        A way that raises, or has a wrong byte on any rank, ends the run; or with ``drop_failing`` it takes no further
+        part, and ``dropped`` has what was wrong. That holds for ways that fail on all ranks, or between collectives.
 
         Raises:
             SystemExit: on every rank, if any of them has a wrong byte.
         """
-        for name, way in self.ways.items():
+        for name, way in list(self.ways.items()):
             self.ranks.barrier()
-            wrong = differences(load(way, self.place)[1], self.place.files)
+            wrong: list[str] = []
+            reason = None
+            try:
+                wrong = differences(load(way, self.place)[1], self.place.files)
+            except Exception as error:
+                if not drop_failing:
+                    raise
+                reason = f"{type(error).__name__}: {error}"[:300]
+            gathered = self.ranks.gather((wrong, reason))
             found = [
                 f"rank {rank}: {len(names)} tensors, such as {names[0]!r}"
-                for rank, names in enumerate(self.ranks.gather(wrong))
+                for rank, (names, _) in enumerate(gathered)
                 if names
             ]
-            if found:
+            reasons = [why for _, why in gathered if why]
+            if found and not drop_failing:
                 raise SystemExit(f"{name} does not give the bytes of the files: {'; '.join(found)}")
+            if found or reasons:
+                del self.ways[name], self.timings[name]
+                self.dropped[name] = {"wrong": "; ".join(found) or None, "reason": reasons[0] if reasons else None}
 
-    def measure(self, warmup: int, repeats: int) -> None:
-        """Everything once a round, each time beginning with another."""
+    def measure(self, warmup: int, repeats: int, budget: float = math.inf) -> None:
+        """Everything once a round, each time beginning with another. After ``budget`` seconds no round begins."""
         names = list(self.timings)
+        begin = time.monotonic()
         for number in range(warmup + repeats):
+            if number > warmup and self.ranks.slowest(time.monotonic() - begin) > budget:
+                break
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 self._prepare(memory=name in self.ways)

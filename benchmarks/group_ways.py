@@ -5,9 +5,11 @@ A way is a function of a ``Place`` that gives an iterator of (name, tensor), on 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -106,6 +108,37 @@ def ours(place: Place, strategy: str, backend: Literal["mmap", "pread"] = "mmap"
     )
 
 
+def python_mapped(place: Place) -> Weights:
+    """Every rank maps the files for itself, as FastVideo's iterator does with to_cpu=True."""
+    for file in place.files:
+        with _opened(file, place.device) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, _read(opened, name, place.device)
+
+
+def fastsafetensors_broadcast(place: Place) -> Weights:
+    """Its pipeline: each rank reads the files of its turn, and broadcasts what it has read."""
+    library = import_module("fastsafetensors")
+    # Its nogds readers past the page cache are told otherwise by the environment.
+    loader = library.ParallelLoader(
+        place.group, list(place.files), use_tqdm_on_load=False, device=str(place.device), nogds=True
+    )
+    try:
+        with contextlib.closing(loader.iterate_weights()) as weights:
+            yield from weights
+    finally:
+        loader.close()
+
+
+def runai_distributed(place: Place) -> Weights:
+    """Each rank reads a share and broadcasts it through its own staging buffers; what it yields is a copy."""
+    with import_module("runai_model_streamer").SafetensorsStreamer() as streamer:
+        streamer.stream_files(list(place.files), device=str(place.device), is_distributed=True)
+        if not streamer.file_streamer.is_distributed:
+            raise RuntimeError("it does not distribute the reading over this group")
+        yield from streamer.get_tensors()
+
+
 WAYS: dict[str, Way] = {
     "python independent": python_independent,
     BASELINE: python_broadcast,
@@ -116,16 +149,24 @@ WAYS: dict[str, Way] = {
     "weightload striped": partial(ours, strategy="striped"),
     "weightload auto": partial(ours, strategy="auto"),
 }
+# Only where they are named: each needs a package, those of the loaders of peers.py.
+MORE_WAYS: dict[str, Way] = {
+    "python mapped": python_mapped,
+    "fastsafetensors broadcast": fastsafetensors_broadcast,
+    "run:ai distributed": runai_distributed,
+}
+PEER_WAYS = {"fastsafetensors broadcast": "fastsafetensors buffered", "run:ai distributed": "run:ai streamer buffered"}
 CPU_ONLY = ("weightload independent pread",)  # on an accelerator memory is private in any case
 
 
 def ways_for(device: torch.device, names: list[str] | None) -> dict[str, Way]:
     """The ways that exist for a device, or those named."""
-    unknown = sorted(set(names or ()) - set(WAYS))
+    every = WAYS | MORE_WAYS
+    unknown = sorted(set(names or ()) - set(every))
     if unknown:
-        raise ValueError(f"no such way: {', '.join(unknown)}; there are: {', '.join(WAYS)}")
+        raise ValueError(f"no such way: {', '.join(unknown)}; there are: {', '.join(every)}")
     return {
         name: way
-        for name, way in WAYS.items()
+        for name, way in (WAYS if names is None else every).items()
         if (names is None or name in names) and (device.type == "cpu" or name not in CPU_ONLY)
     }
