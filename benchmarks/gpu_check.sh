@@ -80,10 +80,10 @@ generate() {
 benchmark() { # NAME SECONDS CHECKPOINT TITLE OPTION ...
   local name=$1 limit=$2 checkpoint=$3 title=$4
   shift 4
-  # Beside the counted rounds, warm and cold: the start of the processes, a warm-up, and a load that is checked.
+  # Beside the counted rounds, warm and cold: the start of the processes, and a load of each that is checked.
   local budget=$((limit * 28 / 100))
-  step "$name" "$limit" "$python" benchmarks/benchmark_gpu_loading.py --model-path "$checkpoint" --title "$title" \
-    --device "$device" --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
+  step "$name" "$limit" "$python" benchmarks/compare_loaders.py --model-path "$checkpoint" --title "$title" \
+    --device "$device" --fresh 0 --repeats 3 --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
     --log "$out/$name-loaders.log" "$@"
 }
 
@@ -106,11 +106,12 @@ else
   note kit "no .kit/wheels: only the loaders that are installed here are compared"
 fi
 if [ $dry = 0 ] && [ -d .kit/wheels-rc ]; then
-  export WEIGHTLOAD_SITE_RC=$dir/site-rc
-  step kit-rc 30 bash -c "$(declare -f unpack); python=$python; unpack .kit/wheels-rc '$WEIGHTLOAD_SITE_RC'"
+  export WEIGHTLOAD_PEERS=$dir/peers
+  candidate=$WEIGHTLOAD_PEERS/safetensors-rc
+  step kit-rc 30 bash -c "$(declare -f unpack); python=$python; unpack .kit/wheels-rc '$candidate'"
   if ! "$python" -c "import safetensors" 2>/dev/null; then
     note safetensors "not installed: the release candidate stands in for it"
-    export PYTHONPATH=$PYTHONPATH:$WEIGHTLOAD_SITE_RC
+    export PYTHONPATH=$PYTHONPATH:$candidate
   fi
 fi
 
@@ -158,7 +159,7 @@ if [ $dry = 1 ]; then
   step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
     --json "$out/limits.json"
   ranks 100 "$dir/tiny" --ranks 2 --repeats 1
-  benchmark tiny 30 "$dir/tiny" "tiny" --warmup 0 --repeats 1 --loaders "safetensors,weightload,instanttensor"
+  benchmark tiny 30 "$dir/tiny" "tiny" --repeats 1 --loaders "safetensors,weightload,instanttensor"
 else
   if wants limits; then
     step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"

@@ -4,6 +4,9 @@
 
 In a process of its own a crash or a hang ends only that loader, none inherits another's pinned memory or open files,
 and two versions of one package can be compared. Both ends of the pipe between the processes are in this file.
+
+What is timed: from the call until every tensor is held in a dict and has arrived. On an accelerator that is when the
+device is idle; for views of mapped files when one byte of each of their pages has been read.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import json
 import os
@@ -24,63 +28,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import tensor_memory
 import torch
-from peers import NotAvailableError, Peer, Weights, environment, find, missing
+from expected import Checkpoint
+from into_loads import module_of, parameters
+from peer_loads import NotAvailableError, Weights
+from peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missing
+from proc import MEMORY_FIELDS, file_system, process_memory
 
-SAMPLE = 50
-PIECE = 4 << 20
-END = 64 << 10
+SAMPLING_S = 0.002
 
 
 def a_device(text: str) -> torch.device:
     """A device with its number, which tensors carry too."""
     device = torch.device(text)
     return device if device.type == "cpu" or device.index is not None else torch.device(device.type, 0)
-
-
-class Checkpoint:
-    """The CPU tensors that a load is held against, bit for bit: of a sample of names, and all names."""
-
-    def __init__(self, files: list[str]) -> None:
-        from safetensors import safe_open
-
-        self.file_of: dict[str, str] = {}
-        sizes: list[tuple[int, str]] = []
-        for file in files:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  (the handle is no dict)
-                    self.file_of[name] = file
-                    sizes.append((opened.get_tensor(name).nbytes, name))  # a view: reads nothing
-        names = list(self.file_of)
-        sizes.sort()
-        picked = [sizes[-1][1], sizes[0][1], names[-1], names[0], *names[:: max(1, len(names) // SAMPLE)]]
-        self.sample = set(list(dict.fromkeys(picked))[:SAMPLE])
-
-    def differs(self, tensors: dict[str, torch.Tensor], device: torch.device, whole: bool) -> str | None:
-        """What is wrong with tensors of the sample; not ``whole``: their two ends are compared."""
-        from safetensors import safe_open
-
-        for file in dict.fromkeys(self.file_of.values()):
-            names = [name for name in tensors if name in self.sample and self.file_of[name] == file]
-            if not names:
-                continue
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in names:
-                    wrong = _difference(tensors[name], opened.get_tensor(name), device, whole)
-                    if wrong:
-                        return f"{name}: {wrong}"
-        return None
-
-
-def _difference(tensor: torch.Tensor, expected: torch.Tensor, device: torch.device, whole: bool) -> str | None:
-    if (tensor.shape, tensor.dtype, tensor.device) != (expected.shape, expected.dtype, device):
-        return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-    have, want = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, expected))
-    step = PIECE if whole else END
-    for at in range(0, have.numel(), step) if whole else (0, max(0, have.numel() - END)):
-        if not torch.equal(have[at : at + step], want[at : at + step].to(device)):
-            return f"bytes differ, from {at} on"
-    return None
 
 
 @contextlib.contextmanager
@@ -115,46 +77,90 @@ class Runner:
 
     def __init__(self, peer: Peer, files: list[str], device: torch.device) -> None:
         self.peer, self.files, self.device = peer, files, device
+        self.kind = kind_of(peer, device)
         self.checkpoint = Checkpoint(files)
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         torch.zeros(1, device=device)  # the first use of a device sets it up
+        begin = time.perf_counter()
+        importlib.import_module(peer.module)
+        self.import_s = time.perf_counter() - begin
 
     def version(self) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(self.peer.package) if self.peer.package else None
         return None
 
-    def load(self, thorough: bool) -> dict[str, Any]:
-        """One load. The clock runs from the call until the device has every tensor; all are kept until then.
+    def load(self, thorough: bool, files: list[str] | None = None) -> dict[str, Any]:
+        """One load, of other files with the same tensors where ``files`` says so.
 
         Afterwards the two ends of a sample of tensors are compared. ``thorough`` is for a load whose time does not
-        count: each tensor of the sample is compared as a whole, both as it is yielded and at the end.
+        count: tensors of the sample are compared as wholes, as they are yielded and at the end, when on the CPU all
+        others are too, and where their bytes are is looked at.
         """
+        files = files or self.files
         on_cuda = self.device.type == "cuda"
         before = 0
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
+        module = module_of(files) if self.kind == INTO else None
         with memory_watch(self.device) if thorough else contextlib.nullcontext([0]) as driver_peak:
-            begin = time.perf_counter()
-            tensors, wrong = self._drain(self.peer.load(self.files, self.device), thorough)
+            cpu_begin, begin = time.process_time(), time.perf_counter()
+            weights: Weights | None = None
+            wrong = None
+            if module is not None and self.peer.into is not None:
+                self.peer.into(files, module)
+                tensors: dict[str, torch.Tensor] = {}
+            else:
+                assert self.peer.load is not None
+                weights = self.peer.load(files, self.device)
+                tensors, wrong = self._drain(weights, thorough)
             if self.device.type != "cpu":
                 torch.accelerator.synchronize(self.device)
-            seconds = time.perf_counter() - begin
+            seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+        touch_s = 0.0
+        if self.kind == MAPPED:
+            spans = tensor_memory.spans_of(tensors.values())  # not on the clock: no load's own work
+            cpu_begin, begin = time.process_time(), time.perf_counter()
+            tensor_memory.touch(spans)
+            touch_s = time.perf_counter() - begin
+            cpu_s += time.process_time() - cpu_begin
+        if module is not None:
+            tensors = parameters(module)
         peak = torch.cuda.max_memory_allocated(self.device) - before if on_cuda else None
-        if wrong is None and set(tensors) != set(self.checkpoint.file_of):
-            count = len(set(tensors) ^ set(self.checkpoint.file_of))
-            wrong = f"{count} names are missing or are not in the files"
-        wrong = wrong or self.checkpoint.differs(tensors, self.device, thorough)
-        tensors.clear()
-        self._release()
-        return {
-            "seconds": seconds,
-            "wrong": wrong,
+        answer = {
+            "seconds": seconds + touch_s,
+            "touch_s": touch_s,
+            "cpu_s": cpu_s,
+            "wrong": wrong or self._wrong(tensors, thorough),
             "peak_bytes": peak,
             "driver_peak_bytes": driver_peak[0] if thorough and on_cuda else None,
+            "stats": _stats(weights),
         }
+        if (
+            thorough
+            and self.kind == PRIVATE
+            and not answer["wrong"]
+            and tensor_memory.mapped_bytes(tensors.values(), files)
+        ):
+            raise NotAvailableError("its tensors are views of the files, not in memory of their own")
+        tensors.clear()
+        module = weights = None
+        self._release()
+        return answer
+
+    def _wrong(self, tensors: dict[str, torch.Tensor], thorough: bool) -> str | None:
+        """What is wrong with what a load gave, all held."""
+        if set(tensors) != set(self.checkpoint.file_of):
+            count = len(set(tensors) ^ set(self.checkpoint.file_of))
+            return f"{count} names are missing or are not in the files"
+        everything = thorough and self.device.type == "cpu"
+        picked = tensors if everything else {name: tensors[name] for name in self.checkpoint.sample}
+        wrong = self.checkpoint.differs(picked, self.device, thorough)
+        if not wrong and thorough and (pair := tensor_memory.overlapping(tensors)):
+            return f"{pair[0]} and {pair[1]} share memory"
+        return wrong
 
     def _drain(self, weights: Weights, thorough: bool) -> tuple[dict[str, torch.Tensor], str | None]:
         tensors: dict[str, torch.Tensor] = {}
@@ -168,6 +174,7 @@ class Runner:
 
     def _release(self) -> None:
         """The device's memory is given back: the next loader, in its own process, starts from the same."""
+        self.checkpoint.release()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -184,7 +191,7 @@ def serve(name: str, files: list[str], device: torch.device) -> None:
 
     try:
         runner = Runner(find(name), files, device)
-        answer({"version": runner.version()})
+        answer({"version": runner.version(), "import_s": runner.import_s})
         for line in sys.stdin:
             answer(runner.load(**json.loads(line)))
     except NotAvailableError as error:
@@ -192,6 +199,13 @@ def serve(name: str, files: list[str], device: torch.device) -> None:
     except BaseException as error:
         answer({"reason": f"{type(error).__name__}: {str(error)[:300]}"})
         raise
+
+
+def _stats(weights: Weights | None) -> dict[str, Any] | None:
+    """What a loader tells of its own load: an iterator's ``stats()``, where it has one."""
+    stats = getattr(weights, "stats", None)
+    found: Any = stats() if callable(stats) else None
+    return found.as_dict() if hasattr(found, "as_dict") else None
 
 
 class FailedError(Exception):
@@ -207,29 +221,44 @@ class Worker:
         if reason:
             raise FailedError(reason)
         self.limit = limit
+        # Pages of a mapped tmpfs file count as shared memory.
+        self._fields = MEMORY_FIELDS if file_system(files[0]) != "tmpfs" else MEMORY_FIELDS[:1]
         command = [sys.executable, "-X", "faulthandler", str(Path(__file__)), name, "--serve", "--device", str(device)]
         self._process = subprocess.Popen(
             [*command, *files], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(peer)
         )
 
-    def version(self) -> str | None:
-        """Waits until it is ready."""
-        return self._answer()["version"]  # type: ignore[no-any-return]
+    def ready(self) -> dict[str, Any]:
+        """Waits until it is ready; the answer is the loader's version and the seconds that importing it took."""
+        return self._answer()
 
-    def load(self, thorough: bool = False) -> dict[str, Any]:
+    def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any]:
+        """One load. A thorough one also has the most private memory of the process beyond what it had before."""
+        before = self._memory()
         try:
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"thorough": thorough}).encode() + b"\n")
+            self._process.stdin.write(json.dumps({"thorough": thorough, "files": files}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer tells why
-        return self._answer()
+        # From here, and not by a thread there, which would have to wait for the GIL.
+        peak = [before] if thorough else None
+        answer = self._answer(peak)
+        answer["private_peak_bytes"] = max(0, peak[0] - before) if peak else None
+        return answer
 
-    def _answer(self) -> dict[str, Any]:
+    def _memory(self) -> int:
+        return process_memory(self._process.pid, self._fields)
+
+    def _answer(self, peak: list[int] | None = None) -> dict[str, Any]:
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], self.limit)[0]:
-            self.close()
-            raise FailedError(f"no answer within {self.limit:.0f} s")
+        deadline = time.monotonic() + self.limit
+        while not select.select([self._process.stdout], [], [], SAMPLING_S if peak else self.limit)[0]:
+            if time.monotonic() >= deadline:
+                self.close()
+                raise FailedError(f"no answer within {self.limit:.0f} s")
+            if peak:
+                peak[0] = max(peak[0], self._memory())
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
@@ -242,8 +271,13 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        """Ends the process; it may have ended before."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what it never read
+                if pipe:
+                    pipe.close()
 
 
 def main() -> None:

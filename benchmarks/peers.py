@@ -1,207 +1,140 @@
-"""The loaders that are compared: each a function from files to an iterator of (name, tensor on the device).
+"""The loaders that are compared: whose they are, what they need, and what they give on the CPU.
 
-This file imports nothing but torch before a loader is called: each runs in a process of its own (loader_worker.py), which
-must not hold the other loaders' libraries, or another version of its own. A loader that cannot work here raises
-NotAvailableError, or whatever its library raises.
+Where ``WEIGHTLOAD_PEERS`` names a folder, each of its subfolders has one package (``pip install --target``), which only
+the loaders that ask for it get to see: two versions of safetensors can be compared, and none is installed for good.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
+import into_loads
+import peer_loads as loads
 import torch
+from into_loads import IntoLoad
+from peer_loads import Load
 
-Weights = Iterator[tuple[str, torch.Tensor]]
-Load = Callable[[list[str], torch.device], Weights]
+FOLDERS = "WEIGHTLOAD_PEERS"
 BASELINE = "safetensors"
-# The folder with the release candidate, which would hide the safetensors of the environment if it were on the path.
-CANDIDATE = "WEIGHTLOAD_SITE_RC"
+OURS = "weightload"
 
-
-class NotAvailableError(Exception):
-    """A loader cannot be used here; the text says why."""
+# What a load gives, which is compared only with its like.
+MAPPED = "mapped"  # views of the page cache; done when every page has been touched
+PRIVATE = "private"  # memory of their own
+INTO = "into"  # parameters that were there before
+DEVICE = "device"  # an accelerator's memory
+BASELINES = {MAPPED: BASELINE, PRIVATE: "safetensors clone", INTO: "safetensors load_state_dict", DEVICE: BASELINE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """A loader and what it needs."""
 
-    load: Load
+    load: Load | None
+    of: str  # whose it is: of the settings of one, the best counts
     package: str  # to install
     module: str  # to import
+    kind: str | None  # what it gives on the CPU; None: it only works on CUDA devices
+    on_accelerators: bool = True
     only_cuda: bool = False
-    path_variable: str | None = None  # environment variable with a folder to put first on the path
+    into: IntoLoad | None = None
+    folder: str | None = None  # below FOLDERS
+    only_folder: bool = False  # what the environment has is another version
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of its process's environment
 
 
-def safetensors(files: list[str], device: torch.device) -> Weights:
-    """As people write it, with the tensors made on the device."""
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118  (the handle is no dict)
-                yield name, opened.get_tensor(name)
+def _safetensors(load: Load | None, kind: str, on_accelerators: bool = False, into: IntoLoad | None = None) -> Peer:
+    return Peer(load, BASELINE, "safetensors", "safetensors", kind, on_accelerators, into=into)
 
 
-def safetensors_load_file(files: list[str], device: torch.device) -> Weights:
-    from safetensors.torch import load_file
-
-    for file in files:
-        yield from load_file(file, device=str(device)).items()
+def _candidate(load: Load, kind: str | None, only_cuda: bool = False) -> Peer:
+    peer = Peer(load, "safetensors 0.9", "safetensors", "safetensors", kind, only_cuda, only_cuda)
+    return dataclasses.replace(peer, folder="safetensors-rc", only_folder=True)
 
 
-def fastvideo_style(files: list[str], device: torch.device) -> Weights:
-    """Tensors made on the CPU, then moved one by one, as FastVideo's iterator does."""
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name).to(device)
+def _fastsafetensors(load: Load, kind: str | None = PRIVATE, buffered: bool = False) -> Peer:
+    """It reads past the page cache unless it is told not to, which is better for cold files only."""
+    variables = {"FASTSAFETENSORS_ODIRECT": "0"} if buffered else {}
+    name = "fastsafetensors"
+    return Peer(load, name, name, name, kind, only_cuda=kind is None, folder=name, variables=variables)
 
 
-def _prefetch(files: list[str], device: torch.device, at_once: int) -> Weights:
-    from safetensors import safe_open
-
-    if not hasattr(safe_open, "prefetch"):
-        raise NotAvailableError("this safetensors has no prefetch")
-    with contextlib.ExitStack() as stack:
-        waiting = []
-        for number in range(len(files) + at_once - 1):
-            if number < len(files):
-                opened = stack.enter_context(safe_open(files[number], framework="pt", device=str(device)))
-                waiting.append(stack.enter_context(opened.prefetch()))
-            if number >= at_once - 1:
-                yield from waiting.pop(0)
+def _instanttensor(load: Load) -> Peer:
+    name = "instanttensor"
+    return Peer(load, name, name, name, None, only_cuda=True, folder=name)
 
 
-def safetensors_prefetch(files: list[str], device: torch.device) -> Weights:
-    """A file after the other."""
-    return _prefetch(files, device, 1)
+def _runai(strategy: str | None = None) -> Peer:
+    """It reads past the page cache where the file system lets it; the other ways are named by its variable."""
+    variables = {"RUNAI_STREAMER_FS_STRATEGY": strategy} if strategy else {}
+    package = "runai-model-streamer"
+    name, module = "run:ai streamer", "runai_model_streamer"
+    return Peer(loads.runai_streamer, name, package, module, PRIVATE, folder=package, variables=variables)
 
 
-def safetensors_prefetch_at_once(files: list[str], device: torch.device) -> Weights:
-    """All files started before the first is drained."""
-    return _prefetch(files, device, len(files))
-
-
-def _fastsafetensors(files: list[str], device: torch.device, nogds: bool) -> Weights:
-    loader = import_module("fastsafetensors").SafeTensorsFileLoader(None, device=str(device), nogds=nogds)
-    try:
-        used = loader.copier_class.__name__
-        if not nogds and not used.startswith("Gds"):
-            raise NotAvailableError(f"no GPUDirect Storage here, it falls back to {used}")
-        loader.add_filenames({0: list(files)})
-        buffers = loader.copy_files_to_device()
-        try:
-            for name in loader.get_keys():
-                yield name, buffers.get_tensor(name)
-        finally:
-            buffers.close()  # the tensors keep their memory
-    finally:
-        loader.close()
-
-
-def fastsafetensors(files: list[str], device: torch.device) -> Weights:
-    return _fastsafetensors(files, device, nogds=True)
-
-
-def fastsafetensors_gds(files: list[str], device: torch.device) -> Weights:
-    return _fastsafetensors(files, device, nogds=False)
-
-
-def fastsafetensors_parallel(files: list[str], device: torch.device) -> Weights:
-    """Its pipeline of files, which yields copies."""
-    library = import_module("fastsafetensors")
-    loader = library.ParallelLoader(None, list(files), use_tqdm_on_load=False, device=str(device), nogds=True)
-    try:
-        with contextlib.closing(loader.iterate_weights()) as weights:
-            yield from weights
-    finally:
-        loader.close()
-
-
-def instanttensor(files: list[str], device: torch.device, **options: Any) -> Weights:
-    """Its default: past the page cache on disks."""
-    library = import_module("instanttensor")
-    with library.safe_open(list(files), framework="pt", device=str(device), **options) as opened:
-        yield from opened.tensors()
-
-
-def instanttensor_buffered(files: list[str], device: torch.device) -> Weights:
-    """What it recommends for files that may be in the page cache."""
-    return instanttensor(files, device, backend=import_module("instanttensor").BackendPolicy.BUFFERED)
-
-
-def runai_streamer(files: list[str], device: torch.device) -> Weights:
-    """It reads into host memory, and moves each tensor from there with .to(device)."""
-    with import_module("runai_model_streamer").SafetensorsStreamer() as streamer:
-        streamer.stream_files(list(files), device=str(device))
-        yield from streamer.get_tensors()
-
-
-def weightload(files: list[str], device: torch.device) -> Weights:
-    import weightload
-
-    return weightload.safetensors_weights_iterator(files, device=device, strategy="independent", show_progress=False)
-
-
-def weightload_threads(threads: int) -> Load:
-    def load(files: list[str], device: torch.device) -> Weights:
-        from weightload import settings
-
-        with settings.override(threads=threads):
-            return weightload(files, device)
-
-    return load
-
-
-def _of_safetensors(load: Load) -> Peer:
-    return Peer(load, "safetensors", "safetensors")
-
-
-def _of_candidate(load: Load) -> Peer:
-    return Peer(load, "safetensors", "safetensors", only_cuda=True, path_variable=CANDIDATE)
-
-
-def _of_fastsafetensors(load: Load) -> Peer:
-    return Peer(load, "fastsafetensors", "fastsafetensors")
-
-
-def _of_instanttensor(load: Load) -> Peer:
-    return Peer(load, "instanttensor", "instanttensor", only_cuda=True)
-
-
-def _of_weightload(load: Load) -> Peer:
-    return Peer(load, "weightload", "weightload")
+def _ours(load: Load | None, kind: str, on_accelerators: bool = False, into: IntoLoad | None = None) -> Peer:
+    return Peer(load, OURS, "weightload", "weightload", kind, on_accelerators, into=into)
 
 
 # The slow ones last: where the time for a round runs out, the others have been measured.
 PEERS: dict[str, Peer] = {
-    BASELINE: _of_safetensors(safetensors),
-    "weightload": _of_weightload(weightload),
-    "safetensors 0.9 prefetch": _of_candidate(safetensors_prefetch),
-    "safetensors 0.9 prefetch at once": _of_candidate(safetensors_prefetch_at_once),
-    "fastsafetensors": _of_fastsafetensors(fastsafetensors),
-    "fastsafetensors gds": dataclasses.replace(_of_fastsafetensors(fastsafetensors_gds), only_cuda=True),
-    "fastsafetensors parallel": _of_fastsafetensors(fastsafetensors_parallel),
-    "instanttensor": _of_instanttensor(instanttensor),
-    "instanttensor buffered": _of_instanttensor(instanttensor_buffered),
-    "run:ai streamer": Peer(runai_streamer, "runai-model-streamer", "runai_model_streamer"),
-    "safetensors load_file": _of_safetensors(safetensors_load_file),
-    "fastvideo style": _of_safetensors(fastvideo_style),
+    BASELINE: _safetensors(loads.safetensors, MAPPED, True),
+    "weightload": _ours(loads.weightload, MAPPED, True),
+    "weightload load_file": _ours(loads.weightload_load_file, MAPPED),
+    "safetensors load_file": _safetensors(loads.safetensors_load_file, MAPPED, True),
+    "safetensors 0.9": _candidate(loads.safetensors, MAPPED),
+    "safetensors 0.9 load_file": _candidate(loads.safetensors_load_file, MAPPED),
+    "weightload pread": _ours(loads.weightload_pread, PRIVATE),
+    "weightload load_file pread": _ours(loads.weightload_load_file_pread, PRIVATE),
+    "safetensors clone": _safetensors(loads.safetensors_clone, PRIVATE),
+    "safetensors pread": _safetensors(loads.safetensors_pread, PRIVATE),
+    "safetensors 0.9 load_file pread": _candidate(loads.safetensors_load_file_pread, PRIVATE),
+    "safetensors 0.9 prefetch": _candidate(loads.safetensors_prefetch, None, only_cuda=True),
+    "safetensors 0.9 prefetch at once": _candidate(loads.safetensors_prefetch_at_once, None, only_cuda=True),
+    "fastsafetensors": _fastsafetensors(loads.fastsafetensors),
+    "fastsafetensors buffered": _fastsafetensors(loads.fastsafetensors, buffered=True),
+    "fastsafetensors buffered 256 MiB": _fastsafetensors(loads.fastsafetensors_large_buffers, buffered=True),
+    "fastsafetensors parallel": _fastsafetensors(loads.fastsafetensors_parallel, buffered=True),
+    "fastsafetensors gds": _fastsafetensors(loads.fastsafetensors_gds, kind=None),
+    "instanttensor": _instanttensor(loads.instanttensor),
+    "instanttensor buffered": _instanttensor(loads.instanttensor_buffered),
+    "run:ai streamer": _runai(),
+    "run:ai streamer buffered": _runai("sync_buffered"),
+    "run:ai streamer io_uring buffered": _runai("io_uring_buffered"),
+    "fastvideo style": dataclasses.replace(_safetensors(loads.fastvideo_style, MAPPED, True), of="fastvideo style"),
+    "safetensors load_state_dict": _safetensors(None, INTO, into=into_loads.safetensors_load_state_dict),
+    "weightload load_state_dict": _ours(None, INTO, into=into_loads.weightload_load_state_dict),
+    "weightload load_into": _ours(None, INTO, into=into_loads.weightload_load_into),
 }
-SWEEP = {f"weightload {n} threads": _of_weightload(weightload_threads(n)) for n in (8, 16, 32)}
+SWEEP = {f"weightload {n} threads": _ours(loads.weightload_threads(n), MAPPED, True) for n in (8, 16, 32)}
+
+
+def kind_of(peer: Peer, device: torch.device) -> str | None:
+    """What the peer gives there, or None where it cannot run."""
+    if device.type != "cpu":
+        return DEVICE if peer.on_accelerators and (device.type == "cuda" or not peer.only_cuda) else None
+    return peer.kind
+
+
+def default_names(device: torch.device) -> list[str]:
+    """All loaders for a device, and on the CPU those that need CUDA, which then say so."""
+    # On the CPU `.to` does nothing.
+    return [
+        name
+        for name, peer in PEERS.items()
+        if (peer.on_accelerators if device.type != "cpu" else name != "fastvideo style")
+    ]
 
 
 def find(name: str) -> Peer:
-    """A peer by name, or the function of a file of your own: ``path/to/file.py:function``."""
+    """A peer by name, or the function of a file of your own: ``path/to/file.py:function``.
+
+    Such a function gives private memory, or what its attribute ``kind`` says.
+    """
     if name in PEERS | SWEEP:
         return (PEERS | SWEEP)[name]
     path, _, function = name.rpartition(":")
@@ -210,23 +143,34 @@ def find(name: str) -> Peer:
         raise SystemExit(f"no such loader: {name!r}; there are {', '.join(PEERS | SWEEP)}, and FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Peer(getattr(module, function), "", "torch")
+    load = getattr(module, function)
+    return Peer(load, function, "", "torch", getattr(load, "kind", PRIVATE))
 
 
-def environment(peer: Peer) -> dict[str, str]:
-    """The environment of the peer's process."""
+def _folder(peer: Peer) -> Path | None:
+    """Where its package is, if it has a place of its own."""
+    folders = os.environ.get(FOLDERS)
+    folder = Path(folders, peer.folder).absolute() if folders and peer.folder else None
+    return folder if folder and folder.is_dir() else None
+
+
+def environment(*peers: Peer) -> dict[str, str]:
+    """The environment of a process that runs these peers."""
     found = dict(os.environ)
-    if peer.path_variable and found.get(peer.path_variable):
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, (found[peer.path_variable], found.get("PYTHONPATH"))))
+    for peer in peers:
+        found |= peer.variables
+    folders = dict.fromkeys(str(folder) for folder in map(_folder, peers) if folder)
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, found.get("PYTHONPATH"))))
     return found
 
 
 def missing(peer: Peer, device: torch.device) -> str | None:
     """Why the peer cannot be tried here, as far as one can tell without starting it."""
-    if peer.only_cuda and device.type != "cuda":
-        return "only for CUDA devices"
-    if peer.path_variable and not os.environ.get(peer.path_variable):
-        return f"{peer.path_variable} does not name the folder that it is installed in"
-    if importlib.util.find_spec(peer.module) is None:
+    if kind_of(peer, device) is None:
+        return "only for CUDA devices" if peer.only_cuda else f"not for {device.type}"
+    folder = _folder(peer)
+    if peer.only_folder and not folder:
+        return f"it is not installed in {peer.folder} of the folder that {FOLDERS} names"
+    if not folder and importlib.util.find_spec(peer.module) is None:
         return f"{peer.package} is not installed"
     return None

@@ -1,13 +1,19 @@
-"""Turns results of benchmark_weight_loading.py into a table for people and a picture; the README's tables of both."""
+"""Turns results of benchmark_weight_loading.py into a table for people and a picture; the README's tables of all.
+
+python benchmarks/report.py RESULT.json ...                                       tables for the README
+python benchmarks/report.py --plot F.png --memory F.png --stages F.png RESULT ... pictures of compare_loaders.py's
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_plot
+import compare_report
 import group_report
 
 FOOTNOTE = """\
@@ -113,6 +119,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table for the README: of benchmark_weight_loading.py the touched rows."""
     if result["benchmark"] == "weight_loading_comparison":
         return group_report.markdown(result)
+    if result["benchmark"] == "compare_loaders":
+        return compare_report.markdown(result)
     lines = [
         f"**{result['checkpoint']}**: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors\n",
         "| page cache | loader | median | GB/s | against safetensors | of the raw read | private memory |",
@@ -132,9 +140,24 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print the README's tables: python benchmarks/report.py RESULT.json ..."""
-    for path in sys.argv[1:]:
-        print(markdown(json.loads(Path(path).read_text())))
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput of compare_loaders.py's results")
+    parser.add_argument("--memory", type=Path, metavar="FILE", help="draw their memory")
+    parser.add_argument("--stages", type=Path, metavar="FILE", help="draw the stages of weightload's loads")
+    options = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in options.results]
+    for result in results:
+        print(markdown(result))
+    compared = [result for result in results if result["benchmark"] == "compare_loaders"]
+    for path, draw in (
+        (options.plot, compare_plot.save_plot),
+        (options.memory, compare_plot.save_memory),
+        (options.stages, compare_plot.save_stages),
+    ):
+        if path and compared:
+            draw(compared, path)
 
 
 if __name__ == "__main__":

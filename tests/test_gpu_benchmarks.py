@@ -11,46 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import write_tensors
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 LOGIC_ONLY = "cpu (logic only, not a measurement)"
-
-OWN_LOADERS = """
-import os
-from safetensors import safe_open
-
-def all_of(files):
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name).clone()
-
-def one_bit_wrong(files, device):
-    for name, tensor in all_of(files):
-        if name == "last":
-            tensor[-1, -1] += 1
-        yield name, tensor
-
-def too_early(files, device):
-    for name, tensor in all_of(files):
-        right = tensor.clone()
-        yield name, tensor.zero_()
-        tensor.copy_(right)
-
-def one_missing(files, device):
-    return (pair for pair in all_of(files) if pair[0] != "last")
-
-def crashes(files, device):
-    yield next(all_of(files))
-    os.abort()
-
-def raises(files, device):
-    raise OSError(5, "broken disk")
-"""
 
 
 def run(*command: object, **environment: str) -> str:
@@ -66,70 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     write_tensors(folder / "a.safetensors", [(f"a.{i}", "BF16", [512, 16 * i]) for i in range(16)])
     write_tensors(folder / "b.safetensors", [("scalar", "F32", []), ("last", "I32", [1000, 250])], seed=1)
-    (folder / "own.py").write_text(OWN_LOADERS)
     return folder
-
-
-@pytest.fixture(scope="module")
-def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """One comparison of loaders that are right, that cannot run here, and that fail in every way."""
-    own = [f"{checkpoint}/own.py:{name}" for name in ("one_bit_wrong", "too_early", "one_missing", "crashes", "raises")]
-    loaders = ["safetensors", "weightload", "instanttensor", "safetensors 0.9 prefetch", *own]
-    folder = tmp_path_factory.mktemp("out")
-    out = run(
-        sys.executable, ROOT / "benchmarks" / "benchmark_gpu_loading.py", "--model-path", checkpoint, "--device", "cpu",
-        "--warmup", 0, "--repeats", 1, "--cold", "--loaders", ",".join(loaders), "--json", folder / "r.json",
-        "--plot", folder / "r.png",
-    )  # fmt: skip
-    assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "r.json").read_text()), out
-
-
-def test_every_loader_is_measured_in_both_states_or_says_why_not(measured: tuple[dict[str, Any], str]) -> None:
-    result, out = measured
-    assert (result["files"], result["tensors"], result["checked"]) == (2, 18, True)
-    assert result["bytes"] == 512 * 16 * 120 * 2 + 4 + 1_000_000
-    for loader in ("safetensors", "weightload"):
-        rows = [row for row in result["rows"] if row["loader"] == loader]
-        assert [row["cache"] for row in rows] == ["warm", "cold"]
-        for row in rows:
-            assert row["reason"] is None
-            assert len(row["seconds"]) == 1
-            assert row["gb_per_s"] > 0 < row["of_limit"]
-            assert row["version"]
-        assert rows[0]["speedup"] == pytest.approx(1) or loader != "safetensors"
-    for loader in ("instanttensor", "safetensors 0.9 prefetch"):
-        assert all("CUDA" in row["reason"] for row in result["rows"] if row["loader"] == loader)
-        assert f"{loader:34}          " in out
-    assert "skipped: only for CUDA devices" in out
-
-
-def test_wrong_bytes_are_reported_and_have_no_time(measured: tuple[dict[str, Any], str]) -> None:
-    result, out = measured
-    rows = {row["loader"].split(":")[-1]: row for row in result["rows"]}
-    assert rows["one_bit_wrong"]["wrong"].startswith("last: bytes differ")
-    assert rows["too_early"]["wrong"].startswith("as it was yielded: ")
-    assert "1 names are missing" in rows["one_missing"]["wrong"]
-    for loader in ("one_bit_wrong", "too_early", "one_missing"):
-        assert rows[loader]["median_s"] is None
-        assert f"WRONG: {rows[loader]['wrong']}" in out
-
-
-def test_a_loader_that_fails_ends_alone(measured: tuple[dict[str, Any], str]) -> None:
-    rows = {row["loader"].split(":")[-1]: row for row in measured[0]["rows"]}
-    assert "SIGABRT" in rows["crashes"]["reason"]
-    assert rows["raises"]["reason"] == "OSError: [Errno 5] broken disk"
-    assert rows["raises"]["wrong"] is None
-
-
-def test_results_without_a_gpu_say_so(measured: tuple[dict[str, Any], str]) -> None:
-    from gpu_report import markdown, short
-
-    result, out = measured
-    assert result["device"] == LOGIC_ONLY
-    for text in (out, markdown(result), "\n".join(short(result))):
-        assert f"device: {LOGIC_ONLY}" in text
-    assert result["versions"]["torch"] == torch.__version__
 
 
 def test_direct_read_reads_every_byte(checkpoint: Path) -> None:
@@ -147,10 +50,12 @@ def test_the_script_runs_dry(tmp_path: Path) -> None:
     out = run("bash", SCRIPT, "--dry-run", tmp_path / "o", PYTHON=sys.executable, WEIGHTLOAD_BENCH_DIR=str(tmp_path))
     assert "FAILED" not in out
     assert out.count(f"device: {LOGIC_ONLY}") >= 2
-    for name in ("limits", "tiny"):
-        result = json.loads((tmp_path / "o" / f"{name}.json").read_text())
-        assert result["device"] == LOGIC_ONLY
-        assert len(result["rows"]) >= 3
+    limits = json.loads((tmp_path / "o" / "limits.json").read_text())
+    assert limits["device"] == LOGIC_ONLY
+    assert len(limits["rows"]) >= 3
+    tiny = json.loads((tmp_path / "o" / "tiny.json").read_text())
+    assert tiny["checked"]
+    assert "only for CUDA devices" in out
     check_ranks(json.loads((tmp_path / "o" / "ranks.json").read_text()), out)
 
 
