@@ -1,7 +1,8 @@
-# make bench: sets everything up and measures loads of a real and of synthetic checkpoints.
-# make test:  sets everything up and runs all tests.
+# make bench:   sets everything up and measures loads of a real and of synthetic checkpoints.
+# make compare: the same against every other loader, each in a folder of its own below .build/peers.
+# make test:    sets everything up and runs all tests.
 #
-# Both work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
+# They work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
 # install there; an environment that already has one keeps it.
 SHELL = /bin/bash
 .SHELLFLAGS = -eu -o pipefail -c
@@ -19,9 +20,15 @@ export WEIGHTLOAD_WERROR = 1
 # ninja, for the extension's build, is in the environment.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+PEERS = .build/peers
+COMPARED = $(OUT)/compare
+# What each of its runs may take for the rounds of a scenario, in seconds: all together about a quarter of an hour.
+COMPARE_S ?= 60
+SMALL_S ?= 15
+
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench test setup lint stubs stress defects fuzz clean
+.PHONY: bench compare peers test setup lint stubs stress defects fuzz clean
 
 setup: $(VENV)/built
 
@@ -84,6 +91,38 @@ bench: setup
 	    --ways "python broadcast,python async broadcast,weightload broadcast,weightload striped,weightload auto" \
 	    --json $(OUT)/ranks-llama.json --plot $(OUT)/ranks-llama.png
 	@echo "Tables above; JSON and pictures in $(OUT)/"
+
+# The other loaders. Without their dependencies, which would bring another torch: those that they need are named.
+peers: $(PEERS)/fastsafetensors $(PEERS)/runai-model-streamer $(PEERS)/instanttensor $(PEERS)/safetensors-rc
+
+$(PEERS)/fastsafetensors: PACKAGES = fastsafetensors==0.5.0
+$(PEERS)/runai-model-streamer: PACKAGES = runai-model-streamer==0.17.0 humanize==4.17.0
+$(PEERS)/instanttensor: PACKAGES = instanttensor==0.2.2
+$(PEERS)/safetensors-rc: PACKAGES = safetensors==0.9.0rc1
+$(PEERS)/%: | $(VENV)/packages
+	rm -rf $@.part
+	$(RUN) -m pip install -q --no-deps --target $@.part $(PACKAGES)
+	mv $@.part $@
+
+COMPARE = $(RUN) benchmarks/compare_loaders.py --cold --heats 1
+
+compare: export WEIGHTLOAD_PEERS = $(CURDIR)/$(PEERS)
+compare: setup
+	-$(MAKE) -k peers # a loader that cannot be installed is reported as missing
+	mkdir -p $(COMPARED)
+	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/one-file --model qwen3-30b-a3b-narrow --layers 2 --shards 1
+	$(COMPARE) --model-path $(OUT)/checkpoints/llama --title "Llama-3-8B, first layers" --tmpfs --ranks 1,2 --budget $(COMPARE_S) \
+	    --json $(COMPARED)/large.json --log $(COMPARED)/large.log
+	$(COMPARE) --model-path $(OUT)/checkpoints/one-file --title "Qwen3-MoE, narrow, one file" --budget $(SMALL_S) \
+	    --json $(COMPARED)/one-file.json --log $(COMPARED)/one-file.log
+	$(COMPARE) --model-path $(OUT)/checkpoints/small --title "20,000 small tensors" --ranks 1,2 --budget $(SMALL_S) \
+	    --json $(COMPARED)/small.json --log $(COMPARED)/small.log
+	$(RUN) benchmarks/report.py --plot $(COMPARED)/compare-cpu.png --memory $(COMPARED)/compare-cpu-memory.png \
+	    --stages $(COMPARED)/compare-cpu-stages.png $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json \
+	    >$(COMPARED)/tables.md
+	@echo "Tables above and in $(COMPARED)/tables.md; JSON and pictures in $(COMPARED)/"
 
 clean:
 	rm -rf build .build bench-results *.egg-info weightload/*.so weightload/_build_info.py
