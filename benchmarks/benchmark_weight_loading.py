@@ -7,7 +7,7 @@
 Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
 tensor, as it is yielded; `untouched` does nothing with the tensors, and a loader that maps files has then read
 nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until all have arrived there, and the time
-runs until then; benchmark_gpu_loading.py compares more loaders in that way. Loaders take turns in every round, in
+runs until then; compare_loaders.py compares all loaders there are. Loaders take turns in every round, in
 rotating order. Under torchrun every rank loads everything for itself, all at the same time and beginning together, and
 a load's time is that of the slowest rank; benchmark_weight_loading_comparison.py has the ranks share the reading.
 """

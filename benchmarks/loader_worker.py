@@ -78,13 +78,13 @@ class Runner:
     def __init__(self, peer: Peer, files: list[str], device: torch.device) -> None:
         self.peer, self.files, self.device = peer, files, device
         self.kind = kind_of(peer, device)
+        begin = time.perf_counter()
+        importlib.import_module(peer.module)
+        self.import_s = time.perf_counter() - begin  # after torch
         self.checkpoint = Checkpoint(files)
         if device.type != "cpu":
             torch.accelerator.set_device_index(device)
         torch.zeros(1, device=device)  # the first use of a device sets it up
-        begin = time.perf_counter()
-        importlib.import_module(peer.module)
-        self.import_s = time.perf_counter() - begin
 
     def version(self) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
