@@ -37,6 +37,7 @@ from peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missi
 from proc import MEMORY_FIELDS, file_system, process_memory
 
 SAMPLING_S = 0.002
+LONGEST_START_S = 180.0
 
 
 def a_device(text: str) -> torch.device:
@@ -230,7 +231,7 @@ class Worker:
 
     def ready(self) -> dict[str, Any]:
         """Waits until it is ready; the answer is the loader's version and the seconds that importing it took."""
-        return self._answer()
+        return self._answer(limit=LONGEST_START_S)
 
     def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any]:
         """One load. A thorough one also has the most private memory of the process beyond what it had before."""
@@ -250,13 +251,14 @@ class Worker:
     def _memory(self) -> int:
         return process_memory(self._process.pid, self._fields)
 
-    def _answer(self, peak: list[int] | None = None) -> dict[str, Any]:
+    def _answer(self, peak: list[int] | None = None, limit: float | None = None) -> dict[str, Any]:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + self.limit
-        while not select.select([self._process.stdout], [], [], SAMPLING_S if peak else self.limit)[0]:
+        limit = limit or self.limit
+        deadline = time.monotonic() + limit
+        while not select.select([self._process.stdout], [], [], SAMPLING_S if peak else limit)[0]:
             if time.monotonic() >= deadline:
                 self.close()
-                raise FailedError(f"no answer within {self.limit:.0f} s")
+                raise FailedError(f"no answer within {limit:.0f} s")
             if peak:
                 peak[0] = max(peak[0], self._memory())
         line = self._process.stdout.readline()
