@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         return STOPPED
     except SafetensorError as error:
         say(f"weightload: {error}", sys.stderr)
-        return UNUSABLE if isinstance(error, OSError) else BROKEN
+        return UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN
     except (OSError, MemoryError) as error:
         say(f"weightload: {error}", sys.stderr)
         return UNUSABLE

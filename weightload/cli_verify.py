@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
             say(f"ok   {path}: {done}")
         except (SafetensorError, OSError) as error:
             say(f"BAD  {error}")
-            worst = max(worst, UNUSABLE if isinstance(error, OSError) else BROKEN)
+            worst = max(worst, UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN)
     if worst == OK:
         check_contents(paths, promised)
     return worst
