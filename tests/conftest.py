@@ -102,13 +102,28 @@ def nothing_left_behind() -> Iterator[None]:
     assert open_checkpoints() == []
 
 
-def thread_count() -> int:
-    """Reading threads of weightload in this process, by the name it gives them."""
-    count = 0
+# Of the kernel, in /proc/PID/task/TID/stat: the thread runs no code of the process any more.
+PF_EXITING = 4
+
+
+def running_threads() -> list[str]:
+    """The names of this process's threads.
+
+    A thread that was joined may still be listed: the kernel lets go of who waits for it first, and of the thread
+    later. By then it is marked as exiting.
+    """
+    names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # a thread that ends while we look
-            count += (task / "comm").read_text() == "weightload\n"
-    return count
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            if not int(rest.split()[6]) & PF_EXITING:
+                names.append(name)
+    return names
+
+
+def thread_count() -> int:
+    """Reading threads of weightload in this process, by the name it gives them."""
+    return running_threads().count("weightload")
 
 
 def open_checkpoints() -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from conftest import open_checkpoints, thread_count
+from conftest import open_checkpoints, running_threads, thread_count
 
 import weightload
 from weightload import _C, settings
@@ -394,4 +394,4 @@ def _open_here() -> dict[str, int]:
         with contextlib.suppress(OSError):  # the listing's own
             descriptors.append(os.readlink(f"/proc/self/fd/{number}"))
     groups = dist.distributed_c10d._world.pg_map
-    return {"descriptors": len(descriptors), "threads": len(os.listdir("/proc/self/task")), "groups": len(groups)}
+    return {"descriptors": len(descriptors), "threads": len(running_threads()), "groups": len(groups)}
