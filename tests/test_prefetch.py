@@ -186,11 +186,25 @@ def test_closing_wakes_who_waits(path: Path, arm: Callable[..., None]) -> None:
     gc.collect()
 
 
-def test_what_has_come_can_be_taken_while_another_thread_waits(path: Path, arm: Callable[..., None]) -> None:
+class Announced:
+    """An iterator that says when it is about to be asked for what comes next."""
+
+    def __init__(self, weights: Any, asked: threading.Event) -> None:
+        self.close = weights.close
+        self._weights, self._asked = weights, asked
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        self._asked.set()
+        return next(self._weights)
+
+
+def test_what_has_come_can_be_taken_while_another_thread_waits(
+    path: Path, arm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last tensor would take a minute."""
     evict([path])
     arm("delay", first=4, count=10**6, delay_ms=1500)
-    done = threading.Event()
+    waits, done = threading.Event(), threading.Event()
 
     def wait(loader: Any) -> None:
         with contextlib.suppress(weightload.WeightLoadError):
@@ -200,10 +214,10 @@ def test_what_has_come_can_be_taken_while_another_thread_waits(path: Path, arm: 
     with settings.override(task_bytes=MIB, threads=1), weightload.safe_open(path, backend="pread") as file:
         loader = file.prefetch()
         loader.take("1")  # "0" came before it
+        monkeypatch.setattr(loader, "_weights", Announced(loader._weights, waits))
         thread = threading.Thread(target=wait, args=(loader,))
         thread.start()
-        while not loader._pulling:
-            pass
+        assert waits.wait(60)
         assert loader.take("0").shape == (256, 1024)
         assert not done.is_set()
         loader.close()
