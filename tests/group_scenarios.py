@@ -26,7 +26,7 @@ from weightload import _C, settings
 
 STAND_BY = {"fault": "delay", "first": 1 << 60}  # counts reads, and does nothing to them
 
-FAREWELL_SECONDS = 2.0  # a rank that leaves first may still be telling the others
+FAREWELL_SECONDS = 60.0  # a rank that leaves first may still be telling the others, who may be slow
 
 
 @dataclasses.dataclass
@@ -51,12 +51,10 @@ class Failure:
 
 @dataclasses.dataclass
 class Outcome:
-    """How a scenario ended on a rank. Times are of the machine's monotonic clock."""
+    """How a scenario ended on a rank."""
 
     value: Any
     error: Failure | None
-    began: float
-    ended: float
     left_behind: list[str]
 
 
@@ -68,7 +66,6 @@ class Drained:
     wrong: list[str] = dataclasses.field(default_factory=list)
     error: Failure | None = None
     reads: int = 0
-    failed_at: float = 0.0
 
 
 class Rank:
@@ -104,6 +101,8 @@ def serve(
     faulthandler.register(signal.SIGUSR1, traces)
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
+    here = Rank(pipe, rank, size, limit)
+    here.pause("started")
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, size),
@@ -111,28 +110,30 @@ def serve(
         world_size=size,
         timeout=limit,
     )
-    here = Rank(pipe, rank, size, limit)
+    here.pause("joined")
     while True:
         try:
             scenario, arguments = pipe.recv()
         except EOFError:
             break
-        pipe.send(("done", _run(here, scenario, arguments)))
+        pipe.send(("done", _run(here, scenario, **arguments)))
     dist.destroy_process_group()
 
 
-def _run(here: Rank, scenario: Callable[..., Any], arguments: dict[str, Any]) -> Outcome:
+def _run(here: Rank, scenario: Callable[..., Any], farewell: bool = False, **arguments: Any) -> Outcome:
+    """``farewell``: the rank leaves and may tell the others for as long as it takes; nobody waits for that."""
     value, failure = None, None
-    began = time.monotonic()
     try:
         value = scenario(here, **arguments)
     except BaseException as error:
         failure = Failure.of(error)
-    ended = time.monotonic()
     _C.disarm_fault()
+    if farewell:
+        return Outcome(value, failure, open_checkpoints())
+    ended = time.monotonic()
     while (left := _left_behind()) and time.monotonic() - ended < FAREWELL_SECONDS:
         time.sleep(0.002)
-    return Outcome(value, failure, began, ended, left)
+    return Outcome(value, failure, left)
 
 
 def _left_behind() -> list[str]:
@@ -193,7 +194,6 @@ def load(
             del cycle
         _consume(here, weights, right, drained, pause, leave, group if reduce else None, reduce)
     except BaseException as error:
-        drained.failed_at = time.monotonic()
         drained.error = Failure.of(error)
     if leave[0] == "collect":
         weights = iter(())

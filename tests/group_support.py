@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ import pytest
 from conftest import start, write_tensors
 from group_scenarios import Drained, Failure, Outcome
 
-DEADLINE = 60.0  # seconds in which every scenario must end
-FAULT_SECONDS = 5.0  # from a fault on one rank to the error on every rank
+DEADLINE = 120.0  # seconds in which every scenario must end, on a machine that is busy with other things
+# Seconds, of groups: so much longer that no scenario can end by waiting for it. Whatever ends, somebody has told.
+GROUP_TIMEOUT = 1800.0
+NO_TIMEOUTS: Mapping[int, float] = {}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch", "weightload", "pytest"])
 
@@ -55,10 +57,11 @@ def names(checkpoint: list[Path]) -> list[str]:
 class World:
     """Processes that are one another's group, and their lines to the test.
 
+    ``timeouts``: seconds, of the groups of ranks that find out by it.
     ``launched``: with the variable by which torchrun says that all ranks are on one node.
     """
 
-    def __init__(self, size: int, timeout: float = DEADLINE, launched: bool = True) -> None:
+    def __init__(self, size: int, timeouts: Mapping[int, float] = NO_TIMEOUTS, launched: bool = True) -> None:
         self.size, self.healthy = size, True
         self._folder = tempfile.TemporaryDirectory()
         self._processes: list[Any] = []
@@ -66,12 +69,21 @@ class World:
         environment = {"GLOO_SOCKET_IFNAME": "lo"} | ({"LOCAL_WORLD_SIZE": str(size)} if launched else {})
         for rank in range(size):
             here, there = CONTEXT.Pipe()
+            timeout = timeouts.get(rank, GROUP_TIMEOUT)
             arguments = (there, rank, size, f"{self._folder.name}/store", timeout, str(self._log(rank)), environment)
             process = CONTEXT.Process(target=group_scenarios.serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+        # None is waited for in a collective, which has a timeout, while it is being made.
+        self._all_reach("started")
+        self._all_reach("joined")
+
+    def _all_reach(self, where: str) -> None:
+        for rank in range(self.size):
+            self.wait_until(rank, where)
+        self.go_on(*range(self.size))
 
     def _log(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank-{rank}.log"
@@ -111,12 +123,10 @@ class World:
     def pid(self, rank: int) -> int:
         return int(self._processes[rank].pid)
 
-    def signal(self, rank: int, number: signal.Signals) -> float:
-        """Send a signal; returns the time of it."""
+    def signal(self, rank: int, number: signal.Signals) -> None:
         if number in (signal.SIGKILL, signal.SIGSTOP):
             self.healthy = False
         os.kill(self.pid(rank), number)
-        return time.monotonic()
 
     def exit_status(self, rank: int) -> int:
         """Wait for a rank's end: its exit status, or minus the signal that ended it."""
@@ -126,12 +136,9 @@ class World:
             self._give_up(f"rank {rank} does not end")
         return int(status)
 
-    def outcome(self, rank: int, farewell: bool = False) -> Outcome:
-        """Wait for a rank's result. ``farewell``: it has left, and may still wait for the others to hear it."""
-        outcome = self._end(rank)
-        if farewell:
-            outcome.left_behind = [left for left in outcome.left_behind if left != "1 threads"]
-        return self._checked(outcome)
+    def outcome(self, rank: int) -> Outcome:
+        """Wait for a rank's result."""
+        return self._checked(self._end(rank))
 
     def _end(self, rank: int) -> Outcome:
         what, outcome = self._receive(rank)
@@ -189,9 +196,9 @@ def world(size: int) -> World:
 
 
 @contextlib.contextmanager
-def fresh_world(size: int, timeout: float, launched: bool = True) -> Iterator[World]:
-    """A group of its own, with a timeout of its own in seconds, for a test that ruins it."""
-    ours = World(size, timeout, launched)
+def fresh_world(size: int, timeouts: Mapping[int, float] = NO_TIMEOUTS, launched: bool = True) -> Iterator[World]:
+    """A group of its own, for a test that ruins it."""
+    ours = World(size, timeouts, launched)
     try:
         yield ours
     finally:
@@ -208,7 +215,7 @@ def run_ranks(script: str, size: int, folder: Path, *arguments: object) -> list[
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         import torch, torch.distributed as dist, weightload
         rank, size, store = int(sys.argv[1]), int(sys.argv[2]), dist.FileStore(sys.argv[3], int(sys.argv[2]))
-        limit = datetime.timedelta(seconds=60)
+        limit = datetime.timedelta(seconds=1800)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     """
     text = textwrap.dedent(begin) + textwrap.dedent(script)
@@ -241,7 +248,7 @@ def assert_whole(outcomes: list[Outcome], names: list[str]) -> None:
 
 
 def assert_same_failure(outcomes: list[Outcome], kind: str, rank: int | None) -> Failure:
-    """All ranks got the same tensors, and then the same error, soon."""
+    """All ranks got the same tensors, and then the same error."""
     results = drained(outcomes)
     first = results[0].error
     assert first is not None, f"no error, and {len(results[0].names)} tensors"
@@ -251,5 +258,4 @@ def assert_same_failure(outcomes: list[Outcome], kind: str, rank: int | None) ->
         assert result.error == first, f"{result.error} is not {first}"
         assert result.names == results[0].names
     assert first.rank == rank, first
-    assert max(outcome.ended for outcome in outcomes) - min(outcome.began for outcome in outcomes) < FAULT_SECONDS
     return first

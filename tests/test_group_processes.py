@@ -8,24 +8,20 @@ from pathlib import Path
 
 import group_scenarios as scenarios
 import pytest
-from group_support import FAULT_SECONDS, STRATEGIES, TUNED, World, assert_whole, fresh_world, run_ranks
+from group_support import STRATEGIES, TUNED, World, assert_whole, fresh_world, run_ranks
 
-TIMEOUT = 5.0  # seconds, of the group
+TIMEOUT = 4.0  # seconds, of the groups of ranks that find out by it
 # How the ranks of a load are found: they are given; torchrun says that all are on this node; they ask one another.
 GROUPS = [("broadcast", "given"), ("striped", "launched"), ("broadcast", "launched"), ("striped", "asked")]
-LATEST = TIMEOUT + FAULT_SECONDS  # seconds until a rank has noticed that another is gone
 
 
-def assert_lost(
-    ours: World, rank: int, since: float, checkpoint: list[Path], stage: str, within: float = LATEST
-) -> scenarios.Drained:
+def assert_lost(ours: World, rank: int, checkpoint: list[Path], stage: str) -> scenarios.Drained:
     """A rank has noticed that the group is broken, and says in which load and where."""
     outcome = ours.outcome(rank)
     result = outcome.value
     assert isinstance(result, scenarios.Drained)
     assert result.error is not None
     assert "GroupError" in result.error.kinds, result.error
-    assert outcome.ended - since < within
     message = result.error.message
     assert str(checkpoint[0]) in message or checkpoint[0].name in message, message
     assert re.search(rf"\b{len(checkpoint)} files", message), message
@@ -37,13 +33,13 @@ def assert_lost(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_between_two_tensors(checkpoint: list[Path], names: list[str], strategy: str, rank: int) -> None:
-    with fresh_world(3, TIMEOUT) as ours:
+    with fresh_world(3, dict.fromkeys(range(3), TIMEOUT)) as ours:
         per_rank = {rank: {"pause": ["30"]}}
         ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
         ours.wait_until(rank, "30")
-        killed = ours.signal(rank, signal.SIGKILL)
+        ours.signal(rank, signal.SIGKILL)
         for other in {0, 1, 2} - {rank}:
-            result = assert_lost(ours, other, killed, checkpoint, r"block \d+ of \d+")
+            result = assert_lost(ours, other, checkpoint, r"block \d+ of \d+")
             assert result.names == names[: len(result.names)]
             assert len(result.names) < len(names)
         assert ours.exit_status(rank) == -signal.SIGKILL
@@ -52,39 +48,46 @@ def test_a_rank_killed_between_two_tensors(checkpoint: list[Path], names: list[s
 @pytest.mark.parametrize(("strategy", "rank"), [("broadcast", 0), ("striped", 1)])
 def test_a_rank_killed_while_it_reads(checkpoint: list[Path], names: list[str], strategy: str, rank: int) -> None:
     """The others wait for its bytes."""
-    slow = {"fault": "delay", "first": 40, "count": 10**6, "delay_ms": 30_000}
-    with fresh_world(2, TIMEOUT + 30) as ours:
-        per_rank = {rank: {"fault": slow}}
-        ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
-        ours.wait_until_idle(1 - rank)
-        killed = ours.signal(rank, signal.SIGKILL)
-        result = assert_lost(ours, 1 - rank, killed, checkpoint, r"block \d+ of \d+", FAULT_SECONDS)
+    with fresh_world(2) as ours:
+        slow_load(ours, checkpoint, strategy, rank, 10**6)
+        ours.signal(rank, signal.SIGKILL)
+        result = assert_lost(ours, 1 - rank, checkpoint, r"block \d+ of \d+")
         assert result.names == names[: len(result.names)]
 
 
-def late_call(ours: World, checkpoint: list[Path], strategy: str, group: str) -> None:
+def slow_load(ours: World, checkpoint: list[Path], strategy: str, slow: int, delay_ms: int) -> None:
+    """Ranks 0 and 1 are in the middle of a load: one waits for the other, whose every read takes so long by now."""
+    fault = {"fault": "delay", "first": 40, "count": 10**6, "delay_ms": delay_ms}
+    per_rank = {slow: {"fault": fault}, 1 - slow: {"pause": ["5"]}}
+    ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
+    ours.wait_until(1 - slow, "5")  # the agreement is behind them
+    ours.go_on(1 - slow)
+    ours.wait_until_idle(1 - slow)
+
+
+def late_call(ours: World, checkpoint: list[Path], strategy: str, group: str, **of_rank_0: object) -> None:
     """Rank 0 begins a load, and rank 1 is about to."""
     options = {"ranks": [0, 1]} if group == "given" else {}
-    per_rank = {1: {"pause": ["call"]}}
-    ours.start(scenarios.load, files=checkpoint, strategy=strategy, per_rank=per_rank, **options)
+    ours.start(scenarios.load, files=checkpoint, strategy=strategy, pause=["call"], per_rank={0: of_rank_0}, **options)
+    ours.wait_until(0, "call")
     ours.wait_until(1, "call")
+    ours.go_on(0)
 
 
 @pytest.mark.parametrize(("strategy", "group"), GROUPS)
 def test_a_rank_killed_before_it_calls(checkpoint: list[Path], strategy: str, group: str) -> None:
-    with fresh_world(2, TIMEOUT, group != "asked") as ours:
+    with fresh_world(2, launched=group != "asked") as ours:
         late_call(ours, checkpoint, strategy, group)
         ours.wait_until_idle(0)
-        killed = ours.signal(1, signal.SIGKILL)
-        assert assert_lost(ours, 0, killed, checkpoint, "agreement").names == []
+        ours.signal(1, signal.SIGKILL)
+        assert assert_lost(ours, 0, checkpoint, "agreement").names == []
 
 
 @pytest.mark.parametrize(("strategy", "group"), GROUPS)
 def test_a_rank_that_never_calls(checkpoint: list[Path], strategy: str, group: str) -> None:
-    with fresh_world(2, TIMEOUT, group != "asked") as ours:
+    with fresh_world(2, {0: TIMEOUT}, group != "asked") as ours:
         late_call(ours, checkpoint, strategy, group)
         outcome = ours.outcome(0)
-        assert outcome.ended - outcome.began < LATEST
         failure = outcome.value.error
         assert "GroupError" in failure.kinds, failure
         assert "agreement" in failure.message, failure
@@ -100,34 +103,33 @@ def test_a_rank_that_never_calls(checkpoint: list[Path], strategy: str, group: s
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_rank_stopped_mid_load(checkpoint: list[Path], names: list[str], strategy: str) -> None:
     """A stopped process keeps its connections: only the group's timeout tells. Continued, it is told as well."""
-    with fresh_world(2, TIMEOUT) as ours:
+    with fresh_world(2, {0: TIMEOUT}) as ours:
         ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, pause=["30"])
         ours.wait_until(0, "30")
         ours.wait_until(1, "30")
-        stopped = ours.signal(1, signal.SIGSTOP)
+        ours.signal(1, signal.SIGSTOP)
         ours.go_on(0, 1)
-        result = assert_lost(ours, 0, stopped, checkpoint, r"block \d+ of \d+")
+        result = assert_lost(ours, 0, checkpoint, r"block \d+ of \d+")
         assert result.names == names[: len(result.names)]
         assert len(result.names) < len(names)
-        again = ours.signal(1, signal.SIGCONT)
-        assert_lost(ours, 1, again, checkpoint, r"block \d+ of \d+")
+        ours.signal(1, signal.SIGCONT)
+        assert_lost(ours, 1, checkpoint, r"block \d+ of \d+")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ctrl_c_on_a_rank_that_waits_for_a_late_one(checkpoint: list[Path], names: list[str], strategy: str) -> None:
-    """The late rank has 60 seconds to come; the interrupt does not wait for it, and it is told when it comes."""
-    with fresh_world(2, 60) as ours:
-        ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank={0: {"pause": ["30"]}})
+    """The interrupt does not wait for the late rank, and that is told when it comes."""
+    with fresh_world(2) as ours:
+        per_rank = {0: {"pause": ["30"]}, 1: {"farewell": True}}
+        ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
         ours.wait_until(0, "30")
         ours.wait_until_idle(1)
-        interrupted = ours.signal(1, signal.SIGINT)
-        outcome = ours.outcome(1, farewell=True)
+        ours.signal(1, signal.SIGINT)
+        outcome = ours.outcome(1)  # while the other is late
         assert outcome.value.error.kinds[0] == "KeyboardInterrupt", outcome.value.error
-        assert outcome.value.failed_at - interrupted < 3
-        assert outcome.ended - interrupted < FAULT_SECONDS
         assert outcome.value.wrong == []
         ours.go_on(0)
-        result = assert_lost(ours, 0, interrupted, checkpoint, "", LATEST)
+        result = assert_lost(ours, 0, checkpoint, "")
         assert result.names == names[: len(result.names)]
         assert len(result.names) < len(names)
         assert_whole(ours.run(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED), names)
@@ -136,29 +138,24 @@ def test_ctrl_c_on_a_rank_that_waits_for_a_late_one(checkpoint: list[Path], name
 @pytest.mark.parametrize(("strategy", "slow"), [("broadcast", 0), ("striped", 0), ("striped", 1)])
 def test_ctrl_c_on_a_rank_that_waits_for_a_slow_one(checkpoint: list[Path], strategy: str, slow: int) -> None:
     """The slow rank reads on: it learns of it at its next block."""
-    fault = {"fault": "delay", "first": 40, "count": 10**6, "delay_ms": 800}
-    with fresh_world(2, 60) as ours:
-        per_rank = {slow: {"fault": fault}}
-        ours.start(scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank=per_rank)
-        ours.wait_until_idle(1 - slow)
-        interrupted = ours.signal(1 - slow, signal.SIGINT)
+    with fresh_world(2) as ours:
+        slow_load(ours, checkpoint, strategy, slow, 300)
+        ours.signal(1 - slow, signal.SIGINT)
         outcome = ours.outcome(1 - slow)
         assert outcome.value.error.kinds[0] == "KeyboardInterrupt", outcome.value.error
-        assert outcome.value.failed_at - interrupted < 3
-        assert_lost(ours, slow, interrupted, checkpoint, "", LATEST)
+        assert_lost(ours, slow, checkpoint, "")
 
 
 @pytest.mark.parametrize(("strategy", "group"), GROUPS)
 def test_ctrl_c_before_the_other_rank_has_called(checkpoint: list[Path], strategy: str, group: str) -> None:
-    with fresh_world(2, TIMEOUT + 5, group != "asked") as ours:
-        late_call(ours, checkpoint, strategy, group)
+    with fresh_world(2, {1: TIMEOUT}, group != "asked") as ours:
+        late_call(ours, checkpoint, strategy, group, farewell=True)
         ours.wait_until_idle(0)
-        interrupted = ours.signal(0, signal.SIGINT)
-        outcome = ours.outcome(0, farewell=True)
+        ours.signal(0, signal.SIGINT)
+        outcome = ours.outcome(0)  # while the other is late
         assert outcome.value.error.kinds[0] == "KeyboardInterrupt", outcome.value.error
-        assert outcome.value.failed_at - interrupted < 3
         ours.go_on(1)
-        assert assert_lost(ours, 1, interrupted, checkpoint, "", LATEST + 5).names == []
+        assert assert_lost(ours, 1, checkpoint, "").names == []
 
 
 @pytest.mark.parametrize("destroy", [False, True])
