@@ -160,9 +160,9 @@ def test_threads_share_a_loader(path: Path, whole: dict[str, torch.Tensor]) -> N
 
 
 def test_closing_wakes_who_waits(path: Path, arm: Callable[..., None]) -> None:
-    """The load would take a minute."""
+    """The load would take half a minute."""
     evict([path])
-    arm("delay", first=4, count=10**6, delay_ms=1500)
+    arm("delay", first=4, count=10**6, delay_ms=400)
     caught: list[BaseException] = []
     waiting = threading.Event()
 
@@ -201,9 +201,9 @@ class Announced:
 def test_what_has_come_can_be_taken_while_another_thread_waits(
     path: Path, arm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last tensor would take a minute."""
+    """The last tensor would take half a minute."""
     evict([path])
-    arm("delay", first=4, count=10**6, delay_ms=1500)
+    arm("delay", first=4, count=10**6, delay_ms=400)
     waits, done = threading.Event(), threading.Event()
 
     def wait(loader: Any) -> None:
