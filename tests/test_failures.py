@@ -22,7 +22,7 @@ from weightload.selection import open_files, select_all
 
 
 def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path], arm: Callable[..., None]) -> None:
-    arm("delay", count=10**6, delay_ms=100)  # three seconds in all, were it not closed
+    arm("delay", first=len(shards), count=10**6, delay_ms=300)  # nine seconds in all, were it not closed
     with settings.override(task_bytes=1 << 20, threads=1):
         weights = start(shards, "pread")
     previous = signal.signal(signal.SIGALRM, lambda *_: weights.close())
@@ -141,8 +141,9 @@ def test_ctrl_c_ends_a_wait(shards: list[Path]) -> None:
         weights = weightload.safetensors_weights_iterator(sys.argv[1:], to_cpu=True, backend="pread")
         _C.arm_fault("delay", count=10**6, delay_ms=300)
         print("ready", flush=True)
-        for _ in weightload.safetensors_weights_iterator(sys.argv[1:], to_cpu=True, backend="pread"):
-            pass
+        while True:  # until the signal comes
+            for _ in weightload.safetensors_weights_iterator(sys.argv[1:], to_cpu=True, backend="pread"):
+                pass
     """
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, shards)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

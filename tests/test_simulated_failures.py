@@ -247,10 +247,12 @@ def test_ctrl_c_is_felt_while_the_device_is_stuck(shards: list[Path]) -> None:
     def release():
         for gate in gates:
             gate()
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    threading.Timer(1.0, release).start()  # a thread that waits for the device can be joined only then
+    def interrupt(*_):
+        threading.Thread(target=release).start()  # a thread that waits for the device can be joined only then
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGALRM, interrupt)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
         list(weights)
     except KeyboardInterrupt:
         print("felt")
