@@ -100,6 +100,7 @@ def serve(
     faulthandler.enable(traces)
     faulthandler.register(signal.SIGUSR1, traces)
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     limit = datetime.timedelta(seconds=timeout)
     here = Rank(pipe, rank, size, limit)
     here.pause("started")

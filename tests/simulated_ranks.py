@@ -183,6 +183,8 @@ def _serve(number: int, size: int, store: str, seed: int, backend: str, pipe: Co
     simulated_accelerator.register_process_group()
     native.set_available(True)
     rank = Rank(number, size, native)
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     dist.init_process_group(
         backend, store=dist.FileStore(store, size), rank=number, world_size=size, timeout=timedelta(seconds=60)
     )

@@ -48,6 +48,8 @@ ways = {
     "simulated-load_into": lambda paths: into(paths, "simulated:0"),
 }
 chosen, paths = sys.argv[1].split(), sys.argv[2:]
+gc.collect()
+gc.freeze()  # as in conftest.py
 
 def used(field):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) * 1024
