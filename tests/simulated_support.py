@@ -65,3 +65,14 @@ def current_stream(stream: torch.Stream) -> Iterator[None]:
         yield
     finally:
         torch.accelerator.set_stream(before)
+
+
+def take_freed_memory() -> list[torch.Tensor]:
+    """Tensors that get device memory which was given back just now, of every size that blocks had; all fives."""
+    return [torch.full((size << 10,), 5, dtype=torch.uint8).to(DEVICE) for size in (256, 256, 64, 1024)]
+
+
+def assert_untouched(taken: list[torch.Tensor]) -> None:
+    """Nobody who had the memory before has written to it since."""
+    for tensor in taken:
+        assert bool((tensor.cpu() == 5).all())

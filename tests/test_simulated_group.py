@@ -20,7 +20,16 @@ import torch
 import torch.distributed as dist
 from conftest import SEED, write_tensors
 from simulated_ranks import BACKENDS, Rank, Ranks
-from simulated_support import DEVICE, SMALL, assert_same, current_stream, raw, reference_of
+from simulated_support import (
+    DEVICE,
+    SMALL,
+    assert_same,
+    assert_untouched,
+    current_stream,
+    raw,
+    reference_of,
+    take_freed_memory,
+)
 
 import weightload
 from weightload import _C, errors, settings
@@ -436,12 +445,12 @@ def leave_together(rank: Rank, kind: str, strategy: str, paths: list[Path], take
             weights.close()
             del weights
             gc.collect()
-            others = [torch.full((size << 10,), 5, dtype=torch.uint8).to(DEVICE) for size in (256, 256, 64, 1024)]
+            taken_over = take_freed_memory()
             for gate in gates:
                 gate()
             rank.native.synchronize(0)
-            assert all(all_are(other, 5) for other in others)
-            del others
+            assert_untouched(taken_over)
+            del taken_over
             use_and_drop(group, strategy, paths)
 
 

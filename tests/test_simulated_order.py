@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import SEED, run_script, write_tensors
-from simulated_support import DEVICE, SMALL, assert_same, current_stream, load, raw, reference_of
+from simulated_support import (
+    DEVICE,
+    SMALL,
+    assert_same,
+    assert_untouched,
+    current_stream,
+    load,
+    raw,
+    reference_of,
+    take_freed_memory,
+)
 
 from weightload import settings
 
@@ -145,14 +155,12 @@ def test_blocks_that_nobody_took_outlive_their_copies(simulated: Any, shards: li
             weights.close()
         del weights
         gc.collect()
-        # Freed memory must not be theirs yet: the held streams still write to it.
-        others = [torch.full((size << 10,), 5, dtype=torch.uint8).to(DEVICE) for size in (256, 256, 64, 1024)]
+        taken_over = take_freed_memory()  # must not be what the held streams still write to
         for gate in gates:
             gate()
         simulated.synchronize(0)
-        for other in others:
-            assert bool((other.cpu() == 5).all())
-        del others, other
+        assert_untouched(taken_over)
+        del taken_over
 
 
 def test_two_loads_at_once_do_not_disturb_each_other(simulated: Any, mixed: list[Path]) -> None:
