@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GROUP_TIMEOUT_S = 20
-"""Of collectives: what a rank that waits for another that has left goes through."""
+GROUP_TIMEOUT_S = 60
+"""Of collectives: what a rank that waits for another that has left goes through. On a busy machine ranks are late."""
 
 # With a backend for the CPU and without, as "cpu:gloo,cuda:nccl" and "nccl" are.
 BACKENDS = {"both": "cpu:gloo,simulated:simulated_ccl", "device": "simulated_ccl"}
@@ -102,7 +102,7 @@ class Ranks:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def call(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 40) -> list[Any]:
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 150) -> list[Any]:
         """Run ``function(rank, *arguments)`` in every process; what it returned, by rank.
 
         Raises:
@@ -186,7 +186,11 @@ def _serve(number: int, size: int, store: str, seed: int, backend: str, pipe: Co
     gc.collect()
     gc.freeze()  # as in conftest.py
     dist.init_process_group(
-        backend, store=dist.FileStore(store, size), rank=number, world_size=size, timeout=timedelta(seconds=60)
+        backend,
+        store=dist.FileStore(store, size),
+        rank=number,
+        world_size=size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
     )
     while True:
         try:
