@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -177,6 +178,11 @@ SEED = int(os.environ.get("WEIGHTLOAD_SIMULATED_SEED", "0")) or random.SystemRan
 
 def pytest_report_header() -> str:
     return f"simulated accelerator: WEIGHTLOAD_SIMULATED_SEED={SEED}"
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is ignored by what a shell without job control runs in the background, and by all that this starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
