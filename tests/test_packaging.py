@@ -40,10 +40,16 @@ def make_environment(folder: Path, with_torch: bool) -> Path:
     return folder / "bin" / "python"
 
 
+def plain_environment() -> dict[str, str]:
+    """That of these tests without what would lead to what is built here."""
+    return {
+        key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("WEIGHTLOAD_")
+    }
+
+
 def pip_install(python: Path, source: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTLOAD_")}
     command = [str(python), "-m", "pip", "install", "-v", "--no-cache-dir", "--no-deps", str(source)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run(command, capture_output=True, text=True, env=plain_environment(), timeout=900)
 
 
 def test_install_under_build_isolation_uses_the_torch_of_the_environment(tmp_path: Path, source: Path) -> None:
@@ -53,16 +59,15 @@ def test_install_under_build_isolation_uses_the_torch_of_the_environment(tmp_pat
     assert "Collecting torch" not in done.stdout
     script = "import weightload, torch, pathlib; from weightload import _C; "
     script += "print(weightload.__version__, torch.__version__, _C.__file__, pathlib.Path(weightload.__file__).parent)"
-    run = subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    plain = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path, "env": plain_environment()}
+    run = subprocess.run([str(python), "-c", script], **plain)  # type: ignore[call-overload]
     mine, torchs, extension, package = run.stdout.split()
     assert mine == weightload.__version__
     assert torchs == torch.__version__
     assert str(tmp_path) in extension
     assert (Path(package) / "py.typed").exists()
     assert (Path(package) / "_C.pyi").exists()
-    command = subprocess.run(
-        [str(python.parent / "weightload"), "--version"], capture_output=True, text=True, check=True
-    )
+    command = subprocess.run([str(python.parent / "weightload"), "--version"], **plain)  # type: ignore[call-overload]
     assert weightload.__version__ in command.stdout
 
 
