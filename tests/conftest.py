@@ -150,13 +150,17 @@ def arm() -> Callable[..., None]:
     return set_fault
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("shards")
+def write_three(folder: Path, count: int, dtype: str, extent: int) -> list[Path]:
+    """Three files of as many equal tensors, named for file and place."""
     return [
-        write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", "F32", [65_536]) for i in range(40)], seed=f)
+        write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", dtype, [extent]) for i in range(count)], seed=f)
         for f in range(3)
     ]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_three(tmp_path_factory.mktemp("shards"), 40, "F32", 65_536)
 
 
 @pytest.fixture(scope="session")

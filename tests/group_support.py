@@ -21,7 +21,7 @@ from typing import Any
 
 import group_scenarios
 import pytest
-from conftest import start, write_tensors
+from conftest import start, write_three
 from group_scenarios import Drained, Failure, Outcome
 
 DEADLINE = 120.0  # seconds in which every scenario must end, on a machine that is busy with other things
@@ -41,11 +41,7 @@ STRATEGIES = ["broadcast", "striped"]
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three files of 32 blocks each under TUNED, four tensors a block."""
-    folder = tmp_path_factory.mktemp("blocks")
-    return [
-        write_tensors(folder / f"{f}.safetensors", [(f"{f}.{i}", "U8", [16_384]) for i in range(128)], seed=f)
-        for f in range(3)
-    ]
+    return write_three(tmp_path_factory.mktemp("blocks"), 128, "U8", 16_384)
 
 
 @pytest.fixture
