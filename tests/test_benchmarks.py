@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import simulated_accelerator
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,7 @@ def test_a_file_that_cannot_be_evicted_is_not_called_cold(checkpoint: Path) -> N
 @pytest.mark.simulated
 def test_the_arm_for_an_accelerator(checkpoint: Path, tmp_path: Path) -> None:
     """On the simulated one: what it measures there says nothing, but that it runs."""
+    simulated_accelerator.load()  # builds it, which the process below has no time for
     script = f"""
 import runpy, sys
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "benchmarks")!r}]
