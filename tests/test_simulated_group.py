@@ -215,7 +215,7 @@ def test_collectives_from_changing_streams(ranks: Ranks) -> None:
 def a_rank_is_missing(rank: Rank) -> None:
     with rank.group():  # all are here
         pass
-    with rank.group("device", timeout_s=4) as group:
+    with rank.group("device", timeout_s=3) as group:
         tensor = filled(rank.number)
         if rank.number != 2:
             work = dist.broadcast(tensor, group=group, group_src=2, async_op=True)
