@@ -57,6 +57,7 @@ class WeightIterator(_C.HostLoader):
                 window_bytes=now.window_bytes,
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
+                spare_bytes=now.spare_bytes,
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.

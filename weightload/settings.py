@@ -83,12 +83,22 @@ class Settings:
         change="Smaller where single small tensors are kept and the rest is dropped: a block lives as long as any of "
         "its tensors. Ranks that share a load must have the same value.",
     )
+    spare_bytes: int = _knob(
+        4096 * MIB,
+        unit="bytes",
+        loads=f"{CPU} (private memory)",
+        least=0,
+        what="Private memory that no tensor uses any more and that the process keeps for its next loads, as fresh memory "
+        "costs as much as the copy into it. The kernel takes it back as soon as anybody needs memory (MADV_FREE); until "
+        "then it counts in the process's resident size. Of the process: what the latest load had counts.",
+        change="0 where resident sizes are watched and nothing is loaded twice; larger where larger models take turns.",
+    )
     pinned_bytes: int = _knob(
         256 * MIB,
         unit="bytes",
         loads=ACCELERATORS,
         what="Page-locked host memory, in slots that are filled and copied from in turn.",
-        change="Larger where load_stats() shows that the threads wait for slots although reading is the "
+        change="Larger where stats() shows that the threads wait for slots although reading is the "
         "slower side; smaller where many processes share the memory or its limit (ulimit -l).",
     )
     slot_bytes: int = _knob(

@@ -4,6 +4,7 @@
 
 #include "base/byte_range.h"
 #include "base/fork_generation.h"
+#include "memory/spare_memory.h"
 
 namespace weightload {
 
@@ -29,7 +30,7 @@ bool BlockCache::forked() const { return fork_generation_ != fork_generation(); 
 HostMemoryRef BlockCache::allocate(uint64_t size) {
   if (size < kHugePage) return allocate_block(size);
   HugeRegion region;
-  if (!find(round_up(size, kHugePage), region)) region = map_huge(size);
+  if (!find(round_up(size, kHugePage), region)) region = spare_memory::take(size);
   return HostMemoryRef::adopt(new CachedBlock(shared_from_this(), region, size));
 }
 
@@ -56,11 +57,11 @@ void BlockCache::take_back(const HugeRegion& region) noexcept {
         kept_bytes_ += region.used;
         return;
       } catch (const std::bad_alloc&) {
-        // then it goes back to the kernel
+        // then it is kept for other loads, or goes back to the kernel
       }
     }
   }
-  unmap_huge(region);
+  spare_memory::give(region);
 }
 
 void BlockCache::close() noexcept {
@@ -72,7 +73,7 @@ void BlockCache::close() noexcept {
     all.swap(kept_);
     kept_bytes_ = 0;
   }
-  for (const HugeRegion& region : all) unmap_huge(region);
+  for (const HugeRegion& region : all) spare_memory::give(region);
 }
 
 }  // namespace weightload

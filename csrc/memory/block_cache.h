@@ -11,8 +11,7 @@ namespace weightload {
 
 // Hands out blocks for one load, and takes back those that no tensor refers to any more.
 //
-// Memory fresh from the kernel costs a fault and 2 MiB of zeros a huge page, and on a virtual machine often a fault
-// in the host as well: as much as the copy into it. A consumer that drops tensors as it goes (copies them into its
+// Fresh memory is dear (see memory/spare_memory.h). A consumer that drops tensors as it goes (copies them into its
 // parameters, say) therefore gets the same few blocks again and again. A block comes back only when its last tensor
 // is gone, so nothing changes under anybody.
 class BlockCache : public std::enable_shared_from_this<BlockCache> {
@@ -24,7 +23,7 @@ class BlockCache : public std::enable_shared_from_this<BlockCache> {
   // Like allocate_block().
   HostMemoryRef allocate(uint64_t size);
 
-  // Gives what is kept back to the kernel, now and from now on. Blocks in use stay valid.
+  // Gives what is kept to the next load of the process, now and from now on. Blocks in use stay valid.
   void close() noexcept;
 
  private:

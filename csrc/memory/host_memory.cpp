@@ -7,7 +7,7 @@
 
 #include "base/byte_range.h"
 #include "base/error.h"
-#include "memory/huge_region.h"
+#include "memory/spare_memory.h"
 
 namespace weightload {
 namespace {
@@ -40,7 +40,7 @@ class HugeBlock final : public HostMemory {
     data_ = region.start;
     size_ = size;
   }
-  ~HugeBlock() override { unmap_huge(region_); }
+  ~HugeBlock() override { spare_memory::give(region_); }
 
  private:
   HugeRegion region_;
@@ -61,7 +61,7 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path) {
 }
 
 HostMemoryRef allocate_block(uint64_t size) {
-  if (size >= kHugePage) return HostMemoryRef::adopt(new HugeBlock(map_huge(size), size));
+  if (size >= kHugePage) return HostMemoryRef::adopt(new HugeBlock(spare_memory::take(size), size));
   void* address = std::aligned_alloc(kCacheLine, round_up(size + 1, kCacheLine));
   if (!address) {
     throw Error(ErrorKind::memory, "cannot allocate " + std::to_string(size) + " bytes of host memory",

@@ -8,6 +8,7 @@
 #include "base/stopwatch.h"
 #include "io/page_in.h"
 #include "io/residency.h"
+#include "memory/spare_memory.h"
 
 namespace weightload {
 namespace {
@@ -84,6 +85,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
     if (!block.mapped && !in_place_[b]) largest = std::max(largest, block.bytes + kHugePage);
   }
   block_cache_ = std::make_shared<BlockCache>(largest);
+  spare_memory::set_limit(options.spare_bytes);
 }
 
 bool HostLoader::all_cached() const {

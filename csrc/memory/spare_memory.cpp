@@ -1,0 +1,136 @@
+#include "memory/spare_memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "base/byte_range.h"
+#include "base/error.h"
+#include "base/fork_generation.h"
+
+namespace weightload::spare_memory {
+namespace {
+
+#ifdef MADV_FREE
+constexpr int kLendToKernel = MADV_FREE;
+#else
+constexpr int kLendToKernel = MADV_DONTNEED;
+#endif
+
+struct Spares {
+  const uint32_t generation = fork_generation();
+  std::mutex mutex;                 // guards all below
+  std::vector<HugeRegion> regions;  // the longest kept first
+  uint64_t bytes = 0;
+  uint64_t limit = 0;
+};
+
+// Never destroyed: tensors may go after everything static has. In a forked child a thread of the parent may hold the
+// mutex for ever; the child keeps nothing, and null is returned.
+Spares* spares() {
+  static Spares* const all = new Spares;
+  return all->generation == fork_generation() ? all : nullptr;
+}
+
+// With the mutex held, as all below with a Spares&.
+void shrink(Spares& all, uint64_t most) noexcept {
+  auto last = all.regions.begin();
+  for (; all.bytes > most; ++last) {
+    all.bytes -= last->used;
+    unmap_huge(*last);
+  }
+  all.regions.erase(all.regions.begin(), last);
+}
+
+// Together with the regions that it touches, which may be a larger one's parts.
+HugeRegion joined(Spares& all, HugeRegion region) noexcept {
+  const auto touches = [&](const HugeRegion& other) {
+    const bool before = other.start + other.used == region.start, behind = region.start + region.used == other.start;
+    if (before) region.start = other.start;
+    if (before || behind) region.used += other.used;
+    return before || behind;
+  };
+  // One pass: of two neighbours that are kept already none touches another.
+  all.regions.erase(std::remove_if(all.regions.begin(), all.regions.end(), touches), all.regions.end());
+  return region;
+}
+
+// The front of the smallest that is large enough.
+bool find(uint64_t size, HugeRegion& found) {
+  Spares* const all = spares();
+  if (!all) return false;
+  std::lock_guard<std::mutex> lock(all->mutex);
+  auto best = all->regions.end();
+  for (auto it = all->regions.begin(); it != all->regions.end(); ++it) {
+    if (it->used >= size && (best == all->regions.end() || it->used < best->used)) best = it;
+  }
+  if (best == all->regions.end()) return false;
+  found = {best->start, size};
+  best->start += size;
+  best->used -= size;
+  all->bytes -= size;
+  if (best->used == 0) all->regions.erase(best);
+  return true;
+}
+
+}  // namespace
+
+void set_limit(uint64_t bytes) noexcept {
+  Spares* const all = spares();
+  if (!all) return;
+  std::lock_guard<std::mutex> lock(all->mutex);
+  all->limit = bytes;
+  shrink(*all, bytes);
+}
+
+HugeRegion take(uint64_t size) {
+  HugeRegion region;
+  if (find(round_up(size, kHugePage), region)) return region;
+  try {
+    return map_huge(size);
+  } catch (const Error&) {
+    if (kept_bytes() == 0) throw;
+    release();
+    return map_huge(size);
+  }
+}
+
+void give(const HugeRegion& region) noexcept {
+  // Lent before anyone else can take it. Locked memory cannot be, and is not kept.
+  if (Spares* const all = spares(); all && ::madvise(region.start, region.used, kLendToKernel) == 0) {
+    std::lock_guard<std::mutex> lock(all->mutex);
+    try {
+      all->regions.reserve(all->regions.size() + 1);
+      all->regions.push_back(joined(*all, region));
+      all->bytes += region.used;
+      shrink(*all, all->limit);
+      return;
+    } catch (const std::bad_alloc&) {
+      // then it goes back to the kernel
+    }
+  }
+  unmap_huge(region);
+}
+
+void release() noexcept {
+  Spares* const all = spares();
+  if (!all) return;
+  std::vector<HugeRegion> leaving;
+  {
+    std::lock_guard<std::mutex> lock(all->mutex);
+    leaving.swap(all->regions);
+    all->bytes = 0;
+  }
+  for (const HugeRegion& region : leaving) unmap_huge(region);
+}
+
+uint64_t kept_bytes() noexcept {
+  Spares* const all = spares();
+  if (!all) return 0;
+  std::lock_guard<std::mutex> lock(all->mutex);
+  return all->bytes;
+}
+
+}  // namespace weightload::spare_memory

@@ -1,0 +1,30 @@
+#pragma once
+#include <cstdint>
+
+#include "memory/huge_region.h"
+
+namespace weightload::spare_memory {
+
+// Memory in huge pages that no tensor uses any more, kept for the next load of the process.
+//
+// Memory fresh from the kernel costs a fault and 2 MiB of zeros a huge page, and on a virtual machine often a fault in
+// the host as well: as much as the copy into it. What is kept is lent to the kernel (MADV_FREE): it takes the pages,
+// without any I/O, as soon as anybody needs memory, and until then the next load finds them there. So nobody can run
+// out of memory because of it; it shows in the process's resident size, and in MemAvailable as free.
+
+// At most so many bytes are kept, from now on; all of the process.
+void set_limit(uint64_t bytes) noexcept;
+
+// A region of at least `size` bytes: kept memory, or from the kernel. Its contents are anything. Throws Error{memory};
+// not before all that is kept has been given up.
+HugeRegion take(uint64_t size);
+
+// Takes a region back: to keep, or for the kernel. What was kept longest goes first.
+void give(const HugeRegion& region) noexcept;
+
+// Gives all that is kept to the kernel.
+void release() noexcept;
+
+uint64_t kept_bytes() noexcept;
+
+}  // namespace weightload::spare_memory
