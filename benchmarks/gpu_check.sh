@@ -159,7 +159,7 @@ if [ $dry = 1 ]; then
   step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
     --json "$out/limits.json"
   ranks 100 "$dir/tiny" --ranks 2 --repeats 1
-  benchmark tiny 30 "$dir/tiny" "tiny" --repeats 1 --loaders "safetensors,weightload,instanttensor"
+  benchmark tiny 60 "$dir/tiny" "tiny" --repeats 1 --loaders "safetensors,weightload,instanttensor"
 else
   if wants limits; then
     step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
