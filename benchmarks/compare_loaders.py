@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,8 +110,11 @@ class Comparison:
 
     def _measure(self, files: list[str], place: str, cache: str, kind: str) -> None:
         rounds = Rounds(self.arms, files, place, cache, kind)
-        self.scenarios.append(rounds.run(self.options.device, self.options))
+        found = rounds.run(self.options.device, self.options)
+        self.scenarios.append(found)
         self._keep()
+        shown = self.result()["scenarios"][-1]
+        print(f"{compare_report.title(shown)}: {shown['verdict']}", file=sys.stderr)  # it takes minutes
 
     def _measure_tmpfs(self) -> None:
         kinds = [kind for kind in self.kinds if kind != INTO]

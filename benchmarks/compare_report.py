@@ -13,7 +13,8 @@ Times are medians of "n" loads in processes that are kept, with the quartiles; "
 after imports. "vs": times as fast as safetensors' own way to the same. "of limit": against the fastest limit marked
 with * that was measured in the same rounds. "CPU": processor time of all threads. "memory": the most private memory at
 any time of a load that is not timed (on an accelerator device memory, by the driver's count); "beyond": less the bytes
-of the tensors. Loads that map files are timed until one byte of each page was read; the page cache is not theirs."""
+of the tensors; "kept": host memory that the process still has afterwards, for its next load. Loads that map files are
+timed until one byte of each page was read; the page cache is not theirs."""
 KINDS = {
     MAPPED: "views of mapped files, every page touched",
     PRIVATE: "private memory",
@@ -60,7 +61,7 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"\n{title(scenario)}{note}\n  {scenario['verdict']}")
         print(
             f"  {'loader':34} {'version':>8} {'n':>2} {'median':>9} {'quartiles':>19} {'GB/s':>7} {'vs':>7} "
-            f"{'of limit':>8} {'fresh':>9} {'CPU':>9} {'memory':>10} {'beyond':>10}"
+            f"{'of limit':>8} {'fresh':>9} {'CPU':>9} {'memory':>10} {'beyond':>10} {'kept':>10}"
         )
         for limit in scenario["limits"]:
             name = f"limit: {limit['limit']}" + ("*" if limit["held_against"] else "")
@@ -72,7 +73,7 @@ def print_table(result: dict[str, Any]) -> None:
             print(
                 f"  {row['loader']:34} {row['version'] or '':>8} {_numbers(row)} {_ratio(row['speedup'])} "
                 f"{_share(row['of_limit'])} {_time(row['fresh_s'])} {_time(row['cpu_s'])} {_megabytes(private)} "
-                f"{_megabytes(beyond)}".rstrip()
+                f"{_megabytes(beyond)} {_megabytes(row.get('kept_bytes'))}".rstrip()
             )
         for row in [row for row in ranked if not row["median_s"] and scenario.get("ranks", 1) > 1]:
             print(f"  {row['loader']:34}             {reason(row)}")

@@ -41,7 +41,7 @@ class Arm:
     def check(self) -> None:
         """The untimed first load of the process, whose tensors are compared; it also warms the process up."""
         answer = self.load(thorough=True)
-        for key in ("private_peak_bytes", "driver_peak_bytes"):
+        for key in ("private_peak_bytes", "kept_bytes", "driver_peak_bytes"):
             self.facts[key] = answer[key] if answer else None
 
     def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any] | None:

@@ -234,7 +234,11 @@ class Worker:
         return self._answer(limit=LONGEST_START_S)
 
     def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any]:
-        """One load. A thorough one also has the most private memory of the process beyond what it had before."""
+        """One load.
+
+        A thorough one also has the most private memory of the process beyond what it had before, and what of that it
+        still has when the tensors are gone: memory that the next load may use again.
+        """
         before = self._memory()
         try:
             assert self._process.stdin is not None
@@ -246,6 +250,7 @@ class Worker:
         peak = [before] if thorough else None
         answer = self._answer(peak)
         answer["private_peak_bytes"] = max(0, peak[0] - before) if peak else None
+        answer["kept_bytes"] = max(0, self._memory() - before) if peak else None
         return answer
 
     def _memory(self) -> int:

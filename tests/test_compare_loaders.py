@@ -185,6 +185,7 @@ def test_memory_is_what_a_loader_has_beyond_the_page_cache(measured: tuple[dict[
     for name in ("safetensors clone", "weightload pread", "right"):
         assert private[name]["private_peak_bytes"] >= 0.5 * result["bytes"]  # sampled
         assert private[name]["private_peak_bytes"] < 20 * result["bytes"]
+        assert private[name]["kept_bytes"] is not None
 
 
 @pytest.mark.parametrize(
