@@ -23,8 +23,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PEERS = .build/peers
 COMPARED = $(OUT)/compare
 # What each of its runs may take for the rounds of a scenario, in seconds: all together about a quarter of an hour.
-COMPARE_S ?= 60
-SMALL_S ?= 15
+COMPARE_S ?= 40
+SMALL_S ?= 10
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 

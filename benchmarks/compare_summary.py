@@ -8,6 +8,8 @@ from typing import Any
 
 from peers import BASELINES, OURS
 
+ENOUGH = 3  # loads whose quartiles say something
+
 Row = dict[str, Any]
 Scenario = dict[str, Any]
 
@@ -86,6 +88,8 @@ def verdict(scenario: Scenario) -> str:
     # Half of all loads of each lie between the quartiles: where those overlap, another run may find the other first.
     low, high = (ours, others[0]) if ours is ranked[0] else (others[0], ours)
     noise = " (within the spread)" if low["quartile3_s"] >= high["quartile1_s"] else ""
+    if (fewest := min(len(ours["seconds"]), len(others[0]["seconds"]))) < ENOUGH:
+        noise = f" (of only {fewest} load{'s' if fewest > 1 else ''})"
     if ours is ranked[0]:
         return f"{first}, {ratio:.2f}x as fast as {others[0]['loader']}{noise}{limit}"
     return f"{first}; weightload LOSES: {ours['loader']} is {ratio:.2f}x as fast{noise}{limit}"

@@ -311,8 +311,8 @@ def summarised(*rows: dict[str, Any], reason: str | None = None) -> dict[str, An
 
 
 def test_a_lost_row_says_so() -> None:
-    peers = [a_row("safetensors clone", "safetensors", 4, 4, 4), a_row("slow setting", "peer", 3, 3)]
-    lost = summarised(a_row("weightload pread", "weightload", 2, 2, 2), a_row("fast setting", "peer", 1, 1), *peers)
+    peers = [a_row("safetensors clone", "safetensors", 4, 4, 4), a_row("slow setting", "peer", 3, 3, 3)]
+    lost = summarised(a_row("weightload pread", "weightload", 2, 2, 2), a_row("fast setting", "peer", 1, 1, 1), *peers)
     assert lost["verdict"] == (
         "first: fast setting; weightload LOSES: weightload pread is 0.50x as fast; of the limit 0.20"
     )
@@ -323,10 +323,12 @@ def test_a_lost_row_says_so() -> None:
 
 
 def test_a_row_that_is_won_says_by_how_much() -> None:
-    won = summarised(a_row("weightload pread", "weightload", 1), a_row("other", "peer", 3, 3))
+    won = summarised(a_row("weightload pread", "weightload", 1, 1, 1), a_row("other", "peer", 3, 3, 3))
     assert won["verdict"] == "first: weightload pread, 3.00x as fast as other; of the limit 0.40"
     close = summarised(a_row("weightload pread", "weightload", 1, 2, 3), a_row("other", "peer", 2, 2.1, 3))
     assert close["verdict"].startswith("first: weightload pread, 1.05x as fast as other (within the spread)")
+    few = summarised(a_row("weightload pread", "weightload", 1), a_row("other", "peer", 3, 3))
+    assert few["verdict"].startswith("first: weightload pread, 3.00x as fast as other (of only 1 load)")
     assert summarised(a_row("other", "peer", 2))["verdict"] == "first: other; weightload was NOT MEASURED"
     assert summarised(reason="no room")["verdict"] == "not measured: no room"
 
