@@ -136,13 +136,15 @@ def save_stages(results: Sequence[dict[str, Any]], path: Path) -> None:
     for (axis,), (result, scenario, row) in zip(grid, panels, strict=True):
         stages = row["stats"]["stages"]
         colours = [STAGE_COLOURS[number % len(STAGE_COLOURS)] for number in range(len(stages))]
-        drawn = axis.barh(list(stages), [stage["seconds"] for stage in stages.values()], color=colours)
+        # A stage's seconds are those of all its threads.
+        seconds = [stage["seconds"] / stage.get("threads", 1) for stage in stages.values()]
+        drawn = axis.barh(list(stages), seconds, color=colours)
         axis.bar_label(drawn, fmt=" %.3g", fontsize=7.5)
         axis.axvline(row["stats"]["seconds"], color="#24292f", linewidth=1, linestyle="--")
         slowest = row["stats"].get("bottleneck")
         why = f", bottleneck: {slowest}" if slowest else ""
         axis.margins(x=0.12)
-        _style(axis, "seconds; dashed: the whole load")
+        _style(axis, "seconds a thread; dashed: the whole load")
         axis.set_title(f"{_title(result, scenario)}, {row['loader']}{why}", **TITLE)
     _save(figure, path)
 
