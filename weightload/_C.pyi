@@ -149,6 +149,7 @@ class HostLoader:
         map: bool,
         read_ahead: bool,
         threads: int,
+        cold_threads: int,
         window_bytes: int,
         task_bytes: int,
         block_bytes: int,

@@ -54,6 +54,7 @@ class WeightIterator(_C.HostLoader):
                 map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),
+                cold_threads=now.thread_count(cold=True),
                 window_bytes=now.window_bytes,
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,

@@ -17,6 +17,7 @@ from weightload.cpus import usable_cpus
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16
+LEAST_COLD_THREADS = 4  # some wait for the storage while others copy
 
 CPU = "CPU"
 ACCELERATORS = "accelerators"
@@ -53,7 +54,7 @@ class Settings:
         loads=BOTH,
         least=0,
         what="Reading threads. 0: as many as the process may use CPUs (affinity and cgroup quota), at most "
-        f"{MOST_DEFAULT_THREADS}.",
+        f"{MOST_DEFAULT_THREADS}; on the CPU at least {LEAST_COLD_THREADS} for files that are not in the page cache.",
         change="More where the storage answers late but to many at once (network file systems, striped disks); fewer "
         "where other work of the process needs the CPUs, or where one disk slows down under several readers.",
     )
@@ -143,9 +144,10 @@ class Settings:
                 f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
             )
 
-    def thread_count(self) -> int:
-        """Threads to start: the setting, or the default of this process now."""
-        return self.threads or min(usable_cpus(), MOST_DEFAULT_THREADS)
+    def thread_count(self, cold: bool = False) -> int:
+        """Threads to start: the setting, or the default of this process now, also for files that are to be read."""
+        least = LEAST_COLD_THREADS if cold else 1
+        return self.threads or min(max(usable_cpus(), least), MOST_DEFAULT_THREADS)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

@@ -19,6 +19,12 @@ constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
 
+// Of more ranges it is cheaper to ask of whole files.
+constexpr size_t kMostRangesToAskOf = 256;
+
+constexpr size_t kSamples = 16;
+constexpr uint64_t kSampleBytes = 64 << 10;
+
 bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_alignment(tensor.dtype) == 0; }
 
 }  // namespace
@@ -88,9 +94,29 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   spare_memory::set_limit(options.spare_bytes);
 }
 
+bool HostLoader::is_cached(uint32_t file, ByteRange range) const {
+  const File* const asked = selected_.files()[file]->file();
+  return asked && cached_bytes(*asked, range, maps_[file] ? maps_[file]->data() : nullptr) == range.size();
+}
+
 bool HostLoader::all_cached() const {
-  for (const auto& file : selected_.files()) {
-    if (!file->file() || cached_bytes(*file->file(), {0, file->size()}) != file->size()) return false;
+  if (reads_.tasks.size() <= kMostRangesToAskOf) {
+    return std::all_of(reads_.tasks.begin(), reads_.tasks.end(),
+                       [this](const ReadTask& task) { return is_cached(task.file, task.bytes); });
+  }
+  for (uint32_t f = 0; f < selected_.files().size(); ++f) {
+    if (!is_cached(f, {0, selected_.files()[f]->size()})) return false;
+  }
+  return true;
+}
+
+// By some samples: asking of every page costs 34 ns a page, a tenth of reading it.
+bool HostLoader::looks_cached() const {
+  const size_t step = std::max<size_t>(1, reads_.tasks.size() / kSamples);
+  for (size_t t = 0; t < reads_.tasks.size(); t += step) {
+    const ReadTask& task = reads_.tasks[t];
+    if (!is_cached(task.file, {task.bytes.begin, std::min(task.bytes.end, task.bytes.begin + kSampleBytes)}))
+      return false;
   }
   return true;
 }
@@ -148,7 +174,9 @@ void HostLoader::start(const HostLoaderOptions& options) {
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, shared_.own_part(options.window_bytes),
+  const unsigned threads =
+      options.threads < options.cold_threads && !looks_cached() ? options.cold_threads : options.threads;
+  pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
   counts_.threads = pool_->thread_count();
 }

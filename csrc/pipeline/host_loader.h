@@ -22,7 +22,10 @@ struct HostLoaderOptions {
   // file, always get private memory.
   bool map = true;
 
+  // Of files in the page cache, and of those that are not all there: more than there are CPUs then, so that some wait
+  // for the storage while others copy.
   unsigned threads = 2;
+  unsigned cold_threads = 2;
 
   // How far, in bytes, reading may run ahead of the consumer. Bounds the private memory that no tensor owns
   // yet, and what an early exit has read in vain. Too small starves the threads: at least threads *
@@ -95,6 +98,8 @@ class HostLoader {
   };
 
   bool all_cached() const;
+  bool looks_cached() const;
+  bool is_cached(uint32_t file, ByteRange range) const;
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   void map_files();
   void find_tasks();
