@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -85,14 +86,19 @@ class BuildAgainstTorch(BuildExtension):
         # torch may ask for C++20, in which libstdc++'s string and vector are too large for g++ to inline into the
         # parser's loops: headers then take 1.4 times as long to parse.
         flags = [*ext.extra_compile_args["cxx"], "-std=c++17"]
-        ext.sources.remove(PARSER)
-        ext.extra_objects += self.compiler.compile(
+        parser = self.compiler.compile(
             [PARSER],
             output_dir=str(Path(self.build_temp, "parser")),
             include_dirs=ext.include_dirs,
+            debug=self.debug,
             extra_postargs={"cxx": flags},
+            depends=ext.depends,
         )
-        super().build_extension(ext)
+        rest = copy.copy(ext)
+        rest.sources = [source for source in ext.sources if source != PARSER]
+        rest.extra_objects = [*ext.extra_objects, *parser]
+        rest.depends = [*ext.depends, PARSER]  # so that a change of it is linked, too
+        super().build_extension(rest)
 
 
 def extension() -> Extension:

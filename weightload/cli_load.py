@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from weightload import devices
 from weightload.checkpoint import resolve_safetensors_files
@@ -37,19 +38,23 @@ def run(options: argparse.Namespace) -> int:
 
     device = devices.resolve(options.device)
     paths = resolve_safetensors_files(options.path, options.subfolder, options.variant)
+    begin = time.perf_counter()
     with safetensors_weights_iterator(
         paths, device=device, strategy="independent", backend=options.backend, show_progress=False
     ) as weights:
         for _, tensor in weights:
             if options.touch and tensor.device.type == "cpu":
                 tensor.reshape(-1).view(torch.uint8)[::PAGE].sum()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    seconds = time.perf_counter() - begin
     stats = weights.stats()
     if options.json:
-        print_json(stats.as_dict())
+        print_json({**stats.as_dict(), "to_the_last_byte_s": seconds})
     elif options.stats:
         for line in str(stats).split("\n"):
             say(line)
-    else:
-        rate = f"{stats.gb_per_s:.2f} GB/s" if stats.bytes else "nothing to load"
-        say(f"{stats.tensors} tensors, {bytes_in_words(stats.bytes)} in {stats.seconds:.3f} s: {rate}")
+    if not options.json:
+        rate = f"{stats.bytes / 1e9 / seconds:.2f} GB/s" if stats.bytes else "nothing to load"
+        say(f"{stats.tensors} tensors, {bytes_in_words(stats.bytes)} in {seconds:.3f} s, to the last byte: {rate}")
     return OK

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightload import _C, counting, devices, settings
+from weightload import _C, devices, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.distributed import has_cpu_backend
@@ -28,8 +28,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
     with other ranks took. ``places`` has memory on the device for some of the tensors, in their order; the iterator
     then gives ``(name, None)`` for them, and they are complete, for the stream that is current then, when it ends.
-    ``window_bytes``: how far reading may run ahead, in place of a block. ``begun``: when the load began, by
-    ``counting.now()``; default: now.
+    ``window_bytes``: how far reading may run ahead, in place of a block. ``counting``: made when the load began.
     """
 
     def __init__(
@@ -40,11 +39,13 @@ class DeviceWeightIterator(_C.DeviceLoader):
         places: Sequence[torch.Tensor | None] = (),
         sharing: Sharing | None = None,
         window_bytes: int | None = None,
-        begun: float | None = None,
+        counting: Counting | None = None,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
-        self._counting = Counting(files, begun, self.agreement_seconds)
+        self._counting = counting or Counting()
+        self._counting.agreement_seconds = self.agreement_seconds
+        self._counting.loading(files)
         try:
             super().__init__(
                 target,
@@ -106,7 +107,8 @@ def load_to_device(
 
     It is shared with the ranks of ``group`` unless that is None; there are no places then.
     """
-    begun = counting.now()
+    counting = Counting()
+    open_them = counting.opening(open_them)
     own_bytes, pieces = most_bytes, len(paths)
     if group is not None:
         own_bytes = own_share(most_bytes, group, strategy)
@@ -123,10 +125,10 @@ def load_to_device(
         if group is None:
             files = open_them()
             selection = select_all(files, names)
-            return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, begun=begun)
+            return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, counting=counting)
         sharing = Sharing(group, strategy, device, target, paths)
         files, selection = sharing.agree(open_them, names)
-        return DeviceWeightIterator(target, files, selection, sharing=sharing, begun=begun)
+        return DeviceWeightIterator(target, files, selection, sharing=sharing, counting=counting)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from weightload import _C, counting, devices, progress, settings
+from weightload import _C, devices, progress, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
@@ -40,11 +40,13 @@ class WeightIterator(_C.HostLoader):
         read_ahead: bool,
         places: Sequence[torch.Tensor | None] = (),
         sharing: Sharing | None = None,
-        begun: float | None = None,
+        counting: Counting | None = None,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
-        self._counting = Counting(files, begun, self.agreement_seconds)
+        self._counting = counting or Counting()
+        self._counting.agreement_seconds = self.agreement_seconds
+        self._counting.loading(files)
         try:
             super().__init__(
                 files,
@@ -102,15 +104,20 @@ def load_to_host(
     places: Sequence[torch.Tensor | None] = (),
 ) -> WeightIterator:
     """Start a load to the CPU, shared with the ranks of ``group`` unless that is None."""
-    begun = counting.now()
+    counting = Counting()
+    open_them = counting.opening(open_them)
     if group is None:
         files = open_them()
         selection = select_all(files, names)
-        return WeightIterator(files, selection, backend=backend, read_ahead=read_ahead, places=places, begun=begun)
+        return WeightIterator(
+            files, selection, backend=backend, read_ahead=read_ahead, places=places, counting=counting
+        )
     sharing = Sharing(group, strategy, torch.device("cpu"), None, paths)
     try:
         files, selection = sharing.agree(open_them, names)
-        return WeightIterator(files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing, begun=begun)
+        return WeightIterator(
+            files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing, counting=counting
+        )
     finally:
         sharing.close()
 

@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-THREADS_STAGES = ("read", "allocate", "pin_wait", "copy")
+THREADS_STAGES = ("read", "allocate", "pin", "pin_wait", "copy")
+# Where the time of the iterating thread went.
+WORDS = {
+    "open": "opening the files and checking their headers",
+    "agreement": "the ranks' agreement, or waiting for one that was late for it,",
+    "setup": "setting up: planning, mapping, threads, the device's first use,",
+    "wait": "kept the consumer waiting for",
+    "collective": "collectives, or ranks that were late for them,",
+    "consumer": "the consumer, between two tensors,",
+}
 SMALL_FILE = 0.01  # share of a load's bytes; below, a file's rate says nothing
 
 
@@ -19,11 +28,14 @@ class Stage:
     bytes: int = 0
     """That passed through; 0 where none do."""
     threads: int = 1
+    elapsed: float | None = None
+    """Seconds from the beginning of the first to the end of the last, of stages that threads share."""
 
     @property
     def gb_per_s(self) -> float | None:
         """10^9 bytes a second, all threads together; None where nothing passed or no time did."""
-        return self.bytes / 1e9 / (self.seconds / self.threads) if self.bytes and self.seconds else None
+        took = self.seconds if self.elapsed is None else self.elapsed
+        return self.bytes / 1e9 / took if self.bytes and took > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +46,7 @@ class FileStats:
     mapped_bytes: int
     """Brought into a mapping, ahead of the consumer."""
     buffered_bytes: int
-    """Read through the page cache, by ``pread``."""
+    """Read through the page cache, by ``pread``; or copied, where the file is bytes in memory."""
     direct_bytes: int
     """Read past the page cache, by ``O_DIRECT``."""
     seconds: float
@@ -80,7 +92,8 @@ class LoadStats:
     """What a load has done so far. It is always counted, at two readings of the clock for every read and every wait."""
 
     seconds: float
-    """From the call that began the load to its end, or until now."""
+    """From the call that began the load until its last tensor was handed out, or it was closed, or until now. On an
+    accelerator the device may still be copying then."""
     ended: bool
     bytes: int
     """Of the tensors that the consumer has got."""
@@ -91,12 +104,15 @@ class LoadStats:
     stages: dict[str, Stage]
     """In the order in which a byte passes them, without those that took no part:
 
-    ``open`` (files and headers) and of it ``parse``, of the threads that open;
+    ``open`` (files and headers) and, of the threads that open them, ``parse`` (checking the headers);
     ``agreement`` of the ranks;
-    ``read``, and on accelerators ``allocate`` (blocks), ``pin_wait`` (for a page-locked slot that the device has copied
-    from) and ``copy`` (queueing copies, not the copies themselves), all of the reading threads;
+    ``setup`` (planning, mapping, starting threads; on an accelerator, what its first use costs);
+    ``read``, and on accelerators ``allocate`` (blocks), ``pin`` (making page-locked slots), ``pin_wait`` (for the
+    device to give one back) and ``copy`` (queueing copies, not the copies themselves), all of the reading threads;
     ``wait`` (for them), ``collective`` (with waiting for other ranks) and ``consumer`` (what happens between two
-    tensors, and making them), all three of the thread that iterates."""
+    tensors, and making them), all three of the thread that iterates.
+
+    What is left out of ``open`` was open before the load began."""
     files: list[FileStats]
     device: DeviceStats | None
     """Of loads to an accelerator."""
@@ -114,7 +130,7 @@ class LoadStats:
     @property
     def gb_per_s(self) -> float:
         """10^9 bytes a second, from beginning to end."""
-        return self.bytes / 1e9 / self.seconds
+        return self.bytes / 1e9 / self.seconds if self.seconds else 0.0
 
     @property
     def slowest_file(self) -> FileStats | None:
@@ -136,6 +152,7 @@ class LoadStats:
         for entry, file in zip(values["files"], self.files, strict=True):
             entry.update(bytes=file.bytes, read=file.read, gb_per_s=file.gb_per_s)
         slowest = self.slowest_file
+        values["gb_per_s"] = self.gb_per_s
         return {**values, "slowest_file": slowest and slowest.path, "bottleneck": self.bottleneck}
 
     def __str__(self) -> str:
@@ -145,29 +162,26 @@ class LoadStats:
 def bottleneck(stats: LoadStats) -> str:
     """Where most of the iterating thread's time went; if in waiting for the reading threads, where theirs did."""
     stages = stats.stages
-    last: dict[str, float] = {
-        name: stage.seconds for name, stage in stages.items() if name in ("wait", "collective", "consumer")
-    }
-    last["open"] = max(0.0, stats.seconds - sum(last.values()))
+    last = {name: stages[name].seconds for name in WORDS if name in stages}
+    if not last:
+        return "nothing took any time"
     name = max(last, key=last.__getitem__)
-    share = f"{last[name] / stats.seconds:.0%} of {_time(stats.seconds)}" if stats.seconds else "no time"
+    share = f"{last[name] / stats.seconds:.0%} of {_time(stats.seconds)}"
     if name != "wait":
-        words = {
-            "open": "opening the files and checking headers",
-            "collective": "collectives, or ranks that were late for them,",
-            "consumer": "the consumer, between two tensors,",
-        }
-        return f"{words[name]} took {share}"
-    threads = {name: stage.seconds for name, stage in stages.items() if name in THREADS_STAGES}
-    name = max(threads, key=threads.__getitem__, default="read")
-    rate = stages["read"].gb_per_s if "read" in stages else None
-    words = {
+        return f"{WORDS[name]} took {share}"
+    threads = {name: stages[name].seconds for name in THREADS_STAGES if name in stages}
+    return f"{_of_threads(max(threads, key=threads.__getitem__, default='read'), stats)} {WORDS['wait']} {share}"
+
+
+def _of_threads(name: str, stats: LoadStats) -> str:
+    rate = stats.stages["read"].gb_per_s if "read" in stats.stages else None
+    return {
         "read": f"reading, at {rate:.1f} GB/s by {stats.threads} thread(s)," if rate else "reading",
         "allocate": "allocating memory on the device",
+        "pin": "page-locking memory",
         "pin_wait": "copying to the device, which gave page-locked slots back late,",
         "copy": "queueing copies to the device",
-    }
-    return f"{words[name]} kept the consumer waiting for {share}"
+    }[name]
 
 
 def _time(seconds: float) -> str:

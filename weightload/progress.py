@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,21 @@ class WeightsWithBar:
 
     def __init__(self, weights: WeightIterator | DeviceWeightIterator, always: bool) -> None:
         self._weights = weights
-        self._items = _advancing(weights, always)
+        self.agreement_seconds = weights.agreement_seconds
+        self.total_bytes = weights.total_bytes
+        self._bar = _bar(weights.total_bytes, always)
 
     def __iter__(self) -> WeightsWithBar:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._items)
+        try:
+            name, tensor = next(self._weights)
+        except BaseException:  # the end, too
+            self._bar.close()
+            raise
+        self._bar.update(tensor.nbytes)
+        return name, tensor
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -70,28 +78,14 @@ class WeightsWithBar:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of the selected tensors."""
-        return self._weights.total_bytes
-
     def close(self) -> None:
-        """Stop the load, and take the bar away."""
-        self._items.close()
+        """Stop the load, also one that another thread waits in, and take the bar away."""
         self._weights.close()
+        self._bar.close()
 
     def stats(self) -> LoadStats:
         """What the load has done so far."""
         return self._weights.stats()
-
-
-def _advancing(
-    weights: WeightIterator | DeviceWeightIterator, always: bool
-) -> Generator[tuple[str, torch.Tensor], None, None]:
-    with weights, _bar(weights.total_bytes, always) as shown:
-        for name, tensor in weights:
-            shown.update(tensor.nbytes)
-            yield name, tensor
 
 
 @contextmanager

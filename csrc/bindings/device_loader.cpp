@@ -43,6 +43,7 @@ py::dict device_counts(PyDeviceLoader& self) {
   result["block_bytes"] = stats.block_bytes;
   result["copy_s"] = in_seconds(stats.copy_ns);
   result["allocate_s"] = in_seconds(stats.allocate_ns);
+  result["pin_s"] = in_seconds(stats.ring.make_ns);
   result["ring_wait_s"] = in_seconds(stats.ring.wait_ns);
   return result;
 }

@@ -21,6 +21,8 @@ py::dict load_counts(const LoadCounts& counts) {
   result["tensor_bytes"] = counts.tensor_bytes.load();
   result["threads"] = counts.threads;
   result["begun_s"] = begun.count();
+  result["made_s"] = static_cast<double>(counts.made_ns) * 1e-9;
+  result["reading_s"] = static_cast<double>(counts.last_read_ns - counts.first_read_ns) * 1e-9;
   result["lasted_s"] = in_seconds(counts.lasted_ns());
   result["ended"] = counts.ended();
   result["wait_s"] = in_seconds(counts.wait_ns);

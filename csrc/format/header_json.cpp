@@ -13,6 +13,8 @@ constexpr int kMaxDepth = 127;
 // The text of the shortest entry that writers make is about as long as this.
 constexpr size_t kLeastEntryBytes = 64;
 
+constexpr size_t kOrdinaryDimensions = 64;
+
 // Receives the parser's events and fills a Header. A stack of states is not needed: the format is two levels
 // deep, and values of unknown fields are only counted through (`skip_depth_`).
 //
@@ -25,7 +27,11 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
   HeaderSax(const std::string& path, size_t text_bytes) : path_(path) {
     header_.tensors.reserve(text_bytes / kLeastEntryBytes);  // memory that is not used is not touched either
   }
-  Header take() { return std::move(header_); }
+  Header take() {
+    // What was reserved for nothing is address space only, but that may be limited.
+    if (header_.tensors.size() < header_.tensors.capacity() / 4) header_.tensors.shrink_to_fit();
+    return std::move(header_);
+  }
 
   bool null() override {
     if (where_ == Where::metadata_value) return where_ = Where::top, true;
@@ -114,7 +120,7 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
     --depth_;
     if (skip_depth_ > 0) return leave_skipped();
     if (where_ == Where::offsets && offsets_seen_ != 2) fail_entry("data_offsets must hold exactly two numbers");
-    if (where_ == Where::shape) current().shape.assign(shape_.begin(), shape_.end());
+    if (where_ == Where::shape) take_shape();
     where_ = Where::entry;
     return true;
   }
@@ -150,6 +156,15 @@ class HeaderSax final : public nlohmann::json_sax<nlohmann::json> {
 
   [[noreturn]] void fail_entry(const std::string& what) {
     fail_header(rule::kInvalidTensorEntry, what, path_, current().name);
+  }
+
+  // An allocation of the right size for it. A giant is not held twice.
+  void take_shape() {
+    if (shape_.size() > kOrdinaryDimensions) {
+      current().shape = std::move(shape_);
+    } else {
+      current().shape.assign(shape_.begin(), shape_.end());
+    }
   }
 
   void descend() {

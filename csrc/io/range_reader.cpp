@@ -12,15 +12,15 @@ namespace {
 constexpr uint64_t kSample = 64 << 10;
 
 // Whether most of the range is in the page cache; nothing where the kernel does not say, as of files of other users.
-std::optional<bool> is_cached(const File& file, ByteRange range) {
+std::optional<bool> is_cached(const File& file, ByteRange range, char* mapping) {
   if (range.size() <= 3 * kSample) {
-    const auto cached = cached_bytes(file, range);
+    const auto cached = cached_bytes(file, range, mapping);
     if (!cached) return std::nullopt;
     return *cached * 2 >= range.size();
   }
   int samples = 0;
   for (uint64_t begin : {range.begin, range.begin + (range.size() - kSample) / 2, range.end - kSample}) {
-    const auto cached = cached_bytes(file, {begin, begin + kSample});
+    const auto cached = cached_bytes(file, {begin, begin + kSample}, mapping);
     if (!cached) return std::nullopt;
     if (*cached * 2 >= kSample) ++samples;
   }
@@ -45,7 +45,7 @@ RangeReader::Attempt RangeReader::begin(ByteRange range) {
   if (mode_ == ReadMode::direct) {
     attempt.direct = can_be_direct;
   } else if (file_ && storage_ != Storage::memory) {
-    const std::optional<bool> cached = is_cached(*file_, range);
+    const std::optional<bool> cached = is_cached(*file_, range, mapping_);
     attempt.cold = cached == false;
     attempt.direct = attempt.cold && can_be_direct && rates_->choose_direct();
     // Where nobody knows, going past what may be in memory would be the dearer mistake.

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/stopwatch.h"
 #include "base/thread_name.h"
 
 namespace weightload {
@@ -106,13 +107,14 @@ PinnedRing::Lease PinnedRing::acquire() {
       return lease(std::move(slot));
     }
     if (slots_ < capacity_) {
+      Stopwatch watch(make_ns_);
       grow(lock);
       continue;
     }
     if (capacity_ == 0) throw Error(ErrorKind::memory, "no memory for reading: neither page-locked nor pageable");
     // A device's events can be asked or waited for; only asking can be interrupted, and waiting may spin inside its
     // driver. One thread asks for all, the others sleep.
-    const auto begin = std::chrono::steady_clock::now();
+    Stopwatch watch(in_flight_.empty() ? make_ns_ : wait_ns_);
     if (!in_flight_.empty() && !polling_) {
       polling_ = polled = true;
       changed_.wait_for(lock, kPollInterval);
@@ -120,8 +122,6 @@ PinnedRing::Lease PinnedRing::acquire() {
     } else {
       changed_.wait(lock);
     }
-    const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - begin;
-    wait_ns_ += static_cast<uint64_t>(waited.count());
   }
 }
 
@@ -147,7 +147,7 @@ void PinnedRing::stop() noexcept {
 
 PinnedRing::Stats PinnedRing::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return {slots_, pageable_.load(), wait_ns_.load()};
+  return {slots_, pageable_.load(), wait_ns_.load(), make_ns_.load()};
 }
 
 }  // namespace weightload

@@ -65,7 +65,8 @@ class PinnedRing {
   struct Stats {
     size_t slots = 0;           // made so far
     size_t pageable_slots = 0;  // of these, not page-locked
-    uint64_t wait_ns = 0;       // of all threads together, for the device to give a slot back
+    uint64_t wait_ns = 0;       // of all reading threads together, for the device to give a slot back
+    uint64_t make_ns = 0;       // the same for slots to be made, and making them
   };
   Stats stats() const;
 
@@ -91,7 +92,7 @@ class PinnedRing {
   bool polling_ = false;                             // a thread asks the device on behalf of all
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
-  std::atomic<uint64_t> wait_ns_{0};
+  std::atomic<uint64_t> wait_ns_{0}, make_ns_{0};
   const uint32_t fork_generation_;
   std::thread filler_;  // last: it uses everything above
 };

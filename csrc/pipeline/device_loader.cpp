@@ -36,6 +36,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
     return prepare(static_cast<uint32_t>(block), patience, payload);
   };
   shared_.begin(layout_, ready, selected_.files());
+  counts_.made();
 }
 
 DeviceLoader::~DeviceLoader() {
@@ -128,7 +129,7 @@ void DeviceLoader::work(size_t number) {
   });
   PinnedRing::Lease slot = ring_->acquire();
   {
-    Stopwatch watch(counts_.files[task.file].read_ns);
+    const LoadCounts::Read watch(counts_, task.file);
     fill(task, slot->data());
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
@@ -211,6 +212,7 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
   tensor.block_offset = empty ? 0 : place.block_offset;
   ++next_;
   counts_.deliver(tensor.info->bytes.size());
+  if (next_ == selected_.size()) counts_.end();
   // The last tensor of a block takes the loader's own reference with it.
   if (next_ == layout_.blocks[number].last_tensor && !in_place_[number]) blocks_[number] = nullptr;
   return Step::tensor;
@@ -263,6 +265,7 @@ void DeviceLoader::interrupt() noexcept {
 
 void DeviceLoader::close() noexcept {
   interrupt();
+  counts_.end();
   if (forked()) return;
   if (pool_) pool_->join();
   shared_.leave();
@@ -277,7 +280,6 @@ void DeviceLoader::close() noexcept {
   blocks_.clear();
   empty_ = nullptr;
   ring_->close();
-  counts_.end();
   readers_.clear();
   maps_.clear();
   selected_.close();
@@ -299,7 +301,7 @@ DeviceLoadStats DeviceLoader::stats() const {
     ++stats.blocks;
     stats.block_bytes += shared_.buffer(layout_.blocks[b].bytes);
   }
-  stats.ring = ring_->stats();
+  if (!forked()) stats.ring = ring_->stats();  // the child may find its mutex held for ever
   return stats;
 }
 

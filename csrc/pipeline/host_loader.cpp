@@ -45,6 +45,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
     return prepare(static_cast<uint32_t>(block), patience, payload);
   };
   shared_.begin(layout_, ready, selected_.files());
+  counts_.made();
 }
 
 HostLoader::~HostLoader() {
@@ -186,10 +187,10 @@ void HostLoader::work(size_t task) {
   const ReadTask& read = reads_.tasks[task];
   const CheckpointFile& file = *selected_.files()[read.file];
   char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
+  if (layout_.blocks[read.block].mapped && !page_in_) return;
   FileCounts& counts = counts_.files[read.file];
-  Stopwatch watch(counts.read_ns);
+  const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    if (!page_in_) return;
     page_in(*file.file(), mapping, read.bytes);
     file.source().require_unchanged(read.bytes.begin);
     counts.mapped_bytes += read.bytes.size();
@@ -284,6 +285,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
   }
   ++next_;
   counts_.deliver(tensor.info->bytes.size());
+  if (next_ == selected_.size()) counts_.end();
   // The last tensor of a private block takes the loader's own reference with it.
   if (next_ == block.last_tensor) blocks_[place.block] = {};
   return Step::tensor;

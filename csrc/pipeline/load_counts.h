@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/stopwatch.h"
 #include "io/file_counts.h"
 
 namespace weightload {
@@ -33,6 +34,34 @@ struct LoadCounts {
   size_t threads = 0;
 
   const Clock::time_point begin = Clock::now();
+
+  // The loader is made: its plan, its mappings and its threads.
+  void made() noexcept { made_ns.store(since_begin()); }
+  std::atomic<int64_t> made_ns{0};
+
+  // When the first read began and the last one ended, since `begin`; 0 before.
+  std::atomic<int64_t> first_read_ns{0}, last_read_ns{0};
+
+  // The time of one read, for its file and for the load.
+  class Read {
+   public:
+    Read(LoadCounts& counts, uint32_t file) : counts_(counts), watch_(counts.files[file].read_ns) {
+      int64_t none = 0;
+      counts_.first_read_ns.compare_exchange_strong(none, counts_.since_begin());
+    }
+    ~Read() {
+      const int64_t now = counts_.since_begin();
+      int64_t latest = counts_.last_read_ns;
+      while (latest < now && !counts_.last_read_ns.compare_exchange_weak(latest, now)) {
+      }
+    }
+    Read(const Read&) = delete;
+    Read& operator=(const Read&) = delete;
+
+   private:
+    LoadCounts& counts_;
+    Stopwatch watch_;
+  };
 
   // The load has ended. Only the first call counts.
   void end() noexcept {
