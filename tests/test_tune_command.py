@@ -19,9 +19,10 @@ from conftest import write_tensors
 
 from weightload import _C, cli, settings, tune_storage
 from weightload.cpus import usable_cpus
-from weightload.tune_candidates import IN_FORCE, Candidate
+from weightload.tune_candidates import IN_FORCE, LEAST_AGAIN, Candidate
 from weightload.tune_loads import Loads, checkpoint_of
 from weightload.tune_storage import Storage, evict, storage_of, why_never_cold
+from weightload.tune_verdict import MOST_CHANCE
 
 # Small checkpoints are done with in a second or two; on a busy machine they may take longer.
 PLENTY = 40
@@ -77,7 +78,7 @@ def test_in_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == {
         "device", "cpus", "storage", "files", "tensors", "sample_bytes", "checkpoint_bytes", "seconds_allowed",
         "seconds_taken", "why_not_cold", "in_force", "measured", "measured_again", "left_out", "compared",
-        "recommended", "shell",
+        "ahead", "undecided", "recommended", "shell",
     }  # fmt: skip
     assert found["device"] == "cpu"
     assert found["tensors"] == 8
@@ -146,6 +147,8 @@ def test_help_says_what_happens_to_the_page_cache(capsys: pytest.CaptureFixture[
         cli.main(["tune", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "the files are put out of the page cache before each load" in out
+    assert f"at least {LEAST_AGAIN} loads of each, by more than chance would bring about in 1 of 200" in out
+    assert MOST_CHANCE == 1 / 200
     assert "exit codes" in out
 
 

@@ -12,12 +12,14 @@ from weightload.cli_common import OK, Commands, add_checkpoint, add_command, pri
 
 DESCRIPTION = """\
 Load a sample of a checkpoint (at most 2 GB) again and again, with the settings in force and with others, and say which
-settings are worth changing, if any: those that are faster, twice, by 10 % and by more than loads of one kind differ.
+settings are worth changing, if any: those that are faster by 10 % and by more than loads of one kind differ, and are so
+once more when measured again, at least 5 loads of each, by more than chance would bring about in 1 of 200 comparisons.
+Where there is no time for so many loads nothing is recommended, and the report says so.
 
 For cold loads the files are put out of the page cache before each load. That drops clean pages of these files only and
 changes no byte of them, but other processes that use the files read them from storage again. Nothing is written.
-Loads to an accelerator take the sample's size of its memory. Other work on the machine or its storage spoils the
-figures; what it spoils shows as spread, and then nothing is recommended.
+Loads to an accelerator take the sample's size of its memory. Other work on the machine or its storage makes loads
+differ, and what that may explain is not recommended: run it where little else is going on.
 """
 
 

@@ -15,19 +15,19 @@ import torch
 from weightload import settings
 from weightload.cpus import usable_cpus
 from weightload.errors import CheckpointError
-from weightload.tune_candidates import IN_FORCE, LEAST_SAMPLE, MOST_SAMPLE, Candidate, candidates, fit
+from weightload.tune_candidates import IN_FORCE, LEAST_SAMPLE, MOST_SAMPLE, Candidate, candidates, fit, least_loads
 from weightload.tune_loads import Checkpoint, Loads, Sample, checkpoint_of
 from weightload.tune_result import Tuning
 from weightload.tune_storage import NotColdError, storage_of, why_never_cold
 from weightload.tune_turns import Clock, Loader, Seconds, take_turns
-from weightload.tune_verdict import shortlist, to_confirm, verdict
+from weightload.tune_verdict import shortlist, to_confirm, undecided, verdict
 
 MakeLoads = Callable[[Sample, torch.device], Loader]
 Tell = Callable[[str], object]
 
-# Shares of the time that is left when they begin: the first look; cold and warm loads of all candidates; of the rest,
-# which is for measuring again, the cold loads; filling the page cache.
-LOOK, COLD, WARM, COLD_AGAIN, FILL = 0.2, 0.6, 0.35, 0.7, 0.25
+# Shares of the time: the first look; of what is left then, cold loads, where there are cold and warm ones, and filling
+# the page cache, where there are warm ones only.
+LOOK, COLD, FILL = 0.2, 0.78, 0.25
 # A load that takes less says little of a long one.
 LEAST_LOOK_S = 0.3
 
@@ -83,10 +83,11 @@ def tune(
         confirming = to_confirm(done.ahead)
         if confirming:
             for state in list(done.measured):
-                until = clock() + (COLD_AGAIN if state == "cold" else 1) * (end - clock())
+                until = clock() + (COLD if state == "cold" else 1) * (end - clock())
                 tell(f"{state} loads again, {' and '.join(map(str, confirming))}, at most {until - clock():.0f} s")
                 _measure(done, done.again, [IN_FORCE, *confirming], loads, state, until, clock)
             done.recommended = verdict(done.again, confirming, done.least_seconds)
+            done.undecided = done.recommended == IN_FORCE and undecided(done.again, confirming, done.least_seconds)
     done.seconds_taken = seconds - (end - clock())
     return done
 
@@ -103,7 +104,8 @@ def _look(
     """Find out how fast loads are, and choose sample and candidates by that.
 
     Returns:
-        The states of the page cache to measure in, with shares of the time; none if not even one load ends in time.
+        The states of the page cache to measure in first, each with a share of the time that is left when it begins;
+        none if not even one load ends in time.
     """
     until = clock() + LOOK * (end - clock())
     size, speed, filling = min(LEAST_SAMPLE, most), 0.0, 0.0
@@ -124,14 +126,18 @@ def _look(
     if not speed:
         return {}
     both = done.why_not_cold is None
-    share = COLD if both else COLD + WARM * (1 - COLD)
     every = candidates(done.now, device.type != "cpu")
-    bytes_, done.tried = fit(every, speed, share * (end - clock()), most)
+    bytes_, done.tried = fit(every, speed, (COLD if both else 1 - FILL) * (end - clock()), most)
     if not both:
         bytes_ = min(bytes_, max(LEAST_SAMPLE, int(filling * FILL * (end - clock()))))
     done.left_out = every[len(done.tried) :]
     done.sample = checkpoint.sample(bytes_)
-    return {"cold": share, "warm": WARM} if both else {"warm": share}
+    # The rest is for measuring again.
+    at_first, again = least_loads(len(done.tried)) if len(done.tried) > 1 else (1, 0)
+    share = at_first / (at_first + again)
+    if not both:
+        return {"warm": FILL + (1 - FILL) * share}
+    return {"cold": COLD * share, "warm": (1 - COLD) * share / (1 - COLD * share)}
 
 
 def _fastest_of_two(done: Tuning, loads: Loader, until: float, clock: Clock) -> float | None:

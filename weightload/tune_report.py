@@ -9,7 +9,7 @@ from typing import Any
 from weightload import settings
 from weightload.cli_common import bytes_in_words
 from weightload.settings_page import shown
-from weightload.tune_candidates import IN_FORCE, LEAST_RUNS, Candidate, Value
+from weightload.tune_candidates import IN_FORCE, LEAST_AGAIN, LEAST_RUNS, Candidate, Value
 from weightload.tune_result import Tuning
 from weightload.tune_verdict import LEAST_GAIN, spread
 
@@ -87,8 +87,11 @@ def _conclusion(done: Tuning) -> list[str]:
         return [f"Nothing to say: no candidate could be loaded {LEAST_RUNS} times in the time. --seconds gives more."]
     right = "The settings in force are right here"
     rule = f"nothing is faster by {LEAST_GAIN - 1:.0%} and by more than loads of the same kind differ"
+    ahead = "; ".join(map(str, done.ahead))
+    if done.undecided:
+        often = f"there was no time to load it and the settings in force {LEAST_AGAIN} times more each"
+        return [f"Nothing is recommended: {ahead} came out ahead at first, but {often}. --seconds gives more."]
     if done.ahead:
-        ahead = "; ".join(map(str, done.ahead))
         return [f"{right}. {ahead} came out ahead at first and, measured again, did not: {rule}."]
     return [f"{right}: {rule}."]
 
@@ -129,6 +132,8 @@ def as_json(done: Tuning) -> dict[str, Any]:
         "measured_again": _measured(done, done.again),
         "left_out": [dict(candidate.changes) for candidate in done.left_out],
         "compared": done.compared,
+        "ahead": [dict(candidate.changes) for candidate in done.ahead],
+        "undecided": done.undecided,
         "recommended": dict(done.recommended.changes),
         "shell": exports(done),
     }

@@ -9,7 +9,7 @@ from weightload.tune_candidates import IN_FORCE, Candidate
 from weightload.tune_loads import Sample
 from weightload.tune_storage import Storage
 from weightload.tune_turns import Seconds
-from weightload.tune_verdict import outcomes
+from weightload.tune_verdict import differ, outcomes
 
 # Differences of less than this, in a load of the whole checkpoint, are nobody's concern.
 LEAST_SECONDS = 0.02
@@ -42,6 +42,8 @@ class Tuning:
     ahead: list[Candidate] = dataclasses.field(default_factory=list)
     """Single settings that came out ahead at first."""
     recommended: Candidate = IN_FORCE
+    undecided: bool = False
+    """Whether what came out ahead could not be measured again often enough to recommend it or not."""
 
     @property
     def least_seconds(self) -> float:
@@ -61,7 +63,7 @@ class Tuning:
         """Candidates that are faster in one state and slower in the other: (candidate, faster in, slower in)."""
         found = []
         for candidate in self.tried:
-            by_state = outcomes(self.measured, candidate, self.least_seconds)
+            by_state = outcomes(self.measured, candidate, self.least_seconds, differ)
             faster = [state for state, outcome in by_state.items() if outcome == "faster"]
             slower = [state for state, outcome in by_state.items() if outcome == "slower"]
             found += [(candidate, faster[0], slower[0])] if faster and slower else []

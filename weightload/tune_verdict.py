@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from weightload.tune_candidates import IN_FORCE, LEAST_RUNS, Candidate
+from weightload.tune_candidates import IN_FORCE, LEAST_AGAIN, LEAST_RUNS, Candidate
 
 Outcome = Literal["faster", "slower", "same", "unknown"]
 Runs = Mapping[Candidate, Sequence[float]]
@@ -15,6 +16,11 @@ States = Mapping[str, Runs]
 """Seconds of each load of each candidate, by the state of the page cache: ``"cold"``, ``"warm"``."""
 
 LEAST_GAIN = 1.10  # times as fast
+# How often chance alone may bring about what is recommended, in each comparison with the settings in force. There are
+# four at most, two candidates in two states: 2 % in all, however loads of the same kind scatter.
+MOST_CHANCE = 0.005
+# The same where two such differences, in opposite directions, are needed.
+MOST_CHANCE_OF_TWO = 0.025
 # Of several values that are faster, the one nearest to that in force is taken if it comes this near the fastest.
 NEARLY = 1.05
 
@@ -43,16 +49,56 @@ def compare(before: Sequence[float], after: Sequence[float], least_seconds: floa
     return "same"
 
 
-def outcomes(states: States, candidate: Candidate, least_seconds: float = 0.0) -> dict[str, Outcome]:
-    """``compare`` with the settings in force, by state."""
+def chance(before: Sequence[float], after: Sequence[float]) -> float:
+    """How often two series of the same thing have the second one as far before the first, or further.
+
+    The exact rank test of Mann and Whitney, one-sided, which asks nothing of how seconds are distributed. Equal seconds
+    count against ``after``.
+    """
+    behind = sum(new >= old for new in after for old in before)
+    as_far = sum(_orders(len(after), len(before), pairs) for pairs in range(behind + 1))
+    return as_far / math.comb(len(after) + len(before), len(after))
+
+
+@functools.cache
+def _orders(after: int, before: int, pairs: int) -> int:
+    """In how many orders of so many loads of each there are so many pairs with the one of ``after`` behind."""
+    if pairs < 0 or not after or not before:
+        return int(pairs == 0)
+    # The last load of the order is one of ``after``, behind all of ``before``; or one of ``before``.
+    return _orders(after - 1, before, pairs - before) + _orders(after, before - 1, pairs)
+
+
+def confirm(before: Sequence[float], after: Sequence[float], least_seconds: float = 0.0) -> Outcome:
+    """``compare`` for what came out best of many: faster only after LEAST_AGAIN loads of each, and hardly by chance."""
+    found = compare(before, after, least_seconds)
+    if found != "slower" and min(len(before), len(after)) < LEAST_AGAIN:
+        return "unknown"
+    return "same" if found == "faster" and chance(before, after) > MOST_CHANCE else found
+
+
+def differ(before: Sequence[float], after: Sequence[float], least_seconds: float = 0.0) -> Outcome:
+    """``compare`` for what is told of one state beside another, after one measurement: hardly by chance either way."""
+    found = compare(before, after, least_seconds)
+    by_chance = {"faster": chance(before, after), "slower": chance(after, before)}.get(found, 0.0)
+    return "same" if by_chance > MOST_CHANCE_OF_TWO else found
+
+
+Rule = Callable[[Sequence[float], Sequence[float], float], Outcome]
+
+
+def outcomes(
+    states: States, candidate: Candidate, least_seconds: float = 0.0, rule: Rule = compare
+) -> dict[str, Outcome]:
+    """Comparisons with the settings in force, by state."""
     return {
-        state: compare(runs.get(IN_FORCE, ()), runs.get(candidate, ()), least_seconds) for state, runs in states.items()
+        state: rule(runs.get(IN_FORCE, ()), runs.get(candidate, ()), least_seconds) for state, runs in states.items()
     }
 
 
-def is_better(states: States, candidate: Candidate, least_seconds: float = 0.0) -> bool:
+def is_better(states: States, candidate: Candidate, least_seconds: float = 0.0, rule: Rule = compare) -> bool:
     """Faster in one state of the page cache, and slower in none."""
-    found = outcomes(states, candidate, least_seconds).values()
+    found = outcomes(states, candidate, least_seconds, rule).values()
     return "faster" in found and "slower" not in found
 
 
@@ -88,7 +134,13 @@ def to_confirm(chosen: Sequence[Candidate]) -> list[Candidate]:
 
 def verdict(states: States, confirming: Sequence[Candidate], least_seconds: float = 0.0) -> Candidate:
     """What to recommend after measuring again: IN_FORCE for nothing. All changes only where they beat the best one."""
-    better = [candidate for candidate in confirming if is_better(states, candidate, least_seconds)]
+    better = [candidate for candidate in confirming if is_better(states, candidate, least_seconds, confirm)]
     if len(better) == 2 and gain(states, better[1]) < gain(states, better[0]) * NEARLY:
         return better[0]
     return better[-1] if better else IN_FORCE
+
+
+def undecided(states: States, confirming: Sequence[Candidate], least_seconds: float = 0.0) -> bool:
+    """Whether more loads might have led to a recommendation: not slower anywhere, and loaded too seldom in a state."""
+    found = [outcomes(states, candidate, least_seconds, confirm).values() for candidate in confirming]
+    return any("slower" not in one and ("unknown" in one or not one) for one in found)
