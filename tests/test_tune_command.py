@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,9 +226,6 @@ def test_evicting_is_verified(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     assert evict(files, naps.append) is None
     monkeypatch.setattr(_C, "resident_bytes", lambda _: None)
     assert "owner" in (evict(files, naps.append) or "")
-    monkeypatch.setattr(_C, "resident_bytes", lambda _: 0)  # as overlayfs, whatever is cached
-    if storage_of(files[0]).kind != "memory":
-        assert why_never_cold(files) == "the file system does not tell what is in the page cache"
 
 
 def test_evicted_files_are_out(checkpoint: Path) -> None:
@@ -247,17 +245,80 @@ def test_storage_is_the_nearest_mount_s(tmp_path: Path) -> None:
         "4 1 0:7 / /dat rw - tmpfs tmpfs rw\n"
         "5 1 0:8 / /twice rw - ext4 /dev/a rw\n"
         "6 5 0:9 / /twice rw - xfs /dev/b rw\n"
+        "7 1 0:10 / /container rw - overlay overlay rw,lowerdir=/a\n"
         "nonsense\n"
     )
     for path, storage in (
-        ("/data/m.safetensors", Storage("nfs4", "server:/export", "network")),
-        ("/data/with space/m", Storage("fuse.sshfs", "me@there:", "user space")),
+        ("/data/m.safetensors", Storage("nfs4", "server:/export", "shared")),
+        ("/data/with space/m", Storage("fuse.sshfs", "me@there:", "shared")),
         ("/dat/m", Storage("tmpfs", "tmpfs", "memory")),
-        ("/database/m", Storage("ext4", "/dev/vda", "local")),
-        ("/twice/m", Storage("xfs", "/dev/b", "local")),
+        ("/database/m", Storage("ext4", "/dev/vda", "disk")),
+        ("/container/m", Storage("overlay", "overlay", "shared")),
+        ("/twice/m", Storage("xfs", "/dev/b", "disk")),
     ):
         assert storage_of(path, mounts) == storage
     assert storage_of("/m", tmp_path / "none").file_system == "unknown"
+
+
+# The numbers in csrc/io/file_system.cpp and the names that mountinfo has for such file systems.
+NAMES_OF_NUMBERS = {
+    "TMPFS_MAGIC": ("tmpfs", "devtmpfs", "rootfs"),
+    "RAMFS_MAGIC": ("ramfs",),
+    "HUGETLBFS_MAGIC": ("hugetlbfs",),
+    "NFS_SUPER_MAGIC": ("nfs", "nfs4"),
+    "SMB_SUPER_MAGIC": ("smbfs",),
+    "V9FS_MAGIC": ("9p",),
+    "AFS_SUPER_MAGIC": ("afs",),
+    "FUSE_SUPER_MAGIC": ("fuse", "fuse.sshfs", "fuseblk", "virtiofs"),
+    "OVERLAYFS_SUPER_MAGIC": ("overlay",),
+    "kCephMagic": ("ceph",),
+    "kCifsMagic": ("cifs",),
+    "kSmb2Magic": ("smb3",),
+    "kLustreMagic": ("lustre",),
+}
+
+
+def test_storage_is_what_a_load_takes_it_for(tmp_path: Path) -> None:
+    source = (Path(__file__).parent.parent / "csrc" / "io" / "file_system.cpp").read_text()
+    mounts, waiting, kinds = tmp_path / "mountinfo", [], {}
+    for number, kind in re.findall(r"case (\w+):|return Storage::(\w+);", source.partition("switch")[2]):
+        waiting += [number] if number else []
+        if kind:
+            kinds |= dict.fromkeys(waiting, kind)
+            waiting = []
+    assert set(kinds) == set(NAMES_OF_NUMBERS)
+    for number, kind in kinds.items():
+        for name in NAMES_OF_NUMBERS[number]:
+            mounts.write_text(f"1 0 8:1 / / rw - {name} source rw\n")
+            assert storage_of("/m", mounts).kind == kind, name
+    assert {name.split(".")[0] for names in NAMES_OF_NUMBERS.values() for name in names} == {
+        *tune_storage.MEMORY, *tune_storage.SHARED
+    }  # fmt: skip
+    for name in ("ext4", "xfs", "btrfs", "zfs", "unknown"):
+        mounts.write_text(f"1 0 8:1 / / rw - {name} source rw\n")
+        assert storage_of("/m", mounts).kind == "disk"
+
+
+def test_an_overlay_s_files_are_loaded_cold(tmp_path: Path) -> None:
+    """The page cache of a container's files is known, so that they can be put out of it and verified to be."""
+    lower, other, merged = (tmp_path / name for name in ("lower", "other", "merged"))
+    for folder in (lower, other, merged):
+        folder.mkdir()
+    if storage_of(str(lower)).kind != "disk":
+        pytest.skip("not on a local disk")
+    write_tensors(lower / "m.safetensors", [("w", "U8", [3_000_000])])
+    mount = ["mount", "-t", "overlay", "overlay", "-o", f"lowerdir={other}:{lower}", str(merged)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("overlayfs cannot be mounted here")
+    try:
+        file = merged / "m.safetensors"
+        assert storage_of(str(file)) == Storage("overlay", "overlay", "shared")
+        size = len(file.read_bytes())
+        assert _C.resident_bytes(os.fsencode(file)) == size
+        assert why_never_cold([str(file)]) is None
+        assert _C.resident_bytes(os.fsencode(file)) == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(merged)], check=True)
 
 
 @pytest.mark.simulated

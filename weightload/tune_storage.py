@@ -15,8 +15,11 @@ COLD_SHARE = 0.01
 # Pages that were written lately are dropped once they are on the disk: asking to drop them makes that begin.
 TRIES, PAUSE_S = 8, 0.25
 
-MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "beegfs", "9p", "virtiofs", "afs", "glusterfs")
+# As a load takes them (csrc/io/file_system.cpp, by the numbers of statfs(2)), by the names that mountinfo has for these.
+MEMORY = ("tmpfs", "devtmpfs", "ramfs", "rootfs", "hugetlbfs")
+SHARED = (
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "overlay", "fuse", "fuseblk", "virtiofs",
+)  # fmt: skip
 
 
 class NotColdError(RuntimeError):
@@ -32,7 +35,8 @@ class Storage:
     source: str
     """What is mounted: a device, a server."""
     kind: str
-    """``memory``, ``network``, ``user space`` or ``local``."""
+    """``memory``; ``shared``: network, overlay (containers) or user space, where a load never reads past the page cache
+    unless ``read`` is ``direct``; ``disk``: everything else."""
 
     def __str__(self) -> str:
         return f"{self.file_system} on {self.source} ({self.kind})"
@@ -56,8 +60,9 @@ def storage_of(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> Storag
         if real.is_relative_to(point) and len(point.parts) >= best:
             best, found = len(point.parts), (rest[0], _unescaped(rest[1]))
     system, source = found
-    kind = "memory" if system in MEMORY else "network" if system in NETWORK else "local"
-    return Storage(system, source, "user space" if system.startswith("fuse") else kind)
+    # A file system in user space may add its own name: fuse.sshfs.
+    kind = "memory" if system in MEMORY else "shared" if system.split(".")[0] in SHARED else "disk"
+    return Storage(system, source, kind)
 
 
 def _unescaped(text: str) -> str:
@@ -70,15 +75,6 @@ def why_never_cold(files: Sequence[str]) -> str | None:
     """None where the files can be put out of the page cache and the kernel tells that they are, else why not."""
     if storage_of(files[0]).kind == "memory":
         return "the files lie in memory"
-    # overlayfs (containers) answers 0 whatever is cached: believed is who can tell that a page is there, too.
-    descriptor = os.open(files[0], os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
-        os.pread(descriptor, 1, 0)
-    finally:
-        os.close(descriptor)
-    if _C.resident_bytes(os.fsencode(files[0])) == 0:
-        return "the file system does not tell what is in the page cache"
     return evict(files)
 
 
