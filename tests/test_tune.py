@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from conftest import write_tensors
 
 from weightload import tune as tune_module
 from weightload import tune_report
+from weightload.page_touch import touch
 from weightload.settings import MIB, Settings
 from weightload.tune import tune
 from weightload.tune_candidates import (
@@ -220,6 +223,10 @@ def test_slow_storage_gets_small_loads_then_few_candidates() -> None:
     assert fit(tried, 1e6, 20, 1000) == (1000, tried)
 
 
+def test_available_memory() -> None:
+    assert 1 << 20 < tune_module._available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Machine:
     """A clock, and loads that take as long as they are told to."""
 
@@ -371,6 +378,20 @@ def test_turns_rotate_and_hopeless_candidates_leave() -> None:
     assert len(seconds[SIXTEEN]) == 2
     assert SMALL_TASKS not in seconds  # cut off
     assert machine.latest <= 145
+
+
+def test_touching_brings_in_every_page(tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    size = 50 * mmap.PAGESIZE
+    path.write_bytes(bytes(size))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        tensor = torch.frombuffer(mapped, dtype=torch.float16).reshape(50, -1)
+        touch(tensor)
+        lines = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1].splitlines()
+        assert next(line.split()[1] for line in lines if line.startswith("Rss:")) == str(size // 1024)
+        del tensor
+    for tensor in (torch.zeros(()), torch.zeros(0), torch.zeros(3, 0, 2), torch.zeros(5, dtype=torch.bool)):
+        touch(tensor)
 
 
 def test_the_sample_is_whole_tensors(tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ from weightload import devices
 from weightload.checkpoint import resolve_safetensors_files
 from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, say
 from weightload.iterator import safetensors_weights_iterator
+from weightload.page_touch import touch
 
 DESCRIPTION = """\
 Load a checkpoint's tensors one after the other and drop each, as an engine does that copies them into its own memory.
 With --touch one byte of every page of CPU tensors is read, which a mapped tensor's user would do.
 """
-
-PAGE = 4096  # bytes
 
 
 def add(commands: Commands) -> None:
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     ) as weights:
         for _, tensor in weights:
             if options.touch and tensor.device.type == "cpu":
-                tensor.reshape(-1).view(torch.uint8)[::PAGE].sum()
+                touch(tensor)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     seconds = time.perf_counter() - begin

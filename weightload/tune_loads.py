@@ -13,11 +13,10 @@ import torch
 from weightload import settings
 from weightload.dtypes import TORCH_DTYPES
 from weightload.iterator import safetensors_weights_iterator
+from weightload.page_touch import touch
 from weightload.selection import open_files
 from weightload.tune_candidates import Candidate
 from weightload.tune_storage import NotColdError, evict
-
-PAGE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Loads:
             for _, tensor in weights:
                 count += 1
                 if self.device.type == "cpu":
-                    _touch(tensor)
+                    touch(tensor)
                 else:
                     kept.append(tensor)
             if kept:
@@ -117,8 +116,3 @@ class Loads:
             stop.cancel()
             weights.close()
         return took if count == len(self.sample.names) else None
-
-
-def _touch(tensor: torch.Tensor) -> None:
-    """Read one byte of each page, as the least that a consumer does: a mapped page may not be there before."""
-    tensor.reshape(-1).view(torch.uint8)[::PAGE].sum()

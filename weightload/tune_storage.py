@@ -15,7 +15,8 @@ COLD_SHARE = 0.01
 # Pages that were written lately are dropped once they are on the disk: asking to drop them makes that begin.
 TRIES, PAUSE_S = 8, 0.25
 
-# As a load takes them (csrc/io/file_system.cpp, by the numbers of statfs(2)), by the names that mountinfo has for these.
+# What a load takes them for (csrc/io/file_system.cpp, which goes by the numbers of statfs(2)), by their names in
+# mountinfo.
 MEMORY = ("tmpfs", "devtmpfs", "ramfs", "rootfs", "hugetlbfs")
 SHARED = (
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "overlay", "fuse", "fuseblk", "virtiofs",
