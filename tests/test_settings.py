@@ -42,10 +42,44 @@ def test_bad_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_are_compared_with_their_limits() -> None:
     for bad in (
         {"threads": -1}, {"window_bytes": 4095}, {"read": "fast"}, {"read": 1}, {"threads": 1.5}, {"slot_bytes": 8000},
-        {"pinned_bytes": 8192, "slot_bytes": 12288},
+        {"spare_bytes": -1}, {"pinned_bytes": 8192, "slot_bytes": 12288},
     ):  # fmt: skip
         with settings.override(**bad), pytest.raises(ValueError, match=next(iter(bad))):  # type: ignore[arg-type]
             settings.current()
+
+
+def test_spare_memory_is_kept_up_to_its_limit(tmp_path: Path) -> None:
+    """By what the process has lent to the kernel: the environment's limit, and at once that of the load begun last."""
+    path = write_tensors(tmp_path / "s.safetensors", [("w", "U8", [64 << 20])])
+    script = textwrap.dedent("""
+        import sys
+        from weightload import safetensors_weights_iterator, settings
+
+        def kept():
+            lines = open("/proc/self/smaps_rollup").read().splitlines()
+            return next((int(line.split()[1]) for line in lines if line.startswith("LazyFree:")), "unknown")
+
+        def load(**limit):
+            with settings.override(**limit):
+                for _ in safetensors_weights_iterator(sys.argv[1:], to_cpu=True, backend="pread"):
+                    pass
+            del _
+            return kept()
+
+        print(load(), load(spare_bytes=1 << 30), load(spare_bytes=0))
+    """)
+    for limit in ("0", None):
+        environment = {name: value for name, value in os.environ.items() if name != "WEIGHTLOAD_SPARE_BYTES"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True,
+            env=environment | ({"WEIGHTLOAD_SPARE_BYTES": limit} if limit else {}),
+        )  # fmt: skip
+        before, raised, none = done.stdout.split()
+        if before == "unknown":
+            pytest.skip("the kernel does not tell what is lent to it")
+        assert (before == "0") == (limit == "0")
+        assert int(raised) > 0
+        assert none == "0"
 
 
 def test_where_a_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:

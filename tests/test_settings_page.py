@@ -63,6 +63,18 @@ def test_the_values_in_force(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert found["threads"]["here"] == settings.Settings().thread_count()
 
 
+def test_spare_memory_may_be_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WEIGHTLOAD_SPARE_BYTES", "0")
+    assert settings_page.in_force()["spare_bytes"]["value"] == 0
+    assert cli.main(["settings"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spare_bytes")]
+    assert "0 bytes" in row
+    assert row.endswith("WEIGHTLOAD_SPARE_BYTES")
+    section = PAGE.read_text().split("\n## spare_bytes\n")[1].split("\n## ")[0]
+    assert "0 keeps none." in section
+    assert "At least" not in section
+
+
 def test_a_value_that_is_not_allowed_is_wrong_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

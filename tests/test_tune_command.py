@@ -20,7 +20,7 @@ from conftest import write_tensors
 
 from weightload import _C, cli, settings, tune_storage
 from weightload.cpus import usable_cpus
-from weightload.tune_candidates import IN_FORCE, LEAST_AGAIN, Candidate
+from weightload.tune_candidates import IN_FORCE, LEAST_AGAIN, Candidate, candidates
 from weightload.tune_loads import Loads, checkpoint_of
 from weightload.tune_storage import Storage, evict, storage_of, why_never_cold
 from weightload.tune_verdict import MOST_CHANCE
@@ -200,7 +200,7 @@ def test_loads_have_the_candidates_settings(checkpoint: Path, monkeypatch: pytes
     real = tune_loads.safetensors_weights_iterator
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(settings.current())
+        seen.extend([settings.current()] if options["names"] else [])
         return real(*arguments, **options)
 
     monkeypatch.setattr(tune_loads, "safetensors_weights_iterator", spy)
@@ -210,6 +210,50 @@ def test_loads_have_the_candidates_settings(checkpoint: Path, monkeypatch: pytes
     loads.seconds(Candidate((("threads", 3), ("task_bytes", 65536))), "warm", 60)
     loads.seconds(IN_FORCE, "warm", 60)
     assert [(one.threads, one.task_bytes) for one in seen] == [(3, 65536), (0, 8 << 20)]
+
+
+def lazily_freed() -> int:
+    """KB that this process has lent to the kernel, private memory that is kept for later loads among them."""
+    rollup = Path("/proc/self/smaps_rollup")
+    lines = rollup.read_text().splitlines() if rollup.exists() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith("LazyFree:")]
+    if not found:
+        pytest.skip("the kernel does not tell what is lent to it")
+    return found[0]
+
+
+@pytest.mark.parametrize("state", ["cold", "warm"])
+def test_every_timed_load_begins_without_memory_of_earlier_ones(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightload import tune_loads
+
+    begun = []
+    real = tune_loads.safetensors_weights_iterator
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        begun.extend([(settings.current().spare_bytes, lazily_freed())] if options["names"] else [])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(tune_loads, "safetensors_weights_iterator", spy)
+    monkeypatch.setattr(tune_loads, "evict", lambda _: None)
+    # Behind an odd byte: private memory, as it cannot be mapped.
+    path = write_tensors(tmp_path / "m.safetensors", [("a", "U8", [1]), ("b", "F32", [16 << 20])])
+    found = checkpoint_of([str(path)])
+    loads = Loads(found.sample(found.bytes), torch.device("cpu"))
+    with settings.override(spare_bytes=1 << 30):
+        for candidate in (IN_FORCE, Candidate((("threads", 1),)), IN_FORCE):
+            assert loads.seconds(candidate, state, 60)
+            assert lazily_freed() > 0  # or this test shows nothing
+    assert begun == [(1 << 30, 0)] * 3
+    loads._give_up_spare_memory()
+    assert lazily_freed() == 0
+
+
+def test_no_candidate_keeps_another_amount_of_memory() -> None:
+    for to_accelerator in (False, True):
+        found = candidates(settings.Settings(), to_accelerator)
+        assert "spare_bytes" not in {name for one in found for name, _ in one.changes}
 
 
 def test_evicting_is_verified(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

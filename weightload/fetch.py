@@ -95,7 +95,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
         # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
         if backend == "pread" or reader.is_cached(0, file.size):
             return {name: reader.get(name, backend == "mmap") for name in file.names()}
-    memory = _meminfo()
+    memory = meminfo()
     most = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
     # Said before memory is filled, with a sparse giant say, which would end the process.
     if most and file.size > most and _private_bytes(file, backend) > most:
@@ -114,7 +114,7 @@ def _private_bytes(file: _C.CheckpointFile, backend: str) -> int:
     return sum(end - begin for number, (*_, begin, end) in enumerate(file.tensors()) if not reader.can_map(number))
 
 
-def _meminfo() -> dict[str, int]:
+def meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes; empty where there is none."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

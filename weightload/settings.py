@@ -89,9 +89,10 @@ class Settings:
         unit="bytes",
         loads=f"{CPU} (private memory)",
         least=0,
-        what="Private memory that no tensor uses any more and that the process keeps for its next loads, as fresh "
-        "memory costs as much as the copy into it. The kernel takes it back as soon as anybody needs memory "
-        "(MADV_FREE); until then it counts in the process's resident size. Of the process: the latest load's counts.",
+        what="How much private memory, at most, the process keeps for its next loads when no tensor uses it any more: "
+        "fresh memory costs as much as the copy into it. The kernel takes it back as soon as anybody needs memory "
+        "(MADV_FREE); until then it counts in the process's resident size. 0 keeps none. The process has one limit, "
+        "that of the CPU load begun last; what is kept above it is given up when that load begins.",
         change="0 where resident sizes are watched and nothing is loaded twice; larger where larger models take turns.",
     )
     pinned_bytes: int = _knob(

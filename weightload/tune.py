@@ -15,7 +15,7 @@ import torch
 from weightload import settings
 from weightload.cpus import usable_cpus
 from weightload.errors import CheckpointError
-from weightload.fetch import _meminfo
+from weightload.fetch import meminfo
 from weightload.tune_candidates import IN_FORCE, LEAST_SAMPLE, MOST_SAMPLE, Candidate, candidates, fit, least_loads
 from weightload.tune_loads import Checkpoint, Loads, Sample, checkpoint_of
 from weightload.tune_result import Tuning
@@ -181,4 +181,4 @@ def _measure(
 
 def _available_memory() -> int:
     """Bytes that can be had without swapping; without bound where the kernel does not say."""
-    return _meminfo().get("MemAvailable", 1 << 62)
+    return meminfo().get("MemAvailable", 1 << 62)
