@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from compare_summary import best_of_each
+from figures import duration, megabytes, ratio
 from peers import DEVICE, INTO, MAPPED, PRIVATE
 
 FOOTNOTE = """\
@@ -71,9 +72,9 @@ def print_table(result: dict[str, Any]) -> None:
             private = _private(row)
             beyond = private - result["bytes"] if private is not None and scenario["kind"] != MAPPED else None
             print(
-                f"  {row['loader']:34} {row['version'] or '':>8} {_numbers(row)} {_ratio(row['speedup'])} "
-                f"{_share(row['of_limit'])} {_time(row['fresh_s'])} {_time(row['cpu_s'])} {_megabytes(private)} "
-                f"{_megabytes(beyond)} {_megabytes(row.get('kept_bytes'))}".rstrip()
+                f"  {row['loader']:34} {row['version'] or '':>8} {_numbers(row)} {ratio(row['speedup'])} "
+                f"{_share(row['of_limit'])} {duration(row['fresh_s'])} {duration(row['cpu_s'])} {megabytes(private)} "
+                f"{megabytes(beyond)} {megabytes(row.get('kept_bytes'))}".rstrip()
             )
         for row in [row for row in ranked if not row["median_s"] and scenario.get("ranks", 1) > 1]:
             print(f"  {row['loader']:34}             {reason(row)}")
@@ -94,26 +95,12 @@ def reason(row: dict[str, Any]) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    quartiles = f"{_time(row['quartile1_s']).strip()}-{_time(row['quartile3_s']).strip()}"
-    return f"{len(row['seconds']):2} {_time(row['median_s'])} {quartiles:>19} {row['gb_per_s']:7.2f}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return " " * 9
-    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:6.2f} ms"
-
-
-def _ratio(value: float | None) -> str:
-    return f"{value:6.2f}x" if value else " " * 7
+    quartiles = f"{duration(row['quartile1_s']).strip()}-{duration(row['quartile3_s']).strip()}"
+    return f"{len(row['seconds']):2} {duration(row['median_s'])} {quartiles:>19} {row['gb_per_s']:7.2f}"
 
 
 def _share(value: float | None) -> str:
     return f"{value:8.2f}" if value else " " * 8
-
-
-def _megabytes(value: int | None) -> str:
-    return f"{value / 1e6:7.0f} MB" if value is not None else " " * 10
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -133,7 +120,12 @@ def markdown(result: dict[str, Any]) -> str:
         for row in best_of_each(scenario["rows"]):
             name = f"**{row['loader']}**" if row["of"] == "weightload" else row["loader"]
             version = f" {row['version']}" if row["version"] else ""
-            others = [_share(row["of_limit"]), _time(row["fresh_s"]), _time(row["cpu_s"]), _megabytes(_private(row))]
+            others = [
+                _share(row["of_limit"]),
+                duration(row["fresh_s"]),
+                duration(row["cpu_s"]),
+                megabytes(_private(row)),
+            ]
             lines.append(f"| {name}{version} | {_cells(row)} | {' | '.join(text.strip() for text in others)} |")
         for row in scenario["rows"]:
             if row["wrong"] or (row["reason"] and scenario.get("ranks", 1) > 1):
@@ -148,8 +140,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> str:
-    quartiles = f"{_time(row['quartile1_s']).strip()} to {_time(row['quartile3_s']).strip()}"
-    return f"{_time(row['median_s']).strip()} | {quartiles} | {row['gb_per_s']:.2f}"
+    quartiles = f"{duration(row['quartile1_s']).strip()} to {duration(row['quartile3_s']).strip()}"
+    return f"{duration(row['median_s']).strip()} | {quartiles} | {row['gb_per_s']:.2f}"
 
 
 def short(result: dict[str, Any]) -> Iterator[str]:
@@ -158,7 +150,7 @@ def short(result: dict[str, Any]) -> Iterator[str]:
         rate = f"{scenario['limit_gb_per_s']:.2f} GB/s, {scenario['limit']}" if scenario["limit"] else "not measured"
         yield f"  {title(scenario)}: limit {rate}; {scenario['verdict']}"
         for row in best_of_each(scenario["rows"]):
-            yield f"    {row['loader']:34} {row['gb_per_s']:7.2f} GB/s {_ratio(row['speedup'])}".rstrip()
+            yield f"    {row['loader']:34} {row['gb_per_s']:7.2f} GB/s {ratio(row['speedup'])}".rstrip()
     for name, facts in result["loaders"].items():
         if facts["reason"]:
             yield f"  {name:36} {reason(facts)[:80]}"

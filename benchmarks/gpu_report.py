@@ -14,6 +14,7 @@ from typing import Any
 
 import compare_report
 import group_report
+from figures import ratio
 
 UNPROVEN = "unproven: no load here was shared over NCCL on a GPU"
 
@@ -27,10 +28,6 @@ def heading(result: dict[str, Any]) -> list[str]:
         f"Linux {result['kernel']}",
         f"Python {result['python']}, {versions}; CUDA {result['cuda']}; commit {result['commit']}",
     ]
-
-
-def _ratio(value: float | None) -> str:
-    return f"{value:6.2f}x" if value else " " * 7
 
 
 def ranks_heading(result: dict[str, Any]) -> str:
@@ -57,7 +54,7 @@ def ranks_short(result: dict[str, Any]) -> Iterator[str]:
     for run in result["runs"]:
         yield f"  {ranks_line(run)[:150]}"
         for row in run["result"]["rows"] if "result" in run else ():
-            yield f"    {row['way']:32} {row['gb_per_s']:7.2f} GB/s {_ratio(row['speedup'])}".rstrip()
+            yield f"    {row['way']:32} {row['gb_per_s']:7.2f} GB/s {ratio(row['speedup'])}".rstrip()
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from figures import duration
+
 FOOTNOTE = """\
 The time of a load is that of its slowest rank; "vs" is times as fast as python broadcast, of medians. "of read":
 against one rank of each group reading every byte once; "of bcast": against broadcasting as many bytes in blocks of
@@ -36,7 +38,7 @@ def print_table(result: dict[str, Any]) -> None:
     )
     for row in result["rows"]:
         print(
-            f"{_name(row):30} {_time(row['average_s'])} {_time(row['best_s'])} {_time(row['median_s'])} "
+            f"{_name(row):30} {duration(row['average_s'])} {duration(row['best_s'])} {duration(row['median_s'])} "
             f"{row['gb_per_s']:7.2f} {_number(row['speedup'], 6, 'x')} {_number(row['of_raw_read'], 8)} "
             f"{_number(row['of_raw_broadcast'], 8)} {_percent(row['agreement_share']):>6}"
         )
@@ -47,10 +49,6 @@ def _name(row: dict[str, Any]) -> str:
     """The way, and what it chose to do where that is another thing."""
     chosen: str | None = row["strategy"]
     return f"{row['way']} ({chosen})" if chosen and chosen not in row["way"] else str(row["way"])
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:6.2f} ms"
 
 
 def _number(value: float | None, width: int, unit: str = "") -> str:
@@ -71,7 +69,7 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [
             _name(row),
-            _time(row["median_s"]).strip(),
+            duration(row["median_s"]).strip(),
             f"{row['gb_per_s']:.2f}",
             *(_number(row[key], 0).strip() for key in ("speedup", "of_raw_read", "of_raw_broadcast")),
             _percent(row["agreement_share"]),

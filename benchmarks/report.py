@@ -15,6 +15,7 @@ from typing import Any
 import compare_plot
 import compare_report
 import group_report
+from figures import duration, megabytes, ratio
 
 FOOTNOTE = """\
 GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with
@@ -36,8 +37,8 @@ def print_table(result: dict[str, Any]) -> None:
         f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}"
         f", read_ahead_kb {result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}\n"
     )
-    head = f"{'cache':7} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>6}"
-    print(f"{head} {'of limit':>8} {'peak MB':>8} {'private':>8}")
+    head = f"{'cache':7} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>7}"
+    print(f"{head} {'of limit':>8} {'peak':>10} {'private':>10}")
     last = None
     for row in result["rows"]:
         scenario = (row["cache"], "touched" if row["touched"] else "untouched")
@@ -45,27 +46,15 @@ def print_table(result: dict[str, Any]) -> None:
             print()
         last = scenario
         print(
-            f"{scenario[0]:7} {scenario[1]:9} {row['loader']:18} {_time(row['average_s'])} {_time(row['best_s'])} "
-            f"{_time(row['median_s'])} {row['gb_per_s']:7.2f} {_ratio(row['speedup'])} {row['of_limit']:8.2f} "
-            f"{row['peak_bytes'] / 1e6:8.0f} {_megabytes(row['private_peak_bytes'])}"
+            f"{scenario[0]:7} {scenario[1]:9} {row['loader']:18} {duration(row['average_s'])} "
+            f"{duration(row['best_s'])} {duration(row['median_s'])} {row['gb_per_s']:7.2f} {ratio(row['speedup'])} {row['of_limit']:8.2f} "
+            f"{megabytes(row['peak_bytes'])} {megabytes(row['private_peak_bytes'])}"
         )
     print(f"\n{FOOTNOTE}\n")
 
 
 def _nodes(result: dict[str, Any]) -> str:
     return f" on {result['nodes']} nodes" if result.get("nodes", 1) > 1 else ""
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:7.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:6.2f} ms"
-
-
-def _ratio(value: float | None) -> str:
-    return f"{value:5.2f}x" if value else " " * 6
-
-
-def _megabytes(value: int | None) -> str:
-    return f"{value / 1e6:8.0f}" if value is not None else " " * 8
 
 
 def save_plot(result: dict[str, Any], path: Path) -> None:
@@ -130,10 +119,10 @@ def markdown(result: dict[str, Any]) -> str:
         if not row["touched"] and len(result["rows"]) > 10:
             continue
         cache = row["cache"] if row["touched"] else f"{row['cache']}, untouched"
-        ratio = f"{row['speedup']:.2f}" if row["speedup"] else ""
+        speedup = f"{row['speedup']:.2f}" if row["speedup"] else ""
         private = f"{max(0, row['private_peak_bytes']) / 1e6:.0f} MB" if row["private_peak_bytes"] is not None else ""
         lines.append(
-            f"| {cache} | {row['loader']} | {_time(row['median_s']).strip()} | {row['gb_per_s']:.2f} | {ratio} "
+            f"| {cache} | {row['loader']} | {duration(row['median_s']).strip()} | {row['gb_per_s']:.2f} | {speedup} "
             f"| {row['of_limit']:.2f} | {private} |"
         )
     return "\n".join(lines) + "\n"
