@@ -99,24 +99,24 @@ class Copy:
         return (time.perf_counter() - begin) * total / moved
 
 
-def direct_read(files: Sequence[str], threads: int = THREADS) -> int:
-    """Read all bytes past the page cache (O_DIRECT), 8 MiB at a time; returns how many.
+def direct_read(files: Sequence[str], threads: int = THREADS, piece: int = PIECE) -> int:
+    """Read all bytes past the page cache (O_DIRECT), so many at a time; returns how many.
 
     Raises:
         OSError: the file system does not do that.
     """
     sizes = [os.path.getsize(file) for file in files]
-    pieces = [(number, at) for number, size in enumerate(sizes) for at in range(0, size, PIECE)]
+    pieces = [(number, at) for number, size in enumerate(sizes) for at in range(0, size, piece)]
 
     def read(first: int) -> int:
         done = 0
         descriptors: dict[int, int] = {}
         try:
-            with mmap.mmap(-1, PIECE) as buffer:  # page-aligned, as O_DIRECT demands
+            with mmap.mmap(-1, piece) as buffer:  # page-aligned, as O_DIRECT demands
                 for number, at in pieces[first::threads]:
                     if number not in descriptors:
                         descriptors[number] = os.open(files[number], os.O_RDONLY | os.O_DIRECT)
-                    end = min(PIECE, sizes[number] - at)
+                    end = min(piece, sizes[number] - at)
                     got = 0
                     while got < end:
                         with memoryview(buffer)[got:] as rest:

@@ -40,7 +40,8 @@ def test_direct_read_reads_every_byte(checkpoint: Path) -> None:
 
     files = sorted(map(str, checkpoint.glob("*.safetensors")))
     try:
-        assert direct_read(files, threads=3) == sum(map(os.path.getsize, files))
+        for piece in (1 << 20, 8 << 20):
+            assert direct_read(files, threads=3, piece=piece) == sum(map(os.path.getsize, files))
     except OSError as error:
         pytest.skip(f"no direct reads here: {error}")
 
