@@ -6,12 +6,12 @@
 Every loader runs in a process of its own and moves all tensors to the device, where they are kept in a dict. Loads are
 compared with their like: on the CPU those that map the files (timed until every page has been touched), those that
 give private memory, and those that fill parameters that are there; on an accelerator all. Several settings of a loader
-are several loaders; all of them run in the first rounds (--heats), then the best of each goes on.
+are several loaders; all of them run in heats (--heats), and the fastest of each goes on to the rounds that are counted.
 
 First, untimed, each loader's tensors are compared bit for bit, as they are yielded and at the end, and its memory is
-watched. Then loaders and limits take turns in every round, in rotating order, from a verified state of the page cache,
-in the processes that are kept; before that, in new processes, whose first load is timed too. A loader that gives wrong
-bytes in any load is reported as WRONG and has no time.
+watched. Then loaders and limits take turns in every round, shuffled each time (--seed), from a verified state of the
+page cache, in the processes that are kept; and after that in new processes, whose first load is timed too. A loader
+that gives wrong bytes in any load is reported as WRONG and has no time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -80,6 +81,7 @@ class Comparison:
         self.tensors = sum(len(header) for header, _ in headers)
         self.total = sum(size for _, size in headers)
         self.checked = False
+        self.order = random.Random(options.seed)
         self.scenarios: list[dict[str, Any]] = []
         self.arms = [Arm(name, files, options.device, log, options.limit_s) for name in options.loaders]
         self.kinds = [DEVICE] if options.device.type != "cpu" else [MAPPED, PRIVATE, INTO]
@@ -109,7 +111,7 @@ class Comparison:
         self._keep()
 
     def _measure(self, files: list[str], place: str, cache: str, kind: str) -> None:
-        rounds = Rounds(self.arms, files, place, cache, kind)
+        rounds = Rounds(self.arms, files, place, cache, kind, self.order)
         found = rounds.run(self.options.device, self.options)
         self.scenarios.append(found)
         self._keep()
@@ -149,6 +151,7 @@ class Comparison:
             "file_system": file_system(self.files[0]),
             "checked": self.checked,
             "heats": options.heats,
+            "seed": options.seed,
             **place,
             "loaders": facts,
             "scenarios": [summarise(json.loads(json.dumps(s)), facts, self.total) for s in self.scenarios],
@@ -173,7 +176,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fresh", type=int, default=3, help="new processes of each loader whose first load is timed")
     parser.add_argument("--warmup", type=int, default=0, help="rounds that are not counted; the check warms up already")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--heats", type=int, default=2, help="rounds of all settings, before the best of each go on")
+    parser.add_argument("--heats", type=int, default=2, help="rounds before, that choose among the settings of one")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the order (default: a new one)")
     parser.add_argument("--loaders", help=f"of {', '.join(PEERS)}; or FILE.py:FUNCTION. Default: all")
     parser.add_argument("--sweep", action="store_true", help="weightload also with 8, 16 and 32 threads")
     parser.add_argument(
@@ -181,7 +185,7 @@ def parse() -> argparse.Namespace:
         type=float,
         default=1e9,
         metavar="S",
-        help="time for the rounds of a scenario: no round but the first begins that would end later",
+        help="time for the counted rounds of a scenario: no round but the first begins that would end later",
     )
     parser.add_argument("--limit-s", type=float, default=120, metavar="S", help="longest time that one load may take")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")

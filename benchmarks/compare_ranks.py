@@ -82,7 +82,7 @@ def scenarios(result: dict[str, Any], device: torch.device) -> list[dict[str, An
                 "baseline": PYTHON_BASELINES[kind],
                 "reason": None,
                 "limits": [
-                    {"limit": row["way"], "seconds": row["seconds"], "reason": None, "held_against": row["way"] == held}
+                    {"limit": row["way"], **_seconds(row), "reason": None, "held_against": row["way"] == held}
                     for row in limits
                 ],
                 "rows": [_row(row, result["dropped"]) for row in rows],
@@ -91,13 +91,17 @@ def scenarios(result: dict[str, Any], device: torch.device) -> list[dict[str, An
     return found
 
 
+def _seconds(row: dict[str, Any]) -> dict[str, Any]:
+    return {"seconds": row["seconds"], "heat_seconds": [], "dropped_after_heats": False}  # no heats there
+
+
 def _row(row: dict[str, Any], dropped: dict[str, Any]) -> dict[str, Any]:
     owner = OWNERS[row["way"].split()[0]]
     return {
         "loader": row["way"],
         "of": owner,
         "version": None,
-        "seconds": row["seconds"],
+        **_seconds(row),
         "fresh_seconds": [],
         "cpu_seconds": [],
         "touch_seconds": [],

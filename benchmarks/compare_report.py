@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ from figures import duration, megabytes, ratio
 from peers import DEVICE, INTO, MAPPED, PRIVATE
 
 FOOTNOTE = """\
-Times are medians of "n" loads in processes that are kept, with the quartiles; "fresh": the first load of a new process,
+Times are medians of "n" loads in processes that are kept, with the quartiles; the heats before, which choose the
+fastest of one's settings, do not count. "within the spread": an exact rank-sum test cannot tell the two apart (5 %);
+"of only n loads": it could not, whatever their times. "fresh": the first load of a new process,
 after imports. "vs": times as fast as safetensors' own way to the same. "of limit": against the fastest limit marked
 with * that was measured in the same rounds. "CPU": processor time of all threads. "memory": the most private memory at
 any time of a load that is not timed (on an accelerator device memory, by the driver's count); "beyond": less the bytes
@@ -64,7 +67,7 @@ def print_table(result: dict[str, Any]) -> None:
             f"  {'loader':34} {'version':>8} {'n':>2} {'median':>9} {'quartiles':>19} {'GB/s':>7} {'vs':>7} "
             f"{'of limit':>8} {'fresh':>9} {'CPU':>9} {'memory':>10} {'beyond':>10} {'kept':>10}"
         )
-        for limit in scenario["limits"]:
+        for limit in [limit for limit in scenario["limits"] if not limit["dropped_after_heats"]]:
             name = f"limit: {limit['limit']}" + ("*" if limit["held_against"] else "")
             print(f"  {name:43} {_numbers(limit) if limit['seconds'] else limit['reason']}")
         ranked = sorted(scenario["rows"], key=lambda row: row["median_s"] or 1e9)
@@ -78,6 +81,8 @@ def print_table(result: dict[str, Any]) -> None:
             )
         for row in [row for row in ranked if not row["median_s"] and scenario.get("ranks", 1) > 1]:
             print(f"  {row['loader']:34}             {reason(row)}")
+        if dropped := dropped_after_heats(scenario):
+            print(f"  dropped after the heats: {', '.join(dropped)}")
     print()
     for name, facts in result["loaders"].items():
         if facts["reason"]:
@@ -85,6 +90,17 @@ def print_table(result: dict[str, Any]) -> None:
     if not result["checked"]:
         print("\nNOT CHECKED: no load was compared with the tensors of the files")
     print(f"\n{FOOTNOTE}\n")
+
+
+def dropped_after_heats(scenario: dict[str, Any]) -> list[str]:
+    """The settings that took no part in what is counted, and the times that they had in the heats."""
+    every = [(row["loader"], row) for row in scenario["rows"]]
+    every += [(f"limit: {limit['limit']}", limit) for limit in scenario["limits"]]
+    return [
+        f"{name} ({duration(statistics.median(row['heat_seconds'])).strip()})"
+        for name, row in every
+        if row["dropped_after_heats"] and row["heat_seconds"]
+    ]
 
 
 def reason(row: dict[str, Any]) -> str:
@@ -130,6 +146,8 @@ def markdown(result: dict[str, Any]) -> str:
         for row in scenario["rows"]:
             if row["wrong"] or (row["reason"] and scenario.get("ranks", 1) > 1):
                 lines.append(f"| {row['loader']} | {reason(row)} | | | | | | |")
+        if dropped := dropped_after_heats(scenario):
+            lines += ["", f"Dropped after the heats: {', '.join(dropped)}."]
         lines.append("")
     skipped: dict[str, list[str]] = {}
     for name, facts in result["loaders"].items():

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
+import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import torch
-from host_limits import Limit, limits_for
+from host_limits import Limit, limits_for, setting_of
 from loader_worker import FailedError, Worker
 from machine import NotEvictedError, back_memory, evict, fill_cache, resident_share
 from peers import BASELINES, MAPPED, find, kind_of
 
 from weightload.cpus import usable_cpus
+
+Loads = dict[str, list[dict[str, Any]]]  # what each one's loads answered
 
 
 class Arm:
@@ -146,45 +151,112 @@ class State:
 
 
 class Rounds:
-    """One scenario: the loaders of one kind and their limits, in one state of the page cache."""
+    """One scenario: the loaders of one kind and their limits, in one state of the page cache.
 
-    def __init__(self, arms: Sequence[Arm], files: list[str], place: str, cache: str, kind: str) -> None:
-        self.arms = [arm for arm in arms if arm.kind == kind]
-        self.files, self.state = files, State(files, cache, kind)
+    Of several settings of one loader, or of one limit, heats choose the fastest. Only that one goes on to the rounds
+    that count, in which the times of the heats do not: they are the ones it was chosen for.
+    """
+
+    def __init__(
+        self, arms: Sequence[Arm], files: list[str], place: str, cache: str, kind: str, order: random.Random
+    ) -> None:
+        self.arms = {arm.name: arm for arm in arms if arm.kind == kind}
+        self.files, self.state, self.order = files, State(files, cache, kind), order
         self.found: dict[str, Any] = {"place": place, "cache": cache, "kind": kind, "reason": None, "note": None}
-        self.answers: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in self.arms}
-        self.fresh: dict[str, list[float]] = {arm.name: [] for arm in self.arms}
-        self.seconds: dict[str, list[float]] = {}
+        self.limits: dict[str, Limit] = {}
+        self.heats: Loads = {}
+        self.counted: Loads = {}
+        self.dropped: list[str] = []  # after the heats
+        self.fresh: dict[str, list[float]] = {name: [] for name in self.arms}
         self.why_not: dict[str, str] = {}  # limits that cannot be measured
         self.last: Arm | None = None  # the one that loaded last
 
     def run(self, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
         """As many rounds as are asked for and fit into the budget."""
         kind, cache = self.found["kind"], self.found["cache"]
-        limits, held_against = limits_for(kind, cache, device)
-        self.seconds = {name: [] for name in limits}
+        self.limits, held_against = limits_for(kind, cache, device)
+        names = [*self.limits, *self.arms]
+        self.heats, self.counted = {name: [] for name in names}, {name: [] for name in names}
         try:
-            self._rounds(limits, options)
+            self._rounds(options)
             if options.fresh and cache == "warm" and self.found["place"] == "disk":
                 self._fresh_rounds(options.fresh, options.budget)
         except NotEvictedError as error:
             self.found["reason"] = str(error)
         self.found["note"] = self.state.note
         self.found["limits"] = [
-            {"limit": name, "seconds": seconds, "reason": self.why_not.get(name), "held_against": name in held_against}
-            for name, seconds in self.seconds.items()
+            {
+                "limit": name,
+                **self._seconds(name),
+                "reason": self.why_not.get(name),
+                "held_against": setting_of(name) in held_against,
+            }
+            for name in self.limits
         ]
-        self.found["rows"] = [self._row(arm) for arm in self.arms]
+        self.found["rows"] = [self._row(name) for name in self.arms]
         return self.found
 
-    def _fresh_rounds(self, rounds: int, budget: float) -> None:
-        """Loads that are the first of a new process, in turns too, of each one's best setting."""
-        arms = self._best_of_each()
+    def _rounds(self, options: argparse.Namespace) -> None:
+        names = [*self.limits, *self.arms]
+        self._repeat(names, options.warmup, None)
+        alike = Counter(map(self._owner, names))
+        self._repeat([name for name in names if alike[self._owner(name)] > 1], options.heats, self.heats)
+        self.dropped = self._beaten()
+        going_on = [name for name in names if name not in self.dropped]
+        self._repeat(going_on, options.repeats, self.counted, options.budget)
+
+    def _repeat(self, names: list[str], rounds: int, keep: Loads | None, budget: float = math.inf) -> None:
+        """Everything once a round, shuffled. The first round is finished whatever it takes, and none has no time."""
         deadline = time.monotonic() + budget
         for number in range(rounds):
             begin = time.monotonic()
-            turn = number % max(1, len(arms))
-            for arm in arms[turn:] + arms[:turn]:
+            for name in self.order.sample(names, len(names)):
+                if number and time.monotonic() > deadline:
+                    return
+                if name in self.arms and self.arms[name].worker is None:
+                    continue
+                self.state.prepare(self.last)
+                answer = self._turn(name)
+                if answer and keep is not None:
+                    keep[name].append(answer)
+            now = time.monotonic()
+            if now + (now - begin) > deadline:
+                return
+
+    def _turn(self, name: str) -> dict[str, Any] | None:
+        if name in self.arms:
+            self.last = self.arms[name]
+            return self.last.load(files=self.files)
+        if name in self.why_not:
+            return None
+        try:
+            return {"seconds": self.limits[name](self.files)}
+        except OSError as error:
+            self.why_not[name] = str(error)
+            return None
+
+    def _owner(self, name: str) -> str:
+        return str(self.arms[name].facts["of"]) if name in self.arms else f"limit: {setting_of(name)}"
+
+    def _beaten(self) -> list[str]:
+        """Those that were in the heats and not the fastest of their owner; never what others are held against."""
+        took = {
+            name: statistics.median(a["seconds"] for a in answers) for name, answers in self.heats.items() if answers
+        }
+        took = {name: s for name, s in took.items() if name not in self.arms or self.arms[name].worker}
+        fastest: dict[str, str] = {}
+        for name in sorted(took, key=lambda name: took[name]):
+            fastest.setdefault(self._owner(name), name)
+        baseline = BASELINES.get(self.found["kind"])
+        return [name for name in took if name not in fastest.values() and name != baseline]
+
+    def _fresh_rounds(self, rounds: int, budget: float) -> None:
+        """Loads that are the first of a new process, in turns too, of those that went on."""
+        arms = [arm for name, arm in self.arms.items() if name not in self.dropped]
+        deadline = time.monotonic() + budget
+        for _ in range(rounds):
+            begin = time.monotonic()
+            for arm in self.order.sample(arms, len(arms)):
                 self._fresh_load(arm)
             now = time.monotonic()
             if now + (now - begin) > deadline:
@@ -200,68 +272,19 @@ class Rounds:
         finally:
             new.close()
 
-    def _rounds(self, limits: dict[str, Limit], options: argparse.Namespace) -> None:
-        turns: list[Arm | str] = [*limits, *self.arms]
-        deadline = 0.0
-        for number in range(options.warmup + options.repeats):
-            begin = time.monotonic()
-            counted = number >= options.warmup
-            if number == options.warmup:
-                deadline = begin + options.budget
-            if number == options.warmup + options.heats:
-                turns = [*limits, *self._best_of_each()]
-            turn = number % len(turns)
-            for each in turns[turn:] + turns[:turn]:
-                if isinstance(each, Arm) and each.worker is None:
-                    continue
-                # The first counted round is finished whatever it takes: else some would have no time at all.
-                if number > options.warmup and time.monotonic() > deadline:
-                    return
-                self.state.prepare(self.last)
-                self._turn(each, limits, counted)
-            now = time.monotonic()
-            # After the heats a round has fewer turns.
-            ahead = (
-                len(self._best_of_each()) + len(limits) if number + 1 >= options.warmup + options.heats else len(turns)
-            )
-            if counted and now + (now - begin) * ahead / len(turns) > deadline:
-                return
-
-    def _turn(self, each: Arm | str, limits: dict[str, Limit], counted: bool) -> None:
-        if isinstance(each, Arm):
-            answer = each.load(files=self.files)
-            self.last = each
-            self.answers[each.name] += [answer] if answer and counted else []
-            return
-        if each in self.why_not:
-            return
-        try:
-            seconds = limits[each](self.files)
-            self.seconds[each] += [seconds] if counted else []
-        except OSError as error:
-            self.why_not[each] = str(error)
-
-    def _best_of_each(self) -> list[Arm]:
-        """After the heats only the fastest of each one's settings so far goes on; and what others are held against."""
-        best: dict[str, Arm] = {}
-        for arm in self.arms:
-            times = self._times(arm)
-            if arm.worker and times:
-                other = best.get(arm.facts["of"])
-                if other is None or statistics.median(times) < statistics.median(self._times(other)):
-                    best[arm.facts["of"]] = arm
-        baseline = BASELINES.get(self.found["kind"])
-        return [arm for arm in self.arms if arm in best.values() or (arm.name == baseline and arm.worker)]
-
-    def _times(self, arm: Arm) -> list[float]:
-        return [answer["seconds"] for answer in self.answers[arm.name]]
-
-    def _row(self, arm: Arm) -> dict[str, Any]:
-        answers = self.answers[arm.name]
+    def _seconds(self, name: str) -> dict[str, Any]:
         return {
-            "loader": arm.name,
-            "seconds": self._times(arm),
-            "fresh_seconds": self.fresh[arm.name],
+            "seconds": [answer["seconds"] for answer in self.counted[name]],
+            "heat_seconds": [answer["seconds"] for answer in self.heats[name]],
+            "dropped_after_heats": name in self.dropped,
+        }
+
+    def _row(self, name: str) -> dict[str, Any]:
+        answers = self.counted[name]
+        return {
+            "loader": name,
+            **self._seconds(name),
+            "fresh_seconds": self.fresh[name],
             "cpu_seconds": [answer["cpu_s"] for answer in answers],
             "touch_seconds": [answer["touch_s"] for answer in answers],
             "peak_bytes": max((answer["peak_bytes"] or 0 for answer in answers), default=0) or None,

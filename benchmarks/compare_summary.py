@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peers import BASELINES, OURS
 
-ENOUGH = 3  # loads whose quartiles say something
+UNLIKELY = 0.05  # an order of two loaders' times that chance gives no more often than this is no chance
 
 Row = dict[str, Any]
 Scenario = dict[str, Any]
@@ -43,7 +46,7 @@ def summarise(scenario: Scenario, facts: dict[str, Row], total: int) -> Scenario
     for row in scenario["rows"]:
         row |= facts.get(row["loader"], {})
         if row["wrong"]:
-            row["seconds"], row["fresh_seconds"] = [], []
+            row["seconds"], row["heat_seconds"], row["fresh_seconds"] = [], [], []
         row |= spread(row["seconds"])
         row["fresh_s"] = statistics.median(row["fresh_seconds"]) if row["fresh_seconds"] else None
         row["cpu_s"] = statistics.median(row["cpu_seconds"]) if row["cpu_seconds"] else None
@@ -62,11 +65,39 @@ def summarise(scenario: Scenario, facts: dict[str, Row], total: int) -> Scenario
 
 
 def best_of_each(rows: Iterable[Row]) -> list[Row]:
-    """The fastest row of each one's settings; the fastest first."""
+    """The fastest row of each one's settings that went on after the heats; the fastest first."""
     best: dict[str, Row] = {}
-    for row in sorted((row for row in rows if row["median_s"]), key=lambda row: float(row["median_s"])):
+    for row in sorted(
+        (row for row in rows if row["median_s"] and not row["dropped_after_heats"]),
+        key=lambda row: float(row["median_s"]),
+    ):
         best.setdefault(row["of"], row)
     return list(best.values())
+
+
+def doubt(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """What to add to the verdict on two loaders, where chance may have given it."""
+    if 2 / math.comb(len(ours) + len(theirs), len(ours)) > UNLIKELY:  # however far apart they are
+        fewest = min(len(ours), len(theirs))
+        return f" (of only {fewest} load{'s' if fewest > 1 else ''})"
+    return " (within the spread)" if by_chance(ours, theirs) > UNLIKELY else ""
+
+
+def by_chance(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How often times this far from mixed come up if nobody is faster: the exact rank-sum test, two-sided."""
+    every = sorted([*ours, *theirs])
+    # Twice the mean rank of equal times, which is a whole number.
+    ranks = {seconds: bisect_left(every, seconds) + bisect_right(every, seconds) + 1 for seconds in every}
+    # In how many ways so many of all times have this sum of ranks.
+    ways: list[Counter[int]] = [Counter({0: 1}), *(Counter[int]() for _ in ours)]
+    for seconds in every:
+        for taken in range(len(ours), 0, -1):
+            for total, count in ways[taken - 1].items():
+                ways[taken][total + ranks[seconds]] += count
+    mean = len(ours) * (len(every) + 1)
+    apart = abs(sum(ranks[seconds] for seconds in ours) - mean)
+    found = sum(count for total, count in ways[-1].items() if abs(total - mean) >= apart)
+    return found / math.comb(len(every), len(ours))
 
 
 def verdict(scenario: Scenario) -> str:
@@ -85,11 +116,7 @@ def verdict(scenario: Scenario) -> str:
     if not others:
         return f"{first}; nobody else was measured{limit}"
     ratio = others[0]["median_s"] / ours["median_s"]
-    # Half of all loads of each lie between the quartiles: where those overlap, another run may find the other first.
-    low, high = (ours, others[0]) if ours is ranked[0] else (others[0], ours)
-    noise = " (within the spread)" if low["quartile3_s"] >= high["quartile1_s"] else ""
-    if (fewest := min(len(ours["seconds"]), len(others[0]["seconds"]))) < ENOUGH:
-        noise = f" (of only {fewest} load{'s' if fewest > 1 else ''})"
+    noise = doubt(ours["seconds"], others[0]["seconds"])
     if ours is ranked[0]:
         return f"{first}, {ratio:.2f}x as fast as {others[0]['loader']}{noise}{limit}"
     return f"{first}; weightload LOSES: {ours['loader']} is {ratio:.2f}x as fast{noise}{limit}"

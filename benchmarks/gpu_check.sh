@@ -80,10 +80,10 @@ generate() {
 benchmark() { # NAME SECONDS CHECKPOINT TITLE OPTION ...
   local name=$1 limit=$2 checkpoint=$3 title=$4
   shift 4
-  # Beside the counted rounds, warm and cold: the start of the processes, and a load of each that is checked.
-  local budget=$((limit * 28 / 100))
+  # Beside the counted rounds, warm and cold: the start of the processes, a load of each that is checked, and the heats.
+  local budget=$((limit * 18 / 100))
   step "$name" "$limit" "$python" benchmarks/compare_loaders.py --model-path "$checkpoint" --title "$title" \
-    --device "$device" --fresh 0 --repeats 3 --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
+    --device "$device" --fresh 0 --heats 1 --repeats 5 --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
     --log "$out/$name-loaders.log" "$@"
 }
 

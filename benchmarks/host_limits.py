@@ -1,6 +1,8 @@
 """What this machine can do at most with the bytes of a checkpoint, measured beside the loaders and in the same rounds.
 
-Each is a function of the files that returns seconds. All use the threads that weightload would.
+Each is a function of the files that returns seconds. All use the threads that weightload would, but for reads past the
+page cache: what a disk gives depends on how much it is asked at once, so those have several settings, each a limit of
+its own, of which the fastest counts.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +25,8 @@ from weightload.settings import current
 
 Limit = Callable[[Sequence[str]], float]
 READ = "parallel read into buffers used again"
-DIRECT = "direct read into buffers used again"
+DIRECT = "direct read"
+DIRECT_READS = ((2, 8), (8, 1), (8, 8), (16, 1), (16, 8))  # threads, and MiB of each read
 MAP = "parallel mapping of the page cache"
 NEW = "parallel read into new memory"
 TOUCHED = "parallel read into memory used before"
@@ -118,17 +122,26 @@ def map_in_parallel(files: Sequence[str]) -> float:
     return time.perf_counter() - begin
 
 
+def setting_of(name: str) -> str:
+    """The limit that this is one, or the only, setting of."""
+    return name.partition(",")[0]
+
+
 def limits_for(kind: str, cache: str, device: torch.device) -> tuple[dict[str, Limit], tuple[str, ...]]:
-    """The limits that a scenario shows, and those of which the fastest is the one that loads are held against."""
+    """The limits that a scenario shows, and which (``setting_of``) the fastest that loads are held against is of."""
 
     def read(files: Sequence[str]) -> float:
         return _timed(lambda: raw_parallel_read(files, current().thread_count()))
 
-    def direct(files: Sequence[str]) -> float:
-        return _timed(lambda: direct_read(files))
+    def direct(files: Sequence[str], threads: int, piece: int) -> float:
+        return _timed(lambda: direct_read(files, threads, piece))
 
     if cache == "cold":  # the disk, past the page cache or through it
-        return {READ: read, DIRECT: direct}, (READ, DIRECT)
+        past = {
+            f"{DIRECT}, {threads} threads of {mib} MiB": partial(direct, threads=threads, piece=mib << 20)
+            for threads, mib in DIRECT_READS
+        }
+        return {READ: read, **past}, (READ, DIRECT)
     if kind == DEVICE:
         copy = Copy(device)
 

@@ -47,8 +47,8 @@ def print_table(result: dict[str, Any]) -> None:
         last = scenario
         print(
             f"{scenario[0]:7} {scenario[1]:9} {row['loader']:18} {duration(row['average_s'])} "
-            f"{duration(row['best_s'])} {duration(row['median_s'])} {row['gb_per_s']:7.2f} {ratio(row['speedup'])} {row['of_limit']:8.2f} "
-            f"{megabytes(row['peak_bytes'])} {megabytes(row['private_peak_bytes'])}"
+            f"{duration(row['best_s'])} {duration(row['median_s'])} {row['gb_per_s']:7.2f} {ratio(row['speedup'])} "
+            f"{row['of_limit']:8.2f} {megabytes(row['peak_bytes'])} {megabytes(row['private_peak_bytes'])}"
         )
     print(f"\n{FOOTNOTE}\n")
 
