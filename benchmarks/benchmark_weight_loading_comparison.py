@@ -7,7 +7,7 @@
 Also under `torchrun --nnodes=2`, and plainly as one rank. Every rank wants all tensors: each reads for itself, or one
 rank of a group (by default the ranks of a node) reads and the others receive, or each reads a share. The tensors are
 kept in a dict; on the CPU one byte of each 4 KiB page of every tensor is read as it is yielded, on an accelerator the
-time runs until all have arrived. Ways and limits take turns in every round, in rotating order; all ranks begin
+time runs until all have arrived. Ways and limits take turns in every round, shuffled each time; all ranks begin
 together, and a load's time is that of the slowest. The page cache is warm, which is verified before every run. Before
 that, every way's tensors are compared with safetensors' on every rank, byte for byte.
 """
@@ -15,6 +15,7 @@ that, every way's tensors are compared with safetensors' on every rank, byte for
 from __future__ import annotations
 
 import argparse
+import random
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--backend", metavar="NAME", help="torch.distributed's; default: the CPU's and the device's")
     parser.add_argument("--drop-failing", action="store_true", help="ways that fail are left out and said why")
     parser.add_argument("--budget", type=float, default=1e9, metavar="S", help="time after which no round begins")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the order (default: a new one)")
     parser.add_argument("--ways", metavar="NAME,NAME", help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
@@ -85,7 +87,8 @@ def main() -> None:
 
     comparison = Comparison(Place(files, device, ranks.group), ways_for(device, options.ways), ranks, total)
     comparison.check(options.drop_failing)
-    comparison.measure(options.warmup, options.repeats, options.budget)
+    seed = ranks.gather(options.seed)[0]
+    comparison.measure(options.warmup, options.repeats, seed, options.budget)
     remarks = comparison.cache_remarks()
     result = {
         "benchmark": "weight_loading_comparison",
@@ -109,6 +112,7 @@ def main() -> None:
         "dropped": comparison.dropped,
         "warmup": options.warmup,
         "repeats": options.repeats,
+        "seed": seed,
         "rows": summarise(comparison.timings, total),
     }
     if ranks.first:

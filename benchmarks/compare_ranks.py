@@ -37,7 +37,7 @@ def run(files: Sequence[str], ranks: int, options: argparse.Namespace, log: IO[b
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, SCRIPT,
             "--model-path", os.path.dirname(files[0]) if len(files) > 1 else files[0], "--device", device.type,
             "--warmup", options.warmup, "--repeats", options.repeats, "--ways", ",".join(ways), "--drop-failing",
-            "--budget", options.budget, "--json", out,
+            "--seed", options.seed, "--budget", options.budget, "--json", out,
         ]  # fmt: skip
         # Its distributed streaming is for NCCL only, unless it is told that another backend will do.
         environ = environment(*there) | {"RUNAI_STREAMER_DIST": "1"}

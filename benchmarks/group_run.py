@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -137,15 +138,18 @@ class Comparison:
                 del self.ways[name], self.timings[name]
                 self.dropped[name] = {"wrong": "; ".join(found) or None, "reason": reasons[0] if reasons else None}
 
-    def measure(self, warmup: int, repeats: int, budget: float = math.inf) -> None:
-        """Everything once a round, each time beginning with another. After ``budget`` seconds no round begins."""
+    def measure(self, warmup: int, repeats: int, seed: int, budget: float = math.inf) -> None:
+        """Everything once a round, shuffled each time, by the same seed on all ranks.
+
+        After ``budget`` seconds no round begins.
+        """
         names = list(self.timings)
+        order = random.Random(seed)
         begin = time.monotonic()
         for number in range(warmup + repeats):
             if number > warmup and self.ranks.slowest(time.monotonic() - begin) > budget:
                 break
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in order.sample(names, len(names)):
                 self._prepare(memory=name in self.ways)
                 timing = self.limits[name]() if name in self.limits else load(self.ways[name], self.place)[0]
                 # A load is as slow as its slowest rank, and so is the agreement.
