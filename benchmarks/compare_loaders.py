@@ -105,7 +105,7 @@ class Comparison:
         for ranks in options.ranks:
             if ranks > 1:
                 self.close()  # their processes would only take memory
-                found = compare_ranks.run(self.files, ranks, options, self.log)
+                found = compare_ranks.run((len(self.files), self.tensors, self.total), ranks, options, self.log)
                 self.checked |= "rows" in found  # by that script, of every byte
                 self.scenarios += compare_ranks.scenarios(found, options.device)
         self._keep()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,24 +21,28 @@ OWNERS = {"python": BASELINE, "weightload": OURS, "fastsafetensors": "fastsafete
 PYTHON_BASELINES = {MAPPED: "python mapped", PRIVATE: "python broadcast"}
 
 
-def run(files: Sequence[str], ranks: int, options: argparse.Namespace, log: IO[bytes]) -> dict[str, Any]:
-    """The result of that script, or the reason why there is none."""
+def run(loaded: tuple[int, int, int], ranks: int, options: argparse.Namespace, log: IO[bytes]) -> dict[str, Any]:
+    """The result of that script, or the reason why there is none.
+
+    It finds the files by the same path: ``loaded`` are the numbers of files, tensors and bytes that they must have.
+    """
     device: torch.device = options.device
     why_not = {way: missing(PEERS[name], device) for way, name in PEER_WAYS.items()}
     ways = [way for way in [*WAYS, "python mapped", *PEER_WAYS] if not why_not.get(way)]
     if device.type != "cpu":
         ways = [way for way in ways if way not in ("python mapped", "weightload independent pread")]
-    there = [PEERS[name] for way, name in PEER_WAYS.items() if way in ways]
+    packages = [PEERS[name] for way, name in PEER_WAYS.items() if way in ways]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, SCRIPT,
-            "--model-path", os.path.dirname(files[0]) if len(files) > 1 else files[0], "--device", device.type,
-            "--warmup", options.warmup, "--repeats", options.repeats, "--ways", ",".join(ways), "--drop-failing",
+            "--model-path", options.model_path, *(("--subfolder", options.subfolder) if options.subfolder else ()),
+            "--device", device.type, "--warmup", options.warmup, "--repeats", options.repeats,
+            "--ways", ",".join(ways), "--drop-failing",
             "--seed", options.seed, "--budget", options.budget, "--json", out,
         ]  # fmt: skip
         # Its distributed streaming is for NCCL only, unless it is told that another backend will do.
-        environ = environment(*there) | {"RUNAI_STREAMER_DIST": "1"}
+        environ = environment(*packages) | {"RUNAI_STREAMER_DIST": "1"}
         limit_s = 120 + 4 * options.budget
         try:
             with subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environ) as running:
@@ -54,6 +56,8 @@ def run(files: Sequence[str], ranks: int, options: argparse.Namespace, log: IO[b
         except subprocess.TimeoutExpired:
             return {"ranks": ranks, "reason": f"the run of {ranks} ranks took longer than {limit_s:.0f} s"}
         result: dict[str, Any] = json.loads(out.read_text())
+    if (there := (result["files"], result["tensors"], result["bytes"])) != loaded:
+        return {"ranks": ranks, "reason": f"(files, tensors, bytes) were {there} there, and {loaded} here"}
     result["dropped"] = {way: {"reason": reason, "wrong": None} for way, reason in why_not.items() if reason} | result[
         "dropped"
     ]

@@ -294,13 +294,21 @@ def test_tensors_in_memory_files_are_compared_too(checkpoint: Path, tmp_path: Pa
 
 
 def test_loads_by_two_ranks_are_in_the_same_table(checkpoint: Path, tmp_path: Path) -> None:
+    # An index that names one of the folder's files.
+    names = ["scalar", "last"]
+    index = checkpoint / "part" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    for file in checkpoint.glob("*.safetensors"):
+        (index.parent / file.name).hardlink_to(file)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "b.safetensors")}))
     out = run(
-        "compare_loaders.py", "--model-path", checkpoint, "--ranks", 2, "--repeats", 1, "--json", tmp_path / "r.json",
-        "--loaders", "weightload", WEIGHTLOAD_PEERS=str(tmp_path),
+        "compare_loaders.py", "--model-path", checkpoint, "--subfolder", "part", "--seed", 3, "--ranks", 2,
+        "--repeats", 1, "--json", tmp_path / "r.json", "--loaders", "weightload", WEIGHTLOAD_PEERS=str(tmp_path),
     )  # fmt: skip
     result = json.loads((tmp_path / "r.json").read_text())
     mapped, private = result["scenarios"]
     assert [s["ranks"] for s in (mapped, private)] == [2, 2]
+    assert (result["files"], result["tensors"], result["bytes"]) == (1, 2, 1_000_004)
     assert {"python mapped", "weightload independent", "weightload auto"} == set(rows_of(mapped))
     rows = rows_of(private)
     assert {"python broadcast", "weightload striped", "weightload broadcast"} <= set(rows)
@@ -310,6 +318,32 @@ def test_loads_by_two_ranks_are_in_the_same_table(checkpoint: Path, tmp_path: Pa
     assert rows["python broadcast"]["speedup"] == pytest.approx(1)
     assert "private memory, 2 ranks" in out
     assert "skipped: fastsafetensors is not installed" in out or rows["fastsafetensors broadcast"]["seconds"]
+
+
+def test_ranks_that_load_other_files_are_not_compared(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
+
+    import compare_ranks
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "given = dict(zip(sys.argv[1:], sys.argv[2:]))\n"
+        "assert given['--model-path'] == 'the/path' and given['--subfolder'] == 'below'\n"
+        "result = {'ranks': 1, 'files': 1, 'tensors': 2, 'bytes': 3, 'rows': [], 'dropped': {}}\n"
+        "json.dump(result, open(given['--json'], 'w'))\n"
+    )
+    monkeypatch.setattr(compare_ranks, "SCRIPT", script)
+    options = argparse.Namespace(
+        device=torch.device("cpu"), model_path="the/path", subfolder="below", warmup=0, repeats=1, seed=1, budget=1
+    )
+    with (tmp_path / "log").open("wb") as log:
+        assert compare_ranks.run((1, 2, 3), 1, options, log)["rows"] == []
+        other = compare_ranks.run((1, 2, 4), 1, options, log)
+    assert other["reason"] == "(files, tensors, bytes) were (1, 2, 3) there, and (1, 2, 4) here"
+    assert compare_ranks.scenarios(other, options.device)[0]["reason"] == other["reason"]
 
 
 def a_row(loader: str, of: str, *seconds: float) -> dict[str, Any]:
