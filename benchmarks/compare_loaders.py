@@ -8,10 +8,11 @@ compared with their like: on the CPU those that map the files (timed until every
 give private memory, and those that fill parameters that are there; on an accelerator all. Several settings of a loader
 are several loaders; all of them run in heats (--heats), and the fastest of each goes on to the rounds that are counted.
 
-First, untimed, each loader's tensors are compared bit for bit, as they are yielded and at the end, and its memory is
-watched. Then loaders and limits take turns in every round, shuffled each time (--seed), from a verified state of the
-page cache, in the processes that are kept; and after that in new processes, whose first load is timed too. A loader
-that gives wrong bytes in any load is reported as WRONG and has no time.
+First, untimed, each loader's memory is watched in one load, and in another its tensors are compared: every byte of all,
+once they are held, and of a sample also as they are yielded. Of timed loads only the ends of that sample are compared;
+the result says what exactly. Then loaders and limits take turns in every round, shuffled each time (--seed), from a
+verified state of the page cache, in the processes that are kept; and after that in new processes, whose first load is
+timed too. A loader that gives wrong bytes in any load is reported as WRONG and has no time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import compare_ranks
 import compare_report
 from compare_run import Arm, Rounds, start_all
 from compare_summary import summarise
+from expected import RANKS, TIMED, UNTIMED
 from gpu_limits import environment
 from loader_worker import a_device
 from machine import fill_cache
@@ -80,7 +82,7 @@ class Comparison:
         headers = [read_header(file) for file in files]
         self.tensors = sum(len(header) for header, _ in headers)
         self.total = sum(size for _, size in headers)
-        self.checked = False
+        self.checked: list[str] = []  # what has been compared with the files, in words
         self.order = random.Random(options.seed)
         self.scenarios: list[dict[str, Any]] = []
         self.arms = [Arm(name, files, options.device, log, options.limit_s) for name in options.loaders]
@@ -95,7 +97,7 @@ class Comparison:
             start_all(self.arms)
             for arm in self.arms:
                 arm.check()
-            self.checked = True
+            self.checked += [UNTIMED, TIMED]
             for kind in self.kinds:
                 self._measure(self.files, "disk", "warm", kind)
             for kind in [kind for kind in self.kinds if options.cold and kind != INTO]:
@@ -106,7 +108,7 @@ class Comparison:
             if ranks > 1:
                 self.close()  # their processes would only take memory
                 found = compare_ranks.run((len(self.files), self.tensors, self.total), ranks, options, self.log)
-                self.checked |= "rows" in found  # by that script, of every byte
+                self.checked += [RANKS] if "rows" in found and RANKS not in self.checked else []
                 self.scenarios += compare_ranks.scenarios(found, options.device)
         self._keep()
 

@@ -13,11 +13,11 @@ from peers import DEVICE, INTO, MAPPED, PRIVATE
 FOOTNOTE = """\
 Times are medians of "n" loads in processes that are kept, with the quartiles; the heats before, which choose the
 fastest of one's settings, do not count. "within the spread": an exact rank-sum test cannot tell the two apart (5 %);
-"of only n loads": it could not, whatever their times. "fresh": the first load of a new process,
-after imports. "vs": times as fast as safetensors' own way to the same. "of limit": against the fastest limit marked
-with * that was measured in the same rounds. "CPU": processor time of all threads. "memory": the most private memory at
-any time of a load that is not timed (on an accelerator device memory, by the driver's count); "beyond": less the bytes
-of the tensors; "kept": host memory that the process still has afterwards, for its next load. Loads that map files are
+"of only n loads": it could not, whatever their times. "fresh": the first load of a new process, after imports. "vs":
+times as fast as safetensors' own way to the same. "of limit": against the fastest limit marked with * that was measured
+in the same rounds. "CPU": processor time of all threads. "memory": the most private memory at any time of a load that
+is neither timed nor compared (on an accelerator device memory, by the driver's count); "beyond": less the bytes of the
+tensors; "kept": host memory that the process still has afterwards, for its next load. Loads that map files are
 timed until one byte of each page was read; the page cache is not theirs."""
 KINDS = {
     MAPPED: "views of mapped files, every page touched",
@@ -89,6 +89,8 @@ def print_table(result: dict[str, Any]) -> None:
             print(f"{name:36} {reason(facts)}")
     if not result["checked"]:
         print("\nNOT CHECKED: no load was compared with the tensors of the files")
+    for what in result["checked"]:
+        print(f"compared with the files: {what}")
     print(f"\n{FOOTNOTE}\n")
 
 
@@ -154,6 +156,7 @@ def markdown(result: dict[str, Any]) -> str:
         if facts["reason"] and not facts["wrong"]:
             skipped.setdefault(facts["reason"], []).append(name)
     lines += [f"Not measured: {', '.join(names)} ({why})." for why, names in skipped.items()]
+    lines += [f"Compared with the files: {'; '.join(result['checked']) or 'NOTHING'}."]
     return "\n".join([*lines, ""])
 
 

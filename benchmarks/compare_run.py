@@ -44,10 +44,10 @@ class Arm:
         self._attempt(lambda: self.facts.update(self.worker.ready() if self.worker else {}))
 
     def check(self) -> None:
-        """The untimed first load of the process, whose tensors are compared; it also warms the process up."""
-        answer = self.load(thorough=True)
-        for key in ("private_peak_bytes", "kept_bytes", "driver_peak_bytes"):
-            self.facts[key] = answer[key] if answer else None
+        """Two untimed loads, the first of the process: memory is watched, then tensors are compared."""
+        self.facts |= dict.fromkeys(("private_peak_bytes", "kept_bytes", "driver_peak_bytes"))
+        self._attempt(lambda: self.facts.update(self.worker.watched() if self.worker else {}))
+        self.load(thorough=True)
 
     def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any] | None:
         """One load, or None if the loader has dropped out."""

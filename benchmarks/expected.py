@@ -10,6 +10,19 @@ SAMPLE = 50
 PIECE = 4 << 20
 END = 64 << 10
 
+# What compare_loaders.py compares with the files as safetensors maps them, in the words of its results.
+UNTIMED = (
+    "one untimed load of each loader: names, and of every tensor dtype, shape, device and every byte, once all are "
+    f"held; of at most {SAMPLE} tensors every byte also as they are yielded"
+)
+TIMED = (
+    f"every timed load: names, and of at most {SAMPLE} tensors dtype, shape, device and {END >> 10} KiB at either end"
+)
+RANKS = (
+    "one untimed load of each way by several ranks: on every rank names, and of every tensor dtype, shape and every "
+    "byte, once all are held; their timed loads: nothing"
+)
+
 
 class Checkpoint:
     """The CPU tensors of the files, as safetensors maps them, and a sample of their names."""
@@ -19,6 +32,7 @@ class Checkpoint:
 
         self.file_of: dict[str, str] = {}
         self._opened: dict[str, Any] = {}
+        self._buffer: torch.Tensor | None = None
         sizes: list[tuple[int, str]] = []
         for file in files:
             with safe_open(file, framework="pt", device="cpu") as opened:
@@ -33,7 +47,7 @@ class Checkpoint:
     def differs(self, tensors: dict[str, torch.Tensor], device: torch.device, whole: bool) -> str | None:
         """What is wrong with these tensors; not ``whole``: their two ends are compared."""
         for name, tensor in tensors.items():
-            wrong = _difference(tensor, self._expected(name), device, whole)
+            wrong = self._difference(tensor, self._expected(name), device, whole)
             if wrong:
                 return f"{name}: {wrong}"
         return None
@@ -47,17 +61,26 @@ class Checkpoint:
         tensor: torch.Tensor = self._opened[file].get_tensor(name)
         return tensor
 
+    def _difference(
+        self, tensor: torch.Tensor, expected: torch.Tensor, device: torch.device, whole: bool
+    ) -> str | None:
+        if (tensor.shape, tensor.dtype, tensor.device) != (expected.shape, expected.dtype, device):
+            return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        have, want = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, expected))
+        step = PIECE if whole else END
+        for at in range(0, have.numel(), step) if whole else (0, max(0, have.numel() - END)):
+            if not torch.equal(self._on_cpu(have[at : at + step]), want[at : at + step]):
+                return f"bytes differ, from {at} on"
+        return None
+
+    def _on_cpu(self, piece: torch.Tensor) -> torch.Tensor:
+        """A piece of an accelerator's tensor in a buffer that is used again: the device has no memory for the check."""
+        if piece.device.type == "cpu":
+            return piece
+        if self._buffer is None:
+            self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=piece.device.type == "cuda")
+        return self._buffer[: piece.numel()].copy_(piece)
+
     def release(self) -> None:
         """Nothing maps the files any more, so that they can be evicted."""
         self._opened.clear()
-
-
-def _difference(tensor: torch.Tensor, expected: torch.Tensor, device: torch.device, whole: bool) -> str | None:
-    if (tensor.shape, tensor.dtype, tensor.device) != (expected.shape, expected.dtype, device):
-        return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-    have, want = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, expected))
-    step = PIECE if whole else END
-    for at in range(0, have.numel(), step) if whole else (0, max(0, have.numel() - END)):
-        if not torch.equal(have[at : at + step], want[at : at + step].to(device)):
-            return f"bytes differ, from {at} on"
-    return None

@@ -34,7 +34,7 @@ from expected import Checkpoint
 from into_loads import module_of, parameters
 from peer_loads import NotAvailableError, Weights
 from peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missing
-from proc import MEMORY_FIELDS, file_system, process_memory
+from proc import memory_fields, process_memory
 
 SAMPLING_S = 0.002
 LONGEST_START_S = 180.0
@@ -95,9 +95,8 @@ class Runner:
     def load(self, thorough: bool, files: list[str] | None = None) -> dict[str, Any]:
         """One load, of other files with the same tensors where ``files`` says so.
 
-        Afterwards the two ends of a sample of tensors are compared. ``thorough`` is for a load whose time does not
-        count: tensors of the sample are compared as wholes, as they are yielded and at the end, when on the CPU all
-        others are too, and where their bytes are is looked at.
+        Afterwards it is compared as ``expected.TIMED`` says. ``thorough`` is for a load whose time does not count: that
+        is compared as ``expected.UNTIMED`` says, and where its tensors' bytes are is looked at.
         """
         files = files or self.files
         on_cuda = self.device.type == "cuda"
@@ -106,20 +105,9 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         module = module_of(files) if self.kind == INTO else None
-        with memory_watch(self.device) if thorough else contextlib.nullcontext([0]) as driver_peak:
-            cpu_begin, begin = time.process_time(), time.perf_counter()
-            weights: Weights | None = None
-            wrong = None
-            if module is not None and self.peer.into is not None:
-                self.peer.into(files, module)
-                tensors: dict[str, torch.Tensor] = {}
-            else:
-                assert self.peer.load is not None
-                weights = self.peer.load(files, self.device)
-                tensors, wrong = self._drain(weights, thorough)
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
-            seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+        cpu_begin, begin = time.process_time(), time.perf_counter()
+        weights, tensors, wrong = self._load(files, module, thorough)
+        seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
         touch_s = 0.0
         if self.kind == MAPPED:
             spans = tensor_memory.spans_of(tensors.values())  # not on the clock: no load's own work
@@ -136,7 +124,6 @@ class Runner:
             "cpu_s": cpu_s,
             "wrong": wrong or self._wrong(tensors, thorough),
             "peak_bytes": peak,
-            "driver_peak_bytes": driver_peak[0] if thorough and on_cuda else None,
             "stats": _stats(weights),
         }
         if (
@@ -151,13 +138,49 @@ class Runner:
         self._release()
         return answer
 
+    def watched(self) -> dict[str, Any]:
+        """One load for those who watch memory: nothing is timed, touched or compared, and all else is there before.
+
+        When it began and ended is told by the clock that all processes share.
+        """
+        module = module_of(self.files) if self.kind == INTO else None
+        gc.collect()
+        fields = memory_fields(self.files)
+        with memory_watch(self.device) as driver_peak:
+            before, began = process_memory(os.getpid(), fields), time.monotonic()
+            held = self._load(self.files, module, thorough=False)
+            ended, after = time.monotonic(), process_memory(os.getpid(), fields)
+        del held, module
+        self._release()
+        return {
+            "began": began,
+            "ended": ended,
+            "before_bytes": before,
+            "after_bytes": after,
+            "driver_peak_bytes": driver_peak[0] if self.device.type == "cuda" else None,
+        }
+
+    def _load(
+        self, files: list[str], module: torch.nn.Module | None, thorough: bool
+    ) -> tuple[Weights | None, dict[str, torch.Tensor], str | None]:
+        """What is timed; a module's tensors are its own."""
+        weights, tensors, wrong = None, dict[str, torch.Tensor](), None
+        if module is not None and self.peer.into is not None:
+            self.peer.into(files, module)
+        else:
+            assert self.peer.load is not None
+            weights = self.peer.load(files, self.device)
+            tensors, wrong = self._drain(weights, thorough)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return weights, tensors, wrong
+
     def _wrong(self, tensors: dict[str, torch.Tensor], thorough: bool) -> str | None:
         """What is wrong with what a load gave, all held."""
         if set(tensors) != set(self.checkpoint.file_of):
             count = len(set(tensors) ^ set(self.checkpoint.file_of))
             return f"{count} names are missing or are not in the files"
-        everything = thorough and self.device.type == "cpu"
-        picked = tensors if everything else {name: tensors[name] for name in self.checkpoint.sample}
+        picked = tensors if thorough else {name: tensors[name] for name in self.checkpoint.sample}
         wrong = self.checkpoint.differs(picked, self.device, thorough)
         if not wrong and thorough and (pair := tensor_memory.overlapping(tensors)):
             return f"{pair[0]} and {pair[1]} share memory"
@@ -194,7 +217,8 @@ def serve(name: str, files: list[str], device: torch.device) -> None:
         runner = Runner(find(name), files, device)
         answer({"version": runner.version(), "import_s": runner.import_s})
         for line in sys.stdin:
-            answer(runner.load(**json.loads(line)))
+            request = json.loads(line)
+            answer(runner.watched() if request is None else runner.load(**request))
     except NotAvailableError as error:
         answer({"reason": str(error)})
     except BaseException as error:
@@ -222,8 +246,7 @@ class Worker:
         if reason:
             raise FailedError(reason)
         self.limit = limit
-        # Pages of a mapped tmpfs file count as shared memory.
-        self._fields = MEMORY_FIELDS if file_system(files[0]) != "tmpfs" else MEMORY_FIELDS[:1]
+        self._fields = memory_fields(files)
         command = [sys.executable, "-X", "faulthandler", str(Path(__file__)), name, "--serve", "--device", str(device)]
         self._process = subprocess.Popen(
             [*command, *files], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment(peer)
@@ -234,38 +257,51 @@ class Worker:
         return self._answer(limit=LONGEST_START_S)
 
     def load(self, thorough: bool = False, files: list[str] | None = None) -> dict[str, Any]:
-        """One load.
+        self._ask({"thorough": thorough, "files": files})
+        return self._answer()
 
-        A thorough one also has the most private memory of the process beyond what it had before, and what of that it
-        still has when the tensors are gone: memory that the next load may use again.
+    def watched(self) -> dict[str, Any]:
+        """One load of which only memory is of interest.
+
+        That is the most private memory of the process while it loaded, beyond what it had when that began, and what of
+        it the process still has when the tensors are gone: memory that the next load may use again.
         """
         before = self._memory()
+        self._ask(None)
+        # From here, and not by a thread there, which would have to wait for the GIL.
+        samples: list[tuple[float, int, float]] = []
+        answer = self._answer(samples)
+        within = [used for begin, used, end in samples if answer["began"] <= begin and end <= answer["ended"]]
+        return {
+            "private_peak_bytes": max(answer["before_bytes"], answer["after_bytes"], *within) - answer["before_bytes"],
+            "kept_bytes": max(0, self._memory() - before),
+            "driver_peak_bytes": answer["driver_peak_bytes"],
+        }
+
+    def _ask(self, request: dict[str, Any] | None) -> None:
         try:
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"thorough": thorough, "files": files}).encode() + b"\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer tells why
-        # From here, and not by a thread there, which would have to wait for the GIL.
-        peak = [before] if thorough else None
-        answer = self._answer(peak)
-        answer["private_peak_bytes"] = max(0, peak[0] - before) if peak else None
-        answer["kept_bytes"] = max(0, self._memory() - before) if peak else None
-        return answer
 
     def _memory(self) -> int:
         return process_memory(self._process.pid, self._fields)
 
-    def _answer(self, peak: list[int] | None = None, limit: float | None = None) -> dict[str, Any]:
+    def _answer(
+        self, samples: list[tuple[float, int, float]] | None = None, limit: float | None = None
+    ) -> dict[str, Any]:
+        """What it says next; until then its memory is sampled, with the times just before and after."""
         assert self._process.stdout is not None
         limit = limit or self.limit
         deadline = time.monotonic() + limit
-        while not select.select([self._process.stdout], [], [], SAMPLING_S if peak else limit)[0]:
+        while not select.select([self._process.stdout], [], [], limit if samples is None else SAMPLING_S)[0]:
             if time.monotonic() >= deadline:
                 self.close()
                 raise FailedError(f"no answer within {limit:.0f} s")
-            if peak:
-                peak[0] = max(peak[0], self._memory())
+            if samples is not None:
+                samples.append((time.monotonic(), self._memory(), time.monotonic()))
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()

@@ -10,6 +10,11 @@ from pathlib import Path
 MEMORY_FIELDS = ("RssAnon", "RssShmem")
 
 
+def memory_fields(files: Sequence[str]) -> Sequence[str]:
+    """Those for a process that loads these files: pages of mapped tmpfs files count as shared memory."""
+    return MEMORY_FIELDS if file_system(files[0]) != "tmpfs" else MEMORY_FIELDS[:1]
+
+
 def process_memory(process: int, fields: Sequence[str]) -> int:
     """Bytes of these kinds of memory of a process; 0 if it has ended."""
     try:
