@@ -221,7 +221,7 @@ def main() -> None:
     result = comparison.result()
     compare_report.print_table(result)
     if options.plot:
-        compare_plot.save_plot([result], options.plot)
+        compare_plot.save_plot([result], options.plot, everything=True)
 
 
 if __name__ == "__main__":

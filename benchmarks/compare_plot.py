@@ -20,28 +20,56 @@ OUR_COLOUR, OTHER_COLOUR, LIMIT_COLOUR, LIGHT = "#1f6feb", "#b0b8c1", "#d1242f",
 KINDS = {MAPPED: "mapped files", PRIVATE: "private memory", INTO: "into parameters", DEVICE: "device memory"}
 STAGE_COLOURS = ("#1f6feb", "#bf8700", "#2da44e", "#8250df", "#cf222e", "#6e7781")
 TITLE: dict[str, Any] = {"fontsize": 8.5, "loc": "left", "weight": "bold"}
+Panel = tuple[dict[str, Any], dict[str, Any]]  # a result and one of its scenarios
 WIDTH, BAR, DPI = 9.0, 0.23, 200  # inches, inches, dots an inch
 
 
-def save_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Throughput by scenario and loader, of each the best of its settings, with the limit as a line."""
-    rows = [(result, state) for result in results for state in _states(result)]
+def save_plot(results: Sequence[dict[str, Any]], path: Path, everything: bool = False) -> None:
+    """Throughput by scenario and loader, of each the best of its settings, with the limit as a line.
+
+    Only what decides, to be seen at a glance, or ``everything`` that was measured.
+    """
+    rows = [[(result, scenario) for scenario in state] for result in results for state in _states(result)]
+    if not everything:
+        rows = _main(results)
     if not rows:
         print("no picture: nothing was measured")
         return
-    columns = max(len(scenarios) for _, scenarios in rows)
-    bars = [max(len(best_of_each(scenario["rows"])) for scenario in scenarios) for _, scenarios in rows]
-    figure, grid = _grid([0.85 + BAR * count for count in bars], columns, results)
-    for axes, (result, scenarios), most in zip(grid, rows, bars, strict=True):
-        for axis, scenario in zip(axes, scenarios, strict=False):
+    bars = [max(len(best_of_each(scenario["rows"])) for _, scenario in panels) for panels in rows]
+    figure, grid = _grid([0.85 + BAR * count for count in bars], max(map(len, rows)), results)
+    for axes, panels, most in zip(grid, rows, bars, strict=True):
+        named = None
+        for axis, (result, scenario) in zip(axes, panels, strict=False):
             _throughput(axis, result, scenario)
             axis.set_ylim(most - 0.4, -0.6)  # bars of one thickness
             title = _title(result, scenario)
             # Above the names too: there is no room for it above the bars.
-            axis.set_title(title if axis is axes[0] else title.partition(": ")[2], x=-0.46, y=1.11, **TITLE)
-        for axis in axes[len(scenarios) :]:
+            axis.set_title(title.partition(": ")[2] if result is named else title, x=-0.6, y=1.11, **TITLE)
+            named = result
+        for axis in axes[len(panels) :]:
             axis.set_visible(False)
     _save(figure, path)
+
+
+def _main(results: Sequence[dict[str, Any]]) -> list[list[Panel]]:
+    """The largest checkpoint, warm and cold; below it by most ranks, and the one with the most tensors, warm.
+
+    Where loads into memory of their own were measured, the row below has only those.
+    """
+    large = max(results, key=lambda result: int(result["bytes"]))
+    many = max(results, key=lambda result: int(result["tensors"]))
+    states = [state for state in _states(large) if state[0]["place"] == "disk"]
+    rows = [[(large, scenario) for scenario in state] for state in states if _ranks(state[0]) == 1]
+    by_ranks = max(states, key=lambda state: _ranks(state[0]), default=[])
+    below = [(large, by_ranks[-1])] if by_ranks and _ranks(by_ranks[0]) > 1 else []
+    if many is not large:
+        warm = [s for s in _states(many) if (s[0]["place"], s[0]["cache"], _ranks(s[0])) == ("disk", "warm", 1)]
+        below += [(many, state[-1]) for state in warm]
+    return [*rows, below] if below else rows
+
+
+def _ranks(scenario: dict[str, Any]) -> int:
+    return int(scenario.get("ranks", 1))
 
 
 def _states(result: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -50,7 +78,7 @@ def _states(result: dict[str, Any]) -> list[list[dict[str, Any]]]:
     for scenario in result["scenarios"]:
         # Parameters that are there are a question of their own, which the table answers.
         if scenario["kind"] != INTO and best_of_each(scenario["rows"]):
-            found.setdefault((scenario["place"], scenario["cache"], scenario.get("ranks", 1)), []).append(scenario)
+            found.setdefault((scenario["place"], scenario["cache"], _ranks(scenario)), []).append(scenario)
     return list(found.values())
 
 

@@ -1,7 +1,8 @@
 """Turns results of benchmark_weight_loading.py into a table for people and a picture; the README's tables of all.
 
-python benchmarks/report.py RESULT.json ...                                       tables for the README
-python benchmarks/report.py --plot F.png --memory F.png --stages F.png RESULT ... pictures of compare_loaders.py's
+python benchmarks/report.py RESULT.json ...                     tables for the README
+python benchmarks/report.py --plot F.png RESULT.json ...        and the main picture of compare_loaders.py's results;
+                                                                --plot-all, --memory, --stages: more of them
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput of compare_loaders.py's results")
+    parser.add_argument(
+        "--plot-all", type=Path, metavar="FILE", help="the same of all scenarios, not only the main ones"
+    )
     parser.add_argument("--memory", type=Path, metavar="FILE", help="draw their memory")
     parser.add_argument("--stages", type=Path, metavar="FILE", help="draw the stages of weightload's loads")
     options = parser.parse_args()
@@ -142,6 +147,7 @@ def main() -> None:
     compared = [result for result in results if result["benchmark"] == "compare_loaders"]
     for path, draw in (
         (options.plot, compare_plot.save_plot),
+        (options.plot_all, partial(compare_plot.save_plot, everything=True)),
         (options.memory, compare_plot.save_memory),
         (options.stages, compare_plot.save_stages),
     ):

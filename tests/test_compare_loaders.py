@@ -354,7 +354,7 @@ def test_tables_and_pictures_are_made_of_the_results(measured: tuple[dict[str, A
             if row["loader"] == "weightload pread":
                 row["stats"] = {"seconds": 1.0, "stages": {"read": {"seconds": 0.5, "bytes": 1}}}
     (folder / "s.json").write_text(json.dumps(result))
-    pictures = [folder / f"{name}.png" for name in ("plot", "memory", "stages")]
+    pictures = [folder / f"{name}.png" for name in ("plot", "plot-all", "memory", "stages")]
     options = [text for picture in pictures for text in (f"--{picture.stem}", picture)]
     table = run("report.py", *options, folder / "s.json", folder / "r.json")
     for picture in pictures:
@@ -362,6 +362,45 @@ def test_tables_and_pictures_are_made_of_the_results(measured: tuple[dict[str, A
     assert table.count("**tiny: 0.00 GB, 18 tensors, 2 file(s)**") == 2
     assert "| *limit: parallel read into new memory* |" in table
     assert "| safetensors clone 0." in table
+
+
+def test_the_main_picture_shows_what_decides() -> None:
+    import compare_plot
+
+    def result(name: str, size: int, tensors: int) -> dict[str, Any]:
+        found = [
+            {
+                "place": place,
+                "cache": cache,
+                "ranks": ranks,
+                "kind": kind,
+                "rows": [a_row("weightload", "weightload", 1)],
+            }
+            for place, cache, ranks in (
+                ("disk", "warm", 1),
+                ("disk", "cold", 1),
+                ("tmpfs", "warm", 1),
+                ("disk", "warm", 2),
+            )
+            for kind in ("mapped", "private", "into")
+        ]
+        for each in found:
+            each["rows"][0]["median_s"] = 1
+        return {"checkpoint": name, "bytes": size, "tensors": tensors, "scenarios": found}
+
+    def shown(*results: dict[str, Any]) -> list[list[tuple[Any, ...]]]:
+        return [
+            [(r["checkpoint"], s["cache"], s["kind"], s["ranks"]) for r, s in panels]
+            for panels in compare_plot._main(results)
+        ]
+
+    large, small = result("large", 100, 10), result("small", 1, 1000)
+    alone = [[("large", cache, kind, 1) for kind in ("mapped", "private")] for cache in ("warm", "cold")]
+    assert shown(large, result("other", 50, 50), small) == [
+        *alone,
+        [("large", "warm", "private", 2), ("small", "warm", "private", 1)],
+    ]
+    assert shown(large) == [*alone, [("large", "warm", "private", 2)]]
 
 
 def test_tensors_in_memory_files_are_compared_too(checkpoint: Path, tmp_path: Path) -> None:
