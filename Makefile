@@ -124,6 +124,7 @@ compare: setup
 	    --memory $(COMPARED)/compare-cpu-memory.png \
 	    --stages $(COMPARED)/compare-cpu-stages.png $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json \
 	    >$(COMPARED)/tables.md
+	$(RUN) benchmarks/report.py --overview $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json
 	@echo "Tables above and in $(COMPARED)/tables.md; JSON and pictures in $(COMPARED)/"
 
 clean:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import compare_overview
 import compare_plot
 import compare_report
 import group_report
@@ -134,6 +135,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--overview", action="store_true", help="one table of all of compare_loaders.py's scenarios")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput of compare_loaders.py's results")
     parser.add_argument(
         "--plot-all", type=Path, metavar="FILE", help="the same of all scenarios, not only the main ones"
@@ -142,7 +144,9 @@ def main() -> None:
     parser.add_argument("--stages", type=Path, metavar="FILE", help="draw the stages of weightload's loads")
     options = parser.parse_args()
     results = [json.loads(path.read_text()) for path in options.results]
-    for result in results:
+    if options.overview:
+        print(compare_overview.overview(results))
+    for result in [] if options.overview else results:
         print(markdown(result))
     compared = [result for result in results if result["benchmark"] == "compare_loaders"]
     for path, draw in (

@@ -516,6 +516,29 @@ def test_a_row_that_is_won_says_by_how_much() -> None:
     assert summarised(reason="no room")["verdict"] == "not measured: no room"
 
 
+def test_the_overview_has_a_line_a_scenario() -> None:
+    from compare_overview import overview
+
+    where = {"place": "disk", "cache": "warm"}
+    ours = a_row("weightload pread", "weightload", 1, 1, 1, 1)
+    ours |= {"private_peak_bytes": 7 * 10**6, "fresh_seconds": [1.5]}
+    other = a_row("other", "peer", 3, 3, 3, 3) | {"private_peak_bytes": 9 * 10**6, "fresh_seconds": [4.0]}
+    won, lost = summarised(ours, other), summarised(ours, a_row("other", "peer", 0.5, 0.5))
+    alone = summarised(ours)
+    result = {
+        "checkpoint": "one",
+        "bytes": 10**9,
+        "tensors": 3,
+        "scenarios": [won | where, lost | where, alone | where],
+    }
+    lines = overview([result]).splitlines()
+    assert lines[0] == "**one**: 1.00 GB, 3 tensors"
+    load = "warm page cache, private memory"
+    assert lines[4] == f"| {load} | 1.000 s | other: 3.000 s | **3.00** | 0.40 | 1.500 s / 4.000 s | 7 MB / 9 MB |"
+    assert lines[5] == f"| {load} | 1.000 s | other: 0.500 s | (0.50) | 0.40 | 1.500 s | 7 MB |"
+    assert "nobody else was measured" in lines[6]
+
+
 def test_a_setting_that_the_heats_dropped_is_never_first() -> None:
     """Lucky in its only load, it would be before all medians."""
     dropped = a_row("weightload load_file", "weightload") | {"heat_seconds": [0.026], "dropped_after_heats": True}
