@@ -75,6 +75,16 @@ bool find(uint64_t size, HugeRegion& found) {
   return true;
 }
 
+HugeRegion from_kernel(uint64_t size) {
+  try {
+    return map_huge(size);
+  } catch (const Error&) {
+    if (kept_bytes() == 0) throw;
+    release();
+    return map_huge(size);
+  }
+}
+
 }  // namespace
 
 void set_limit(uint64_t bytes) noexcept {
@@ -87,17 +97,15 @@ void set_limit(uint64_t bytes) noexcept {
 
 HugeRegion take(uint64_t size) {
   HugeRegion region;
-  if (find(round_up(size, kHugePage), region)) return region;
-  try {
-    return map_huge(size);
-  } catch (const Error&) {
-    if (kept_bytes() == 0) throw;
-    release();
-    return map_huge(size);
-  }
+  if (!find(round_up(size, kHugePage), region)) region = from_kernel(size);
+  // A few bytes beyond a huge page must not cost another one.
+  const uint64_t tail = size % kHugePage;
+  if (tail > 0 && tail <= kHugePage / 2) ::madvise(region.start + (size - tail), kHugePage, MADV_NOHUGEPAGE);
+  return region;
 }
 
 void give(const HugeRegion& region) noexcept {
+  ::madvise(region.start, region.used, MADV_HUGEPAGE);
   // Lent before anyone else can take it. Locked memory cannot be, and is not kept.
   if (Spares* const all = spares(); all && ::madvise(region.start, region.used, kLendToKernel) == 0) {
     std::lock_guard<std::mutex> lock(all->mutex);

@@ -25,7 +25,7 @@ class LayoutBuilder {
     if (open_ && (tensor.alone || tensors_[index - 1].alone || !fits(tensor, offset))) close_block(index);
     if (!open_) {
       open_block(index, tensor);
-      offset = first_offset(tensor);
+      offset = first_offset(index);
     }
     layout_.places.push_back({current_block(), offset});
     if (tensor.bytes.empty()) return;
@@ -34,10 +34,16 @@ class LayoutBuilder {
   }
 
   // Where a block's first tensor starts. Host blocks copy the file's phase, so that neighbours which are
-  // aligned in the file stay aligned without padding.
-  uint64_t first_offset(const TensorExtent& tensor) const {
+  // aligned in the file stay aligned without padding. Where there is no room for a neighbour, the phase would only make
+  // the block larger than its tensor: by a page, if that fills its pages.
+  uint64_t first_offset(uint32_t index) const {
+    const TensorExtent& tensor = tensors_[index];
     if (options_.align_every_tensor || tensor.mapped || tensor.alone) return 0;
-    return round_down(tensor.bytes.begin % options_.block_alignment, tensor.alignment);
+    const uint64_t phase = round_down(tensor.bytes.begin % options_.block_alignment, tensor.alignment);
+    const uint64_t next = index + 1 < tensors_.size() ? tensors_[index + 1].bytes.size() : 0;
+    const bool room = tensor.bytes.size() <= options_.block_bytes && next <= options_.block_bytes &&
+                      phase + tensor.bytes.size() + options_.block_alignment + next <= options_.block_bytes;
+    return room ? phase : 0;
   }
 
   uint64_t next_offset(const TensorExtent& tensor) const {

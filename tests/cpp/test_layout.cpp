@@ -105,7 +105,13 @@ TEST(a_block_ends_at_its_size) {
 
 TEST(a_tensor_larger_than_a_block_has_its_own) {
   const Layout layout = checked({extent(0, 0, 10), extent(0, 10, 5000), extent(0, 5010, 10)}, host());
-  CHECK(layout.blocks.size() == 3 && layout.blocks[1].bytes == 5000 + 10);  // 10: the file's phase
+  CHECK(layout.blocks.size() == 3 && layout.blocks[1].bytes == 5000);
+}
+
+TEST(a_tensor_without_room_for_the_next_is_not_made_larger_by_the_files_phase) {
+  const Layout layout = checked({extent(0, 8, 700), extent(0, 708, 700), extent(0, 1408, 100)}, host());
+  CHECK(layout.blocks.size() == 2 && layout.blocks[0].bytes == 700 && layout.places[0].block_offset == 0);
+  CHECK(layout.places[1].block_offset == 708 % 64 && layout.blocks[1].bytes == 708 % 64 + 800);
 }
 
 TEST(blocks_span_files) {

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -89,6 +90,16 @@ TEST(no_more_is_kept_than_may_be_and_the_oldest_goes) {
   spare_memory::give(spare_memory::take(12 * kMiB));  // more than may be kept
   CHECK(spare_memory::kept_bytes() <= 8 * kMiB);
   for (const HugeRegion& region : {one, other, between[0], between[1], between[2]}) spare_memory::give(region);
+}
+
+TEST(a_few_bytes_beyond_a_huge_page_do_not_cost_another) {
+  const size_t size = 4 * kMiB + 100;
+  const HugeRegion region = spare_memory::take(size);
+  std::memset(region.start, 1, size);
+  std::vector<unsigned char> pages(region.used / 4096);
+  CHECK(::mincore(region.start, region.used, pages.data()) == 0);
+  CHECK(std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; }) == 4 * 256 + 1);
+  spare_memory::give(region);
 }
 
 TEST(nothing_is_kept_by_default) {
