@@ -23,7 +23,9 @@ def overlaid(tmp_path: Path) -> Iterator[Path]:
     lower, other, merged = (tmp_path / name for name in ("lower", "other", "merged"))
     for folder in (lower, other, merged):
         folder.mkdir()
-    write_tensors(lower / "x.safetensors", [(str(i), "F32", [MIB]) for i in range(6)])
+    path = write_tensors(lower / "x.safetensors", [(str(i), "F32", [MIB]) for i in range(6)])
+    with path.open("rb") as file:
+        os.fsync(file)  # overlayfs writes nothing of lower layers back, and dirty pages cannot be evicted
     options = f"lowerdir={other}:{lower}"
     mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(merged)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
