@@ -109,7 +109,10 @@ def test_what_ends_a_load(
         else:
             raise AssertionError("more reads than expected")
         _C.disarm_fault()
-        assert failed >= (3 if "safe_open-mmap" in request.node.callspec.id else 5)  # of views, headers only
+        # Heard are at least the headers' reads: views have no others, and a direct read that ends early is done again
+        # through the page cache.
+        headers_only = "safe_open-mmap" in request.node.callspec.id or (read == "direct" and fault == "end_of_file")
+        assert failed >= (3 if headers_only else 5)
         assert way(files) == reference  # the process can load again
     assert descriptor_count() == descriptors
 
