@@ -69,7 +69,9 @@ int populate(void* address, size_t length) {
       case Fault::delay: std::this_thread::sleep_for(plan->delay); break;
     }
   }
-  return ::madvise(address, length, MADV_POPULATE_READ);
+  return populate_on(address, length);
 }
+
+int populate_on(void* address, size_t length) { return ::madvise(address, length, MADV_POPULATE_READ); }
 
 }  // namespace weightload::fault_hook

@@ -35,4 +35,7 @@ ssize_t pread(int fd, void* destination, size_t count, off_t offset);
 // says it for pages beyond the end of a file.
 int populate(void* address, size_t length);
 
+// The same, going on with what populate() has begun: not counted, and never hit.
+int populate_on(void* address, size_t length);
+
 }  // namespace weightload::fault_hook

@@ -41,7 +41,9 @@ bool OrderedPool::wait(size_t task, std::chrono::milliseconds patience) {
   std::unique_lock<std::mutex> lock(mutex_);
   // An error counts once everything before it is done, so that the lowest one is the one that is thrown.
   const auto failed = [&] { return failure_ && failed_task_ <= task && done_.load() == failed_task_; };
+  awaited_ = task;
   progress_.wait_for(lock, patience, [&] { return is_done(task) || failed() || stopped_; });
+  awaited_ = SIZE_MAX;
   if (is_done(task)) return true;
   if (failed()) std::rethrow_exception(failure_);
   return false;
@@ -99,7 +101,8 @@ void OrderedPool::run() {
     if (task != done) continue;
     while (done < ended_.size() && ended_[done]) ++done;
     done_.store(done, std::memory_order_release);
-    progress_.notify_all();
+    // Not for every task: on a busy machine the consumer would take a worker's place to find that it must wait on.
+    if (done > awaited_ || failure_) progress_.notify_all();
   }
 }
 

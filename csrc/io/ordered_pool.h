@@ -60,9 +60,10 @@ class OrderedPool {
 
   std::mutex mutex_;
   std::condition_variable room_;      // workers wait: the consumer has moved, or stop
-  std::condition_variable progress_;  // the consumer waits: done_ has grown, an error, or stop
+  std::condition_variable progress_;  // the consumer waits: what it waits for is done, an error, or stop
   std::vector<bool> ended_;           // by task, guarded by mutex_
   size_t next_ = 0;                   // guarded by mutex_
+  size_t awaited_ = SIZE_MAX;         // guarded by mutex_; what the consumer waits for, if it does
   bool stopped_ = false;              // guarded by mutex_
   size_t failed_task_ = SIZE_MAX;     // guarded by mutex_
   std::exception_ptr failure_;        // guarded by mutex_

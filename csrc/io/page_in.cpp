@@ -8,7 +8,6 @@
 #include <memory>
 
 #include "base/error.h"
-#include "io/fault_hook.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -26,6 +25,13 @@ void read_and_drop(const File& file, ByteRange range) {
   }
 }
 
+ByteRange pages_around(ByteRange range) {
+  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  return {round_down(range.begin, page), round_up(range.end, page)};
+}
+
+}  // namespace
+
 // Note [Populate, then read]
 // MADV_POPULATE_READ on a mapping that asks for huge pages reads 2 MiB at a time into 2 MiB pages, with the
 // next 2 MiB on the way, whatever the device's readahead setting (often 128 KiB): the fastest way we found to
@@ -36,25 +42,12 @@ void read_and_drop(const File& file, ByteRange range) {
 // buffer makes the reading threads take those faults, in parallel, at the price of memory bandwidth that a
 // disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
 // csrc/README.md, "Cold pages".
-int populate(char* begin, char* end) {
-  int result;
-  do {
-    result = fault_hook::populate(begin, static_cast<size_t>(end - begin));
-  } while (result != 0 && errno == EINTR);
-  return result == 0 ? 0 : errno;
-}
-
-ByteRange pages_around(ByteRange range) {
-  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  return {round_down(range.begin, page), round_up(range.end, page)};
-}
-
-}  // namespace
-
-void page_in(const File& file, char* mapping, ByteRange range) {
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables) {
   const bool was_cached = cached_bytes(file, range, mapping) == range.size();
   const ByteRange pages = pages_around(range);
-  const int error_number = populate(mapping + pages.begin, mapping + pages.end);
+  char* const begin = mapping + pages.begin;
+  char* const end = mapping + pages.end;
+  const int error_number = was_cached ? tables.map_cached(begin, end) : PageTables::populate(begin, end);
   if (was_cached && error_number == 0) return;
 
   // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
@@ -67,7 +60,7 @@ void page_in(const File& file, char* mapping, ByteRange range) {
 void fill_page_cache(const File& file, char* mapping, ByteRange range) {
   if (cached_bytes(file, range, mapping) == range.size()) return;
   const ByteRange pages = pages_around(range);
-  populate(mapping + pages.begin, mapping + pages.end);
+  PageTables::populate(mapping + pages.begin, mapping + pages.end);
   // Nobody will use these page table entries.
   ::madvise(mapping + pages.begin, pages.size(), MADV_DONTNEED);
 }

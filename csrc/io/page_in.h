@@ -1,6 +1,7 @@
 #pragma once
 #include "base/byte_range.h"
 #include "io/file.h"
+#include "io/page_tables.h"
 
 namespace weightload {
 
@@ -10,7 +11,7 @@ namespace weightload {
 // Throws Error{read} with offset and errno when the bytes cannot be read or are not there any more. A thread
 // never touches the mapping itself: a file that shrank would end the process with SIGBUS, a system call
 // returns an error.
-void page_in(const File& file, char* mapping, ByteRange range);
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables);
 
 // Brings `range` into the page cache only, for a pread that follows; `mapping` as above. Best effort: what cannot be
 // read is left to that pread to find.

@@ -163,13 +163,15 @@ void HostLoader::find_tasks() {
 
 void HostLoader::start(const HostLoaderOptions& options) {
   bool any_private = false;
-  for (const Block& block : layout_.blocks) any_private = any_private || !block.mapped;
+  bool any_mapped = false;
+  for (const Block& block : layout_.blocks) (block.mapped ? any_mapped : any_private) = true;
   page_in_ = options.read_ahead && (any_private || total_bytes() >= kLeastCachedBytes || !all_cached());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
     readiness_[i].wait = !selected_.info(i).bytes.empty() && (!mapped || page_in_);
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
+  if (any_mapped && page_in_) page_tables_.emplace();
 
   std::vector<uint64_t> ends;
   ends.reserve(reads_.tasks.size());
@@ -191,7 +193,7 @@ void HostLoader::work(size_t task) {
   FileCounts& counts = counts_.files[read.file];
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    page_in(*file.file(), mapping, read.bytes);
+    page_in(*file.file(), mapping, read.bytes, *page_tables_);
     file.source().require_unchanged(read.bytes.begin);
     counts.mapped_bytes += read.bytes.size();
     return;
@@ -302,6 +304,7 @@ void HostLoader::close() noexcept {
   if (pool_ && !forked()) pool_->join();
   shared_.leave();
   counts_.end();
+  page_tables_.reset();
   blocks_.clear();
   block_cache_->close();
   maps_.clear();

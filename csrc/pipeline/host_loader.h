@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "io/ordered_pool.h"
+#include "io/page_tables.h"
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
 #include "pipeline/load_counts.h"
@@ -54,8 +56,9 @@ struct HostTensor {
 // Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
 // while threads bring the bytes in ahead of the consumer.
 //
-// A mapped tensor is handed out when its pages are in the page cache and in the page table, a private one when its
-// bytes have been copied. An error of a reading thread is thrown at the first tensor that needs what it could not read.
+// A mapped tensor is handed out when its pages are in the page cache and in the page tables (but for what
+// PageTables::map_cached leaves), a private one when its bytes have been copied. An error of a reading thread is thrown
+// at the first tensor that needs what it could not read.
 class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
@@ -127,6 +130,7 @@ class HostLoader {
   size_t next_ = 0;
   uint32_t first_mapped_file_ = 0;  // maps of files before this one have been let go
   bool page_in_ = true;
+  std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};
   std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
