@@ -112,7 +112,9 @@ def direct_read(files: Sequence[str], threads: int = THREADS, piece: int = PIECE
         done = 0
         descriptors: dict[int, int] = {}
         try:
-            with mmap.mmap(-1, piece) as buffer:  # page-aligned, as O_DIRECT demands
+            # Page-aligned, as O_DIRECT demands, and in huge pages: single ones make short requests, at half the rate.
+            with mmap.mmap(-1, piece, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+                buffer.madvise(mmap.MADV_HUGEPAGE)
                 for number, at in pieces[first::threads]:
                     if number not in descriptors:
                         descriptors[number] = os.open(files[number], os.O_RDONLY | os.O_DIRECT)

@@ -33,11 +33,12 @@ def way(request: pytest.FixtureRequest) -> Way:
     return way_of(request)
 
 
-# The CPU's ways always read through the page cache.
+# Only private memory is read past the page cache.
 WAYS_AND_READS = pytest.mark.parametrize(
     ("way", "read"),
     [
         *((name, "buffered") for name in CPU_WAYS),
+        *((name, "direct") for name in ("iterator-pread", "load_file-pread", "prefetch-pread")),
         *(
             pytest.param(name, read, marks=pytest.mark.simulated)
             for name in SIMULATED_WAYS

@@ -94,6 +94,7 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
     assert stats.direct_bytes > 8 << 20, stats
     assert stats.buffered_bytes > 8 << 20, stats
     assert_same(got, path)
+    path.read_bytes()
     weights = load(path)
     dict(weights)
     assert weights.stats().direct_bytes == 0, "warm by now"

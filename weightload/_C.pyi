@@ -135,43 +135,6 @@ class Group:
         agree(record), without waiting for the others, then close().
         """
 
-class HostLoader:
-    """
-    Iterator of (name, tensor) over host memory.
-    """
-    def __init__(
-        self,
-        files: list[CheckpointFile],
-        selection: collections.abc.Sequence[collections.abc.Sequence[int]],
-        places: list[torch.Tensor | None],
-        group: Group | None,
-        *,
-        map: bool,
-        read_ahead: bool,
-        threads: int,
-        cold_threads: int,
-        window_bytes: int,
-        task_bytes: int,
-        block_bytes: int,
-        spare_bytes: int,
-    ) -> None: ...
-    def __iter__(self) -> typing_extensions.Self: ...
-    def __len__(self) -> int: ...
-    def __next__(self) -> tuple[str, torch.Tensor]: ...
-    def close(self) -> None:
-        """
-        Stops and joins the reading threads and lets go of the files.
-        """
-    def counts(self) -> dict[str, typing.Any]:
-        """
-        What the load has counted so far; weightload/load_stats.py makes sense of it.
-        """
-    @property
-    def total_bytes(self) -> int:
-        """
-        bytes of the selected tensors
-        """
-
 class ReadMode:
     """
     Members:
@@ -201,6 +164,44 @@ class ReadMode:
     def name(self) -> str: ...
     @property
     def value(self) -> int: ...
+
+class HostLoader:
+    """
+    Iterator of (name, tensor) over host memory.
+    """
+    def __init__(
+        self,
+        files: list[CheckpointFile],
+        selection: collections.abc.Sequence[collections.abc.Sequence[int]],
+        places: list[torch.Tensor | None],
+        group: Group | None,
+        *,
+        map: bool,
+        read_ahead: bool,
+        threads: int,
+        cold_threads: int,
+        window_bytes: int,
+        task_bytes: int,
+        block_bytes: int,
+        spare_bytes: int,
+        read: ReadMode,
+    ) -> None: ...
+    def __iter__(self) -> typing_extensions.Self: ...
+    def __len__(self) -> int: ...
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def close(self) -> None:
+        """
+        Stops and joins the reading threads and lets go of the files.
+        """
+    def counts(self) -> dict[str, typing.Any]:
+        """
+        What the load has counted so far; weightload/load_stats.py makes sense of it.
+        """
+    @property
+    def total_bytes(self) -> int:
+        """
+        bytes of the selected tensors
+        """
 
 class DeviceLoader:
     """

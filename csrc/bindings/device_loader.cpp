@@ -51,11 +51,6 @@ py::dict device_counts(PyDeviceLoader& self) {
 }  // namespace
 
 void register_device_loader(py::module_& module) {
-  py::enum_<ReadMode>(module, "ReadMode")
-      .value("auto", ReadMode::automatic)
-      .value("buffered", ReadMode::buffered)
-      .value("direct", ReadMode::direct);
-
   py::class_<PyDeviceLoader> loader(
       module, "DeviceLoader",
       "Iterator of (name, tensor) over an accelerator's memory; None in place of tensors that were read in place.");

@@ -18,29 +18,35 @@ using PyHostLoader = PyLoader<HostLoader, HostTensor, wrap_host_tensor>;
 }  // namespace
 
 void register_host_loader(py::module_& module) {
+  py::enum_<ReadMode>(module, "ReadMode")
+      .value("auto", ReadMode::automatic)
+      .value("buffered", ReadMode::buffered)
+      .value("direct", ReadMode::direct);
+
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");
-  loader.def(
-      py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
-                  std::optional<PyGroup*> group, bool map, bool read_ahead, unsigned threads, unsigned cold_threads,
-                  uint64_t window_bytes, uint64_t task_bytes, uint64_t block_bytes, uint64_t spare_bytes) {
-        HostLoaderOptions options;
-        options.map = map;
-        options.read_ahead = read_ahead;
-        options.threads = threads;
-        options.cold_threads = cold_threads;
-        options.window_bytes = window_bytes;
-        options.task_bytes = task_bytes;
-        options.block_bytes = block_bytes;
-        options.spare_bytes = spare_bytes;
-        auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
-        return std::make_unique<PyHostLoader>(files, [&](CheckpointFiles opened) {
-          return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory),
-                                              exchange_of(group.value_or(nullptr)), options);
-        });
-      }),
-      py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::kw_only(), py::arg("map"),
-      py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"), py::arg("window_bytes"),
-      py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"));
+  loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,
+                         const py::list& places, std::optional<PyGroup*> group, bool map, bool read_ahead,
+                         unsigned threads, unsigned cold_threads, uint64_t window_bytes, uint64_t task_bytes,
+                         uint64_t block_bytes, uint64_t spare_bytes, ReadMode read) {
+               HostLoaderOptions options;
+               options.map = map;
+               options.read_ahead = read_ahead;
+               options.threads = threads;
+               options.cold_threads = cold_threads;
+               options.window_bytes = window_bytes;
+               options.task_bytes = task_bytes;
+               options.block_bytes = block_bytes;
+               options.spare_bytes = spare_bytes;
+               options.read = read;
+               auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
+               return std::make_unique<PyHostLoader>(files, [&](CheckpointFiles opened) {
+                 return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory),
+                                                     exchange_of(group.value_or(nullptr)), options);
+               });
+             }),
+             py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::kw_only(), py::arg("map"),
+             py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"), py::arg("window_bytes"),
+             py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"), py::arg("read"));
   define_iteration(loader);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <string>
 
 #include "base/error.h"
@@ -51,6 +52,25 @@ bool DirectFile::read(ByteRange range, char* destination) const {
   // The last, partial block, and whatever a short read left.
   const uint64_t from = std::max(position, range.begin);
   if (from < range.end) file_.read(from, base + (from - begin), static_cast<size_t>(range.end - from));
+  return true;
+}
+
+bool DirectFile::fits(ByteRange range, const char* destination) {
+  return (reinterpret_cast<uintptr_t>(destination) - range.begin) % kBlock == 0 &&
+         round_up(range.begin, kBlock) < round_down(range.end, kBlock);
+}
+
+bool DirectFile::read_within(ByteRange range, char* destination) const {
+  const ByteRange whole{round_up(range.begin, kBlock), round_down(range.end, kBlock)};
+  if (!read(whole, destination + (whole.begin - range.begin))) return false;
+  // The blocks at the ends hold bytes of others: by way of a block that is nobody's.
+  alignas(kBlock) char block[kBlock];
+  for (const ByteRange end : {ByteRange{range.begin, whole.begin}, ByteRange{whole.end, range.end}}) {
+    if (end.empty()) continue;
+    char* const part = block + end.begin % kBlock;
+    if (!read(end, part)) file_.read(end.begin, part, static_cast<size_t>(end.size()));
+    std::memcpy(destination + (end.begin - range.begin), part, static_cast<size_t>(end.size()));
+  }
   return true;
 }
 

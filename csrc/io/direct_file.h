@@ -23,6 +23,12 @@ class DirectFile {
   // False when the file system refuses after all (EINVAL): nothing has been read. Otherwise as File::read.
   bool read(ByteRange range, char* destination) const;
 
+  // The same, and writes nothing but the range; for those that fits().
+  bool read_within(ByteRange range, char* destination) const;
+
+  // Whether the two agree modulo kDirectAlignment and the range has a whole block.
+  static bool fits(ByteRange range, const char* destination);
+
  private:
   DirectFile(const File& file, UniqueFd fd) : file_(file), fd_(std::move(fd)) {}
 

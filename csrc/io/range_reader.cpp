@@ -39,9 +39,9 @@ RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mo
   if (mode == ReadMode::automatic && direct_) rates_ = &ReadRates::of(*file);
 }
 
-RangeReader::Attempt RangeReader::begin(ByteRange range) {
+RangeReader::Attempt RangeReader::begin(ByteRange range, bool may_be_direct) {
   Attempt attempt{range, false, false, std::chrono::steady_clock::now()};
-  const bool can_be_direct = direct_works_.load(std::memory_order_relaxed);
+  const bool can_be_direct = may_be_direct && direct_works_.load(std::memory_order_relaxed);
   if (mode_ == ReadMode::direct) {
     attempt.direct = can_be_direct;
   } else if (file_ && storage_ != Storage::memory) {
@@ -55,14 +55,21 @@ RangeReader::Attempt RangeReader::begin(ByteRange range) {
 }
 
 bool RangeReader::direct(Attempt& attempt, char* destination) {
-  if (!attempt.direct) return false;
-  attempt.direct = direct_->read(attempt.range, destination);
-  if (attempt.direct) {
+  return attempt.direct && was_direct(attempt, direct_->read(attempt.range, destination));
+}
+
+bool RangeReader::direct_within(Attempt& attempt, char* destination) {
+  return attempt.direct && was_direct(attempt, direct_->read_within(attempt.range, destination));
+}
+
+bool RangeReader::was_direct(Attempt& attempt, bool read) {
+  attempt.direct = read;
+  if (read) {
     counts_.direct_bytes += attempt.range.size();
   } else {
     direct_works_ = false;
   }
-  return attempt.direct;
+  return read;
 }
 
 void RangeReader::buffered(ByteRange part, char* destination) {

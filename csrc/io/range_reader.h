@@ -44,11 +44,15 @@ class RangeReader {
   // The address of the file's byte 0 in a mapping that outlives the reader. Before the first read.
   void fill_cache_through(char* mapping) { mapping_ = mapping; }
 
-  // Decides, and prepares the page cache where the range will be read through it.
-  Attempt begin(ByteRange range);
+  // Decides, and prepares the page cache where the range will be read through it. `may_be_direct` is false where the
+  // memory it will go to does not allow that.
+  Attempt begin(ByteRange range, bool may_be_direct = true);
 
   // As DirectFile::read. False: the attempt is no longer direct, read the range with buffered().
   bool direct(Attempt& attempt, char* destination);
+
+  // The same as DirectFile::read_within.
+  bool direct_within(Attempt& attempt, char* destination);
 
   // Reads a part of the range, or all of it, to `destination`, at any alignment.
   void buffered(ByteRange part, char* destination);
@@ -57,6 +61,8 @@ class RangeReader {
   void end(const Attempt& attempt);
 
  private:
+  bool was_direct(Attempt& attempt, bool read);
+
   const ByteSource& source_;
   const File* file_;
   const ReadMode mode_;

@@ -7,11 +7,12 @@
 namespace weightload {
 namespace {
 
-// Ranges each way before the comparison counts: as many as the threads of a load have in hand at once.
-constexpr uint64_t kTrials = 16;
+// Ranges each way before the comparison counts: twice as many as the threads of a load to the CPU have in hand at once.
+constexpr uint64_t kTrials = 8;
 
-// One in this many reads goes the way that is the slower so far. At half the other's speed that costs under a percent.
-constexpr uint64_t kSecondChance = 128;
+// One in this many reads goes the way that is the slower so far. At half the other's speed that costs under two
+// percent.
+constexpr uint64_t kSecondChance = 64;
 
 // Smaller reads say more about system calls than about the disk.
 constexpr uint64_t kLeastBytes = 256 << 10;

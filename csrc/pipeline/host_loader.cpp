@@ -7,8 +7,8 @@
 #include "base/fork_generation.h"
 #include "base/stopwatch.h"
 #include "io/page_in.h"
-#include "io/residency.h"
 #include "memory/spare_memory.h"
+#include "pipeline/cached_reads.h"
 
 namespace weightload {
 namespace {
@@ -18,12 +18,6 @@ constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 // A mapped load of less than this whose files are in the page cache is left to page faults: they cost less than the
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
-
-// Of more ranges it is cheaper to ask of whole files.
-constexpr size_t kMostRangesToAskOf = 256;
-
-constexpr size_t kSamples = 16;
-constexpr uint64_t kSampleBytes = 64 << 10;
 
 bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_alignment(tensor.dtype) == 0; }
 
@@ -36,6 +30,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       selected_(std::move(files), selection),
       counts_(selected_.files().size()),
       readiness_(selected_.size()),
+      read_(shared_ ? ReadMode::buffered : options.read),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   map_files();
@@ -74,6 +69,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   layout.block_bytes = options.block_bytes;
   layout.block_alignment = kHostBlockAlignment;
   layout.align_every_tensor = false;
+  if (read_ != ReadMode::buffered) layout.direct_alignment = kDirectAlignment;
   layout_ = plan_layout(extents, layout);
 
   reads_ = plan_reads(layout_, shared_.reads(options.task_bytes));
@@ -95,33 +91,6 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   spare_memory::set_limit(options.spare_bytes);
 }
 
-bool HostLoader::is_cached(uint32_t file, ByteRange range) const {
-  const File* const asked = selected_.files()[file]->file();
-  return asked && cached_bytes(*asked, range, maps_[file] ? maps_[file]->data() : nullptr) == range.size();
-}
-
-bool HostLoader::all_cached() const {
-  if (reads_.tasks.size() <= kMostRangesToAskOf) {
-    return std::all_of(reads_.tasks.begin(), reads_.tasks.end(),
-                       [this](const ReadTask& task) { return is_cached(task.file, task.bytes); });
-  }
-  for (uint32_t f = 0; f < selected_.files().size(); ++f) {
-    if (!is_cached(f, {0, selected_.files()[f]->size()})) return false;
-  }
-  return true;
-}
-
-// By some samples: asking of every page costs 34 ns a page, a tenth of reading it.
-bool HostLoader::looks_cached() const {
-  const size_t step = std::max<size_t>(1, reads_.tasks.size() / kSamples);
-  for (size_t t = 0; t < reads_.tasks.size(); t += step) {
-    const ReadTask& task = reads_.tasks[t];
-    if (!is_cached(task.file, {task.bytes.begin, std::min(task.bytes.end, task.bytes.begin + kSampleBytes)}))
-      return false;
-  }
-  return true;
-}
-
 void HostLoader::map_files() {
   maps_.resize(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
@@ -135,6 +104,17 @@ void HostLoader::map_files() {
       // limit of the address space, or on a file system that cannot map.
       if (layout_.blocks[layout_.places[i].block].mapped) throw;
     }
+  }
+}
+
+void HostLoader::open_readers() {
+  readers_.resize(selected_.files().size());
+  for (const ReadTask& task : reads_.tasks) {
+    auto& reader = readers_[task.file];
+    if (reader || layout_.blocks[task.block].mapped) continue;
+    const CheckpointFile& file = *selected_.files()[task.file];
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), read_, counts_.files[task.file]);
+    if (maps_[task.file]) reader->fill_cache_through(maps_[task.file]->data());
   }
 }
 
@@ -165,20 +145,22 @@ void HostLoader::start(const HostLoaderOptions& options) {
   bool any_private = false;
   bool any_mapped = false;
   for (const Block& block : layout_.blocks) (block.mapped ? any_mapped : any_private) = true;
-  page_in_ = options.read_ahead && (any_private || total_bytes() >= kLeastCachedBytes || !all_cached());
+  page_in_ = options.read_ahead &&
+             (any_private || total_bytes() >= kLeastCachedBytes || !all_cached(selected_, maps_, reads_));
   for (size_t i = 0; i < selected_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
     readiness_[i].wait = !selected_.info(i).bytes.empty() && (!mapped || page_in_);
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
   if (any_mapped && page_in_) page_tables_.emplace();
+  if (any_private) open_readers();
 
   std::vector<uint64_t> ends;
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  const unsigned threads =
-      options.threads < options.cold_threads && !looks_cached() ? options.cold_threads : options.threads;
+  const bool waits = read_ == ReadMode::direct || !looks_cached(selected_, maps_, reads_);
+  const unsigned threads = waits ? std::max(options.threads, options.cold_threads) : options.threads;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
   counts_.threads = pool_->thread_count();
@@ -190,18 +172,19 @@ void HostLoader::work(size_t task) {
   const CheckpointFile& file = *selected_.files()[read.file];
   char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
   if (layout_.blocks[read.block].mapped && !page_in_) return;
-  FileCounts& counts = counts_.files[read.file];
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
     page_in(*file.file(), mapping, read.bytes, *page_tables_);
     file.source().require_unchanged(read.bytes.begin);
-    counts.mapped_bytes += read.bytes.size();
+    counts_.files[read.file].mapped_bytes += read.bytes.size();
     return;
   }
-  if (mapping) fill_page_cache(*file.file(), mapping, read.bytes);
-  file.source().read(read.bytes.begin, block_memory(read.block)->data() + read.block_offset, read.bytes.size());
+  char* const destination = block_memory(read.block)->data() + read.block_offset;
+  RangeReader& reader = *readers_[read.file];
+  RangeReader::Attempt attempt = reader.begin(read.bytes, DirectFile::fits(read.bytes, destination));
+  if (!reader.direct_within(attempt, destination)) reader.buffered(read.bytes, destination);
+  reader.end(attempt);
   file.source().require_unchanged(read.bytes.begin);
-  counts.buffered_bytes += read.bytes.size();
 }
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {
@@ -305,6 +288,7 @@ void HostLoader::close() noexcept {
   shared_.leave();
   counts_.end();
   page_tables_.reset();
+  readers_.clear();
   blocks_.clear();
   block_cache_->close();
   maps_.clear();

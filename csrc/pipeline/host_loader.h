@@ -9,6 +9,7 @@
 
 #include "io/ordered_pool.h"
 #include "io/page_tables.h"
+#include "io/range_reader.h"
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
 #include "pipeline/load_counts.h"
@@ -38,6 +39,9 @@ struct HostLoaderOptions {
 
   // How much private memory the process keeps for later loads; see memory/spare_memory.h.
   uint64_t spare_bytes = 0;
+
+  // Of private memory. What is not shared with other ranks may be read directly.
+  ReadMode read = ReadMode::automatic;
 
   // Mapped files: false leaves the reading to page faults.
   bool read_ahead = true;
@@ -100,11 +104,9 @@ class HostLoader {
     bool wait = true;        // false: nothing is read ahead
   };
 
-  bool all_cached() const;
-  bool looks_cached() const;
-  bool is_cached(uint32_t file, ByteRange range) const;
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   void map_files();
+  void open_readers();
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task);
@@ -116,9 +118,10 @@ class HostLoader {
   SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
   LoadCounts counts_;
-  std::vector<HostMemoryRef> maps_;          // by file; empty for those that need no mapping
-  std::vector<uint32_t> last_task_of_file_;  // by file; meaningful where tensors of it were selected
-  std::vector<Readiness> readiness_;         // by tensor
+  std::vector<HostMemoryRef> maps_;                    // by file; empty for those that need no mapping
+  std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; of those with private blocks
+  std::vector<uint32_t> last_task_of_file_;            // by file; meaningful where tensors of it were selected
+  std::vector<Readiness> readiness_;                   // by tensor
   Layout layout_;
   ReadPlan reads_;
 
@@ -130,6 +133,7 @@ class HostLoader {
   size_t next_ = 0;
   uint32_t first_mapped_file_ = 0;  // maps of files before this one have been let go
   bool page_in_ = true;
+  ReadMode read_;
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};

@@ -5,6 +5,9 @@
 namespace weightload {
 namespace {
 
+// Smaller tensors that do not follow the one before in their file are not worth a gap of up to direct_alignment.
+constexpr uint64_t kLeastDirect = 1 << 20;
+
 class LayoutBuilder {
  public:
   LayoutBuilder(const std::vector<TensorExtent>& tensors, const LayoutOptions& options)
@@ -39,6 +42,8 @@ class LayoutBuilder {
   uint64_t first_offset(uint32_t index) const {
     const TensorExtent& tensor = tensors_[index];
     if (options_.align_every_tensor || tensor.mapped || tensor.alone) return 0;
+    if (options_.direct_alignment != 0)
+      return round_down(tensor.bytes.begin % options_.direct_alignment, tensor.alignment);
     const uint64_t phase = round_down(tensor.bytes.begin % options_.block_alignment, tensor.alignment);
     const uint64_t next = index + 1 < tensors_.size() ? tensors_[index + 1].bytes.size() : 0;
     const bool room = tensor.bytes.size() <= options_.block_bytes && next <= options_.block_bytes &&
@@ -49,6 +54,10 @@ class LayoutBuilder {
   uint64_t next_offset(const TensorExtent& tensor) const {
     const uint64_t end = layout_.blocks.back().bytes;
     if (tensor.mapped) return end;
+    if (options_.direct_alignment != 0 && tensor.bytes.size() >= kLeastDirect) {
+      const uint64_t in_step = end + (tensor.bytes.begin - end) % options_.direct_alignment;
+      if (in_step % tensor.alignment == 0) return in_step;
+    }
     const uint64_t least = options_.align_every_tensor ? options_.block_alignment : 1;
     return round_up(end, std::max<uint64_t>(least, tensor.alignment));
   }

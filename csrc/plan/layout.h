@@ -58,6 +58,11 @@ struct LayoutOptions {
   // 256 is what accelerator kernels and allocators assume; 64 is a host cache line.
   uint64_t block_alignment = 256;
 
+  // Not 0 (host): a block starts as far from a multiple of this as its first byte does in the file, so that it can be
+  // read directly, and is larger by as much; so do large tensors behind a gap. A power of two, at least
+  // block_alignment.
+  uint64_t direct_alignment = 0;
+
   // True (accelerators): every tensor starts on a multiple of block_alignment, at the cost of padding and of
   // one copy run a tensor. False (host): tensors keep the file's spacing wherever that meets their own
   // alignment, so that thousands of small tensors are one run, read by one call.

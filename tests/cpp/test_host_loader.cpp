@@ -11,6 +11,7 @@
 #include "check.h"
 #include "checkpoint.h"
 #include "io/fault_hook.h"
+#include "io/file_system.h"
 
 using namespace weightload;
 using std::chrono::milliseconds;
@@ -68,6 +69,38 @@ TEST(both_backends_give_the_files_bytes) {
       load_and_check(files, everything(files), options);
     }
   }
+}
+
+TEST(direct_reads_give_the_files_bytes) {
+  const TemporaryFile one(0, {1, 5000, 3'000'001, 0, 70'000, 2'500'000});
+  const TemporaryFile other(1, {4'000'000, 777, 4096, 2'100'000, 3});
+  const auto files = CheckpointFile::open_all({one.path, other.path}, 2);
+  for (const uint64_t task_bytes : {uint64_t{4096}, uint64_t{100'000}, uint64_t{1} << 20}) {
+    for (const uint64_t block_bytes : {uint64_t{20'000}, uint64_t{64} << 20}) {
+      HostLoaderOptions options = small_options(false);
+      options.read = ReadMode::direct;
+      options.window_bytes = 3 << 20;
+      options.task_bytes = task_bytes;
+      options.block_bytes = block_bytes;
+      load_and_check(files, everything(files), options);
+      load_and_check(files, {{1, 2, 5}, {0, 2, 3}}, options);
+    }
+  }
+}
+
+TEST(what_can_be_read_directly_is) {
+  const TemporaryFile temporary(0, {3'000'001, 10, 2'500'000});
+  const auto files = CheckpointFile::open_all({temporary.path}, 1);
+  if (storage_of(*files[0]->file()) != Storage::disk) return;
+  HostLoaderOptions options = small_options(false);
+  options.block_bytes = 64 << 20;
+  options.task_bytes = 1 << 20;
+  options.read = ReadMode::direct;
+  HostLoader loader(files, everything(files), {}, nullptr, options);
+  HostTensor tensor;
+  while (take(loader, tensor) == HostLoader::Step::tensor) check_bytes(files, tensor);
+  CHECK(loader.counts().files[0].direct_bytes == 5'500'011);
+  CHECK(loader.counts().files[0].buffered_bytes == 0);
 }
 
 TEST(a_selection_gives_those_tensors_only) {

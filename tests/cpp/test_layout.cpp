@@ -114,6 +114,23 @@ TEST(a_tensor_without_room_for_the_next_is_not_made_larger_by_the_files_phase) {
   CHECK(layout.places[1].block_offset == 708 % 64 && layout.blocks[1].bytes == 708 % 64 + 800);
 }
 
+TEST(what_is_to_be_read_directly_keeps_step_with_its_file) {
+  constexpr uint64_t kMiB = 1 << 20;
+  LayoutOptions options = host();
+  options.block_bytes = 64 * kMiB;
+  options.direct_alignment = 4096;
+  const Layout layout = checked(
+      {extent(0, 1000, kMiB), extent(0, 1000 + kMiB, 10), extent(0, 3 * kMiB + 20, 2 * kMiB), extent(0, 9 * kMiB, 20),
+       extent(1, 77, kMiB, 1), extent(1, 2 * kMiB + 1, kMiB, 2), extent(1, 5 * kMiB + 10, 64 * kMiB)},
+      options);
+  CHECK(layout.places[0].block_offset == 1000 && layout.places[1].block_offset == 1000 + kMiB);
+  CHECK(layout.places[2].block_offset % 4096 == 20);
+  CHECK(layout.places[3].block_offset == layout.places[2].block_offset + 2 * kMiB);  // small: no gap
+  CHECK(layout.places[4].block_offset % 4096 == 77);
+  CHECK(layout.places[5].block_offset % 2 == 0);  // its alignment comes first
+  CHECK(layout.blocks.size() == 2 && layout.places[6].block_offset == 10);
+}
+
 TEST(blocks_span_files) {
   const Layout layout = checked({extent(0, 64, 10), extent(1, 64, 10)}, host());
   CHECK(layout.blocks.size() == 1 && layout.runs.size() == 2);

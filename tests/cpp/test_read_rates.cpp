@@ -29,8 +29,8 @@ TEST(both_ways_are_tried_and_the_faster_one_wins) {
 
 TEST(the_first_reads_are_direct) {
   ReadRates rates;
-  CHECK(direct_of(rates, 16, 1000, 1000) == 16);
-  CHECK(direct_of(rates, 16, 1000, 1000) == 0);
+  CHECK(direct_of(rates, 8, 1000, 1000) == 8);
+  CHECK(direct_of(rates, 8, 1000, 1000) == 0);
 }
 
 TEST(a_disk_that_changes_is_noticed) {
@@ -46,7 +46,7 @@ TEST(small_reads_do_not_count) {
   for (int i = 0; i < 32; ++i) rates.record(true, 1000, 1'000'000);
   rates.record(true, kMiB, 1000);
   rates.record(false, kMiB, 2000);
-  CHECK(direct_of(rates, 100, 1000, 2000) >= 99);
+  CHECK(direct_of(rates, 100, 1000, 2000) >= 98);
 }
 
 TEST(files_of_one_file_system_share_their_rates) {
