@@ -38,7 +38,7 @@ WAYS_AND_READS = pytest.mark.parametrize(
     ("way", "read"),
     [
         *((name, "buffered") for name in CPU_WAYS),
-        *((name, "direct") for name in ("iterator-pread", "load_file-pread", "prefetch-pread")),
+        *((name, "direct") for name in ("iterator-pread", "load_file-pread", "load_into", "prefetch-pread")),
         *(
             pytest.param(name, read, marks=pytest.mark.simulated)
             for name in SIMULATED_WAYS

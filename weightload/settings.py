@@ -125,8 +125,8 @@ class Settings:
         unit=", ".join(f'"{mode}"' for mode in READ_MODES),
         loads=f"{CPU} (private memory), {ACCELERATORS}",
         what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
-        "the page cache from there, the rest on local disks whichever way has been faster. Memory of the caller's, and "
-        "ranks that share a load to the CPU, are always read through it.",
+        "the page cache from there, the rest on local disks whichever way has been faster. Ranks that share a load to "
+        "the CPU always read through it.",
         change='"direct" where loads are always cold and the page cache belongs to others; "buffered" where the files '
         "are soon loaded again, by this process or another one.",
     )

@@ -1,6 +1,7 @@
 #include "pipeline/host_loader.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "base/error.h"
@@ -179,12 +180,24 @@ void HostLoader::work(size_t task) {
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     return;
   }
-  char* const destination = block_memory(read.block)->data() + read.block_offset;
-  RangeReader& reader = *readers_[read.file];
-  RangeReader::Attempt attempt = reader.begin(read.bytes, DirectFile::fits(read.bytes, destination));
-  if (!reader.direct_within(attempt, destination)) reader.buffered(read.bytes, destination);
-  reader.end(attempt);
+  read_private(*readers_[read.file], read.bytes, block_memory(read.block)->data() + read.block_offset);
   file.source().require_unchanged(read.bytes.begin);
+}
+
+void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination) {
+  const bool in_place = DirectFile::fits(range, destination);
+  // Memory of the caller's lies as it does. A copy of what is direct costs less than filling the page cache.
+  const bool by_way = !in_place && range.size() >= kHugePage;
+  RangeReader::Attempt attempt = reader.begin(range, in_place || by_way);
+  if (attempt.direct && by_way) {
+    const HostMemoryRef scratch = block_cache_->allocate(range.size() + 2 * kDirectAlignment);
+    char* const image = scratch->data() + range.begin % kDirectAlignment;
+    if (reader.direct(attempt, image)) std::memcpy(destination, image, static_cast<size_t>(range.size()));
+  } else {
+    reader.direct_within(attempt, destination);
+  }
+  if (!attempt.direct) reader.buffered(range, destination);
+  reader.end(attempt);
 }
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {

@@ -110,6 +110,7 @@ class HostLoader {
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task);
+  void read_private(RangeReader& reader, ByteRange range, char* destination);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);

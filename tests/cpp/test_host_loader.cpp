@@ -103,6 +103,25 @@ TEST(what_can_be_read_directly_is) {
   CHECK(loader.counts().files[0].buffered_bytes == 0);
 }
 
+TEST(memory_of_the_callers_that_is_out_of_step_is_read_directly_by_way_of_a_block) {
+  constexpr uint64_t kSize = 9'000'001;
+  const TemporaryFile temporary(0, {5, kSize});
+  const auto files = CheckpointFile::open_all({temporary.path}, 1);
+  HostLoaderOptions options = small_options(false);
+  options.task_bytes = 4 << 20;
+  options.read = ReadMode::direct;
+  const HostMemoryRef memory = allocate_block(kSize + 64);  // its end does not fill the last disk block either
+  std::memset(memory->data() + kSize, 'x', 64);
+  HostLoader loader(files, {{1}}, {memory}, nullptr, options);
+  HostTensor tensor;
+  CHECK(take(loader, tensor) == HostLoader::Step::tensor);
+  CHECK(tensor.in_place);
+  for (uint64_t i = 0; i < kSize; ++i)
+    CHECK(static_cast<unsigned char>(memory->data()[i]) == byte_at(0, tensor.info->bytes.begin + i));
+  for (uint64_t i = kSize; i < kSize + 64; ++i) CHECK(memory->data()[i] == 'x');
+  if (storage_of(*files[0]->file()) == Storage::disk) CHECK(loader.counts().files[0].direct_bytes >= 8'000'000);
+}
+
 TEST(a_selection_gives_those_tensors_only) {
   const Checkpoint checkpoint;
   const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
