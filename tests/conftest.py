@@ -238,6 +238,11 @@ def evict(files: list[Path]) -> None:
         os.close(descriptor)
 
 
+def on_a_local_disk(path: Path) -> bool:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True).stdout.strip()
+    return kind in ("ext2/ext3", "xfs", "btrfs", "f2fs")
+
+
 def run_script(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]

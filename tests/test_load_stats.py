@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import evict, write_tensors
+from conftest import evict, on_a_local_disk, write_tensors
 
 import weightload
 from weightload import settings
@@ -49,6 +49,21 @@ def test_every_byte_is_counted_once(files: list[Path], backend: str, way: str) -
     assert stats.stages["parse"].seconds > 0
     assert 0 < stats.threads == stats.stages["read"].threads
     assert {"open", "parse", "setup", "read", "consumer"} <= set(stats.stages)
+
+
+def test_cold_private_memory_is_read_directly_but_for_ranks_that_share_a_page_cache(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_a_local_disk(files[0]):
+        pytest.skip("not on a local disk")
+    evict(files)
+    with settings.override(read="direct"):
+        assert drained(files, backend="pread").direct_bytes > 7 * MIB
+        evict(files)
+        assert drained(files, backend="mmap").direct_bytes == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    evict(files)
+    assert drained(files, backend="pread").direct_bytes == 0
 
 
 def test_the_iterating_threads_time_adds_up(files: list[Path]) -> None:
@@ -95,9 +110,9 @@ def test_with_a_bar_too(files: list[Path]) -> None:
 
 
 def test_a_load_with_a_bar_is_stopped_while_another_thread_waits_in_it(files: list[Path], arm: Any) -> None:
-    """The load would take a minute."""
+    """The load would take seconds: threads read no further than the next tensor before the consumer asks for it."""
     evict(files)
-    with settings.override(task_bytes=MIB, threads=1):
+    with settings.override(task_bytes=MIB, window_bytes=MIB, threads=1):
         weights = weightload.safetensors_weights_iterator(files, to_cpu=True, backend="pread", show_progress=True)
         assert isinstance(weights, WeightsWithBar)
         next(weights)

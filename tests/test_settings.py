@@ -92,6 +92,17 @@ def test_where_a_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (origins["threads"], origins["read"], origins["task_bytes"]) == ("environment", "override", "default")
 
 
+def test_ranks_that_load_independently_read_through_the_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ranks, read in (("", "auto"), ("1", "auto"), ("8", "buffered")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert settings.current().read_mode(shared=False) == read
+        assert settings.current().read_mode(shared=True) == "auto"
+        with settings.override(read="direct"):
+            assert settings.current().read_mode(shared=False) == "direct"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert settings.current().read_mode(shared=False) == "auto"
+
+
 def test_threads_default_to_the_cpus_of_the_process_not_the_machine() -> None:
     script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from weightload import settings; "
     script += "print(settings.current().thread_count())"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import SEED, evict, run_script, write_tensors
+from conftest import SEED, evict, on_a_local_disk, run_script, write_tensors
 from simulated_support import DEVICE, SMALL, assert_same, load, load_stats_of, raw, reference_of
 
 import weightload
@@ -51,11 +50,6 @@ def test_every_way_of_reading(simulated: Any, mixed: list[Path], read: str, cold
         assert stats.buffered_bytes == 0
 
 
-def on_a_local_disk(path: Path) -> bool:
-    kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True).stdout.strip()
-    return kind in ("ext2/ext3", "xfs", "btrfs", "f2fs")
-
-
 def test_direct_reads_leave_the_page_cache_alone(simulated: Any, tmp_path: Path) -> None:
     """Larger than any readahead that reading the header may start."""
     path = write_tensors(tmp_path / "cold.safetensors", [(f"{i}", "F32", [1_000_003]) for i in range(12)])
@@ -91,8 +85,8 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
         weights = load(path)
         got = dict(weights)
     stats = weights.stats()
-    assert stats.direct_bytes > 8 << 20, stats
-    assert stats.buffered_bytes > 8 << 20, stats
+    assert stats.direct_bytes >= 7 << 20, stats
+    assert stats.buffered_bytes >= 7 << 20, stats
     assert_same(got, path)
     path.read_bytes()
     weights = load(path)

@@ -56,7 +56,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
                 window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
-                read=getattr(_C.ReadMode, now.read),
+                read=getattr(_C.ReadMode, now.read_mode(shared=sharing is not None)),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.

@@ -61,7 +61,7 @@ class WeightIterator(_C.HostLoader):
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
                 spare_bytes=now.spare_bytes,
-                read=getattr(_C.ReadMode, now.read),
+                read=getattr(_C.ReadMode, now.read_mode(shared=sharing is not None)),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.

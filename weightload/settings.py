@@ -125,8 +125,8 @@ class Settings:
         unit=", ".join(f'"{mode}"' for mode in READ_MODES),
         loads=f"{CPU} (private memory), {ACCELERATORS}",
         what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
-        "the page cache from there, the rest on local disks whichever way has been faster. Ranks that share a load to "
-        "the CPU always read through it.",
+        "the page cache from there, the rest on local disks whichever way has been faster, but through the page cache "
+        "where several ranks of a node load independently. Ranks that share a load to the CPU always read through it.",
         change='"direct" where loads are always cold and the page cache belongs to others; "buffered" where the files '
         "are soon loaded again, by this process or another one.",
     )
@@ -145,6 +145,14 @@ class Settings:
             raise ValueError(
                 f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
             )
+
+    def read_mode(self, shared: bool) -> str:
+        """The setting; in place of "auto" "buffered" where other ranks of this node read the same files by themselves.
+
+        They find in the page cache what this one has read. Their number is torchrun's ``LOCAL_WORLD_SIZE``.
+        """
+        alone = shared or os.environ.get("LOCAL_WORLD_SIZE", "1") in ("", "1")
+        return self.read if alone or self.read != "auto" else "buffered"
 
     def thread_count(self, cold: bool = False) -> int:
         """Threads to start: the setting, or the default of this process now, also for files that are to be read."""
