@@ -81,7 +81,7 @@ def run_ways(ways: str, script: str, *paths: object, size: int, names: list[str]
 def test_more_files_than_descriptors(ways: str, tmp_path: Path) -> None:
     """EMFILE names the file it hit, and all others are closed; with descriptors enough the same files load.
 
-    A file takes one descriptor, to an accelerator two: without the second it is read through the page cache.
+    A file takes one descriptor, or two where it may be read past the page cache: without the second it is not.
     """
     files = [write_tensors(tmp_path / f"{i}.safetensors", [(f"{i}", "U8", [100])]) for i in range(64)]
     script = """

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 
 def usable_cpus() -> int:
-    """CPUs the process may use, at least 1. A quota of 1.5 CPUs counts as 2."""
+    """CPUs the process may use, at least 1. A quota of 1.5 CPUs counts as 2; a change of it is not noticed."""
     count = len(os.sched_getaffinity(0))
-    quota = cgroup_cpu_quota()
+    quota = _own_quota()
     return max(1, count if quota is None else min(count, -int(-quota // 1)))
+
+
+@functools.cache
+def _own_quota() -> float | None:
+    """Asked once: a dozen small files take 0.1 ms, which every load would spend several times."""
+    return cgroup_cpu_quota()
 
 
 def cgroup_cpu_quota(

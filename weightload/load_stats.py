@@ -59,7 +59,7 @@ class FileStats:
 
     @property
     def read(self) -> str:
-        """The ways it was read, in words: "mapped", "buffered", "direct", two of them, or "left to page faults"."""
+        """The ways it was read, in words: "mapped", "buffered", "direct", some of them, or "left to page faults"."""
         ways = [way for way in ("mapped", "buffered", "direct") if getattr(self, f"{way}_bytes")]
         return " and ".join(ways) or "left to page faults"
 

@@ -123,7 +123,7 @@ class Settings:
     read: str = _knob(
         "auto",
         unit=", ".join(f'"{mode}"' for mode in READ_MODES),
-        loads=f"{CPU} (private memory), {ACCELERATORS}",
+        loads=f"{CPU} (private memory and parameters), {ACCELERATORS}",
         what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
         "the page cache from there, the rest on local disks whichever way has been faster, but through the page cache "
         "where several ranks of a node load independently. Ranks that share a load to the CPU always read through it.",

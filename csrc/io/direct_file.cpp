@@ -1,11 +1,15 @@
 #include "io/direct_file.h"
 
 #include <fcntl.h>
+#include <sys/utsname.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "io/fault_hook.h"
@@ -40,7 +44,8 @@ bool DirectFile::read(ByteRange range, char* destination) const {
                                           static_cast<off_t>(position));
     if (got < 0) {
       if (errno == EINTR) continue;
-      if ((errno == EINVAL || errno == EOPNOTSUPP) && position == begin) return false;
+      // EFAULT: memory that the kernel can write to but not hand to the disk.
+      if ((errno == EINVAL || errno == EOPNOTSUPP || errno == EFAULT) && position == begin) return false;
       throw Error(ErrorKind::read, "cannot read " + std::to_string(end - position) + " bytes",
                   {file_.path(), {}, std::max(position, range.begin), errno});
     }
@@ -53,6 +58,17 @@ bool DirectFile::read(ByteRange range, char* destination) const {
   const uint64_t from = std::max(position, range.begin);
   if (from < range.end) file_.read(from, base + (from - begin), static_cast<size_t>(range.end - from));
   return true;
+}
+
+bool DirectFile::suits_private_memory() {
+  static const bool suits = [] {
+    struct utsname kernel{};
+    unsigned major = 0, minor = 0;
+    if (::uname(&kernel) != 0 || std::sscanf(kernel.release, "%u.%u", &major, &minor) != 2) return false;
+    return std::make_pair(major, minor) >=
+           (::sysconf(_SC_PAGESIZE) == 4096 ? std::make_pair(5u, 18u) : std::make_pair(6u, 3u));
+  }();
+  return suits;
 }
 
 bool DirectFile::fits(ByteRange range, const char* destination) {

@@ -20,11 +20,16 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // False when the file system refuses after all (EINVAL): nothing has been read. Otherwise as File::read.
+  // False when the file system, or the memory, refuses after all (EINVAL, EFAULT): nothing has been read. Otherwise as
+  // File::read.
   bool read(ByteRange range, char* destination) const;
 
   // The same, and writes nothing but the range; for those that fits().
   bool read_within(ByteRange range, char* destination) const;
+
+  // Whether the disk may write into memory that the process may fork, or has lent to the kernel (MADV_FREE), meanwhile.
+  // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.3.
+  static bool suits_private_memory();
 
   // Whether the two agree modulo kDirectAlignment and the range has a whole block.
   static bool fits(ByteRange range, const char* destination);

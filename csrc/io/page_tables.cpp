@@ -16,9 +16,6 @@ namespace {
 // default).
 constexpr uint64_t kFaultAround = 64 << 10;
 
-// What one entry of the page directory maps, with pages of 4 KiB.
-constexpr uint64_t kWindow = 2 << 20;
-
 constexpr uint64_t kPresent = 1ull << 63;  // in an entry of pagemap
 
 uint64_t page_bytes() {
@@ -30,6 +27,15 @@ uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(mem
 
 // From `memory` to the next multiple of `unit`, at least one byte.
 uint64_t to_next(const char* memory, uint64_t unit) { return unit - address_of(memory) % unit; }
+
+bool is_mapped(uint64_t entry) { return (entry & kPresent) != 0; }
+
+// The first of the entries from `first` on that is mapped, or is not; `count` if there is none.
+template <typename Entries>
+size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
+  while (first < count && is_mapped(entries[first]) != mapped) ++first;
+  return first;
+}
 
 int persist(int (*call)(void*, size_t), char* begin, uint64_t size) {
   int result;
@@ -56,8 +62,8 @@ int PageTables::populate(char* begin, char* end) {
 // Note [Ask for one page of sixteen]
 // MADV_POPULATE_READ visits every page of its range, those too that the fault of the page before has mapped: half of
 // its time, or more. A fault of one page maps its neighbours as far as they are in the page cache, and all of a huge
-// page. So one page is asked for, what that has mapped is looked up, and then as few more as need be. Figures:
-// csrc/README.md.
+// page. So one page is asked for, what that has mapped is looked up, then one page of each sixteen that are not mapped,
+// and at last what was passed over, for whatever reason. Figures: csrc/README.md.
 int PageTables::map_cached(char* begin, char* end) const {
   const uint64_t page = page_bytes();
   if (!pagemap_ || page >= kFaultAround) return populate(begin, end);
@@ -65,7 +71,7 @@ int PageTables::map_cached(char* begin, char* end) const {
   while (begin < end) {
     char* const window_end = begin + std::min<uint64_t>(to_next(begin, kWindow), static_cast<uint64_t>(end - begin));
     if (const int error_number = persist(ask, begin, page)) return error_number;
-    if (const int error_number = map_neighbours(begin, window_end)) return error_number;
+    if (const int error_number = map_window(begin, window_end)) return error_number;
     begin = window_end;
     ask = fault_hook::populate_on;  // all windows together are one read
   }
@@ -73,28 +79,37 @@ int PageTables::map_cached(char* begin, char* end) const {
 }
 
 // The rest of a window whose first page is mapped.
-int PageTables::map_neighbours(char* begin, char* end) const {
+int PageTables::map_window(char* begin, char* end) const {
   const uint64_t page = page_bytes();
-  char* mapped_end = begin + to_next(begin, kFaultAround);
-  if (mapped_end >= end || !is_mapped(mapped_end - page))
-    return persist(fault_hook::populate_on, begin, static_cast<uint64_t>(end - begin));
-  // Not the last page: who maps what follows the range maps that too, and no more of the range.
-  const char* const far = end - (address_of(end) - 1) % kFaultAround - 1 - page;
-  if (far >= mapped_end && is_mapped(far)) return 0;
-  while (mapped_end < end) {
-    // The last page of each sixteen: at the start of a mapping the kernel's sixteen are out of step with these, and the
+  const auto pages = static_cast<size_t>(end - begin) / page;
+  Entries entries;
+  // A whole window that its first page's fault has mapped to the end, with nobody else at work in it: a huge page.
+  if (pages == entries.size() && look_up(end - page, 1, entries) && is_mapped(entries[0])) return 0;
+  if (!look_up(begin, pages, entries)) return persist(fault_hook::populate_on, begin, pages * page);
+  if (find(entries, 0, pages, false) == pages) return 0;
+
+  for (size_t next = 0; next < pages;) {
+    next = std::min(pages, next + to_next(begin + next * page, kFaultAround) / page);
+    // The last of each sixteen: at the start of a mapping the kernel's sixteen are out of step with these, and the
     // first page may be mapped while the last is not.
-    mapped_end += std::min<uint64_t>(kFaultAround, static_cast<uint64_t>(end - mapped_end));
-    if (const int error_number = persist(fault_hook::populate_on, mapped_end - page, page)) return error_number;
+    if (is_mapped(entries[next - 1])) continue;
+    if (const int error_number = persist(fault_hook::populate_on, begin + (next - 1) * page, page)) return error_number;
+  }
+
+  if (!look_up(begin, pages, entries)) return persist(fault_hook::populate_on, begin, pages * page);
+  for (size_t first = find(entries, 0, pages, false); first < pages; first = find(entries, first, pages, false)) {
+    const size_t last = find(entries, first, pages, true);
+    if (const int error_number = persist(fault_hook::populate_on, begin + first * page, (last - first) * page))
+      return error_number;
+    first = last;
   }
   return 0;
 }
 
-bool PageTables::is_mapped(const char* page) const {
-  uint64_t entry = 0;
-  const auto position = static_cast<off_t>(address_of(page) / page_bytes() * sizeof(entry));
-  const ssize_t got = ::pread(pagemap_.get(), &entry, sizeof(entry), position);
-  return got == sizeof(entry) && (entry & kPresent) != 0;
+bool PageTables::look_up(const char* begin, size_t pages, Entries& entries) const {
+  const size_t bytes = pages * sizeof(entries[0]);
+  const auto position = static_cast<off_t>(address_of(begin) / page_bytes() * sizeof(entries[0]));
+  return ::pread(pagemap_.get(), entries.data(), bytes, position) == static_cast<ssize_t>(bytes);
 }
 
 }  // namespace weightload

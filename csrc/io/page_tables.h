@@ -1,4 +1,8 @@
 #pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
 #include "base/unique_fd.h"
 
 namespace weightload {
@@ -16,13 +20,16 @@ class PageTables {
   // Every page of [begin, end); reads from the file what is not in the page cache.
   static int populate(char* begin, char* end);
 
-  // The same for pages that are in the page cache, in half the time. What the kernel passes over (a page that is just
-  // being written, or marks the end of a readahead) is left to its page fault.
+  // The same, in half the time where the pages are in the page cache.
   int map_cached(char* begin, char* end) const;
 
  private:
-  int map_neighbours(char* begin, char* end) const;
-  bool is_mapped(const char* page) const;
+  // What one entry of the page directory maps, with pages of 4 KiB.
+  static constexpr uint64_t kWindow = 2 << 20;
+  using Entries = std::array<uint64_t, kWindow / 4096>;  // of pagemap, one a page
+
+  int map_window(char* begin, char* end) const;
+  bool look_up(const char* begin, size_t pages, Entries& entries) const;
 
   UniqueFd pagemap_;
 };

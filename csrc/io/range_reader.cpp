@@ -42,15 +42,13 @@ RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mo
 RangeReader::Attempt RangeReader::begin(ByteRange range, bool may_be_direct) {
   Attempt attempt{range, false, false, std::chrono::steady_clock::now()};
   const bool can_be_direct = may_be_direct && direct_works_.load(std::memory_order_relaxed);
-  if (mode_ == ReadMode::direct) {
-    attempt.direct = can_be_direct;
-  } else if (file_ && storage_ != Storage::memory) {
-    const std::optional<bool> cached = is_cached(*file_, range, mapping_);
-    attempt.cold = cached == false;
-    attempt.direct = attempt.cold && can_be_direct && rates_->choose_direct();
-    // Where nobody knows, going past what may be in memory would be the dearer mistake.
-    if (cached != true && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
-  }
+  attempt.direct = mode_ == ReadMode::direct && can_be_direct;
+  if (attempt.direct || !file_ || storage_ == Storage::memory) return attempt;
+  const std::optional<bool> cached = is_cached(*file_, range, mapping_);
+  attempt.timed = cached == false && can_be_direct;
+  attempt.direct = attempt.timed && rates_->choose_direct();
+  // Where nobody knows, going past what may be in memory would be the dearer mistake.
+  if (cached != true && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
   return attempt;
 }
 
@@ -68,6 +66,7 @@ bool RangeReader::was_direct(Attempt& attempt, bool read) {
     counts_.direct_bytes += attempt.range.size();
   } else {
     direct_works_ = false;
+    attempt.timed = false;  // what follows has lost time, and finds the page cache empty
   }
   return read;
 }
@@ -78,7 +77,7 @@ void RangeReader::buffered(ByteRange part, char* destination) {
 }
 
 void RangeReader::end(const Attempt& attempt) {
-  if (!attempt.cold || !rates_) return;
+  if (!attempt.timed) return;
   const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - attempt.begin;
   rates_->record(attempt.direct, attempt.range.size(), static_cast<uint64_t>(elapsed.count()));
 }

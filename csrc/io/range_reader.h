@@ -30,7 +30,7 @@ class RangeReader {
   // How one range is being read.
   struct Attempt {
     ByteRange range;
-    bool cold = false;    // not in the page cache
+    bool timed = false;   // to be recorded: ReadRates were asked
     bool direct = false;  // to be read with direct()
     std::chrono::steady_clock::time_point begin;
   };

@@ -1,8 +1,11 @@
 #include "io/read_rates.h"
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
+
+#include "base/fork_generation.h"
 
 namespace weightload {
 namespace {
@@ -20,13 +23,29 @@ constexpr uint64_t kLeastBytes = 256 << 10;
 // How much of the average a new reading is, once there are some.
 constexpr double kWeight = 0.1;
 
+struct FileSystems {
+  const uint32_t generation = fork_generation();
+  std::mutex mutex;
+  std::map<uint64_t, std::unique_ptr<ReadRates>> rates;
+};
+
+// Never destroyed. In a forked child a thread of the parent may hold the mutexes for ever: it begins anew.
+FileSystems& file_systems() {
+  static std::atomic<FileSystems*> current{new FileSystems};
+  FileSystems* all = current.load();
+  while (all->generation != fork_generation()) {
+    auto mine = std::make_unique<FileSystems>();
+    if (current.compare_exchange_strong(all, mine.get())) return *mine.release();
+  }
+  return *all;
+}
+
 }  // namespace
 
 ReadRates& ReadRates::of(const File& file) {
-  static std::mutex mutex;
-  static std::map<uint64_t, std::unique_ptr<ReadRates>> rates;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto& found = rates[file.device()];
+  FileSystems& all = file_systems();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  auto& found = all.rates[file.device()];
   if (!found) found = std::make_unique<ReadRates>();
   return *found;
 }

@@ -16,6 +16,9 @@ namespace {
 
 constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 
+// Each thread may have a block of so many bytes for what cannot be read directly into its place.
+constexpr uint64_t kMostByWay = 32 << 20;
+
 // A mapped load of less than this whose files are in the page cache is left to page faults: they cost less than the
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
@@ -31,7 +34,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       selected_(std::move(files), selection),
       counts_(selected_.files().size()),
       readiness_(selected_.size()),
-      read_(shared_ ? ReadMode::buffered : options.read),
+      read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   map_files();
@@ -101,20 +104,20 @@ void HostLoader::map_files() {
     try {
       maps_[f] = map_file(file->fd(), file->size(), file->path());
     } catch (const Error&) {
-      // Private memory is read through the page cache, which a mapping fills best, but it can do without: under a
+      // A mapping fills the page cache best, through which private memory may be read, but it can do without: under a
       // limit of the address space, or on a file system that cannot map.
       if (layout_.blocks[layout_.places[i].block].mapped) throw;
     }
   }
 }
 
-void HostLoader::open_readers() {
+void HostLoader::open_readers(ReadMode mode) {
   readers_.resize(selected_.files().size());
   for (const ReadTask& task : reads_.tasks) {
     auto& reader = readers_[task.file];
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), read_, counts_.files[task.file]);
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, counts_.files[task.file]);
     if (maps_[task.file]) reader->fill_cache_through(maps_[task.file]->data());
   }
 }
@@ -154,13 +157,13 @@ void HostLoader::start(const HostLoaderOptions& options) {
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
   if (any_mapped && page_in_) page_tables_.emplace();
-  if (any_private) open_readers();
+  const bool waits = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps_, reads_);
+  if (any_private) open_readers(waits ? read_ : ReadMode::buffered);
 
   std::vector<uint64_t> ends;
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  const bool waits = read_ == ReadMode::direct || !looks_cached(selected_, maps_, reads_);
   const unsigned threads = waits ? std::max(options.threads, options.cold_threads) : options.threads;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
@@ -186,18 +189,29 @@ void HostLoader::work(size_t task) {
 
 void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination) {
   const bool in_place = DirectFile::fits(range, destination);
-  // Memory of the caller's lies as it does. A copy of what is direct costs less than filling the page cache.
-  const bool by_way = !in_place && range.size() >= kHugePage;
+  const bool by_way = !in_place && range.size() >= kHugePage && range.size() <= kMostByWay;
   RangeReader::Attempt attempt = reader.begin(range, in_place || by_way);
-  if (attempt.direct && by_way) {
-    const HostMemoryRef scratch = block_cache_->allocate(range.size() + 2 * kDirectAlignment);
-    char* const image = scratch->data() + range.begin % kDirectAlignment;
-    if (reader.direct(attempt, image)) std::memcpy(destination, image, static_cast<size_t>(range.size()));
-  } else {
+  if (in_place) {
     reader.direct_within(attempt, destination);
+  } else if (attempt.direct) {
+    read_by_way(reader, attempt, destination);
   }
   if (!attempt.direct) reader.buffered(range, destination);
   reader.end(attempt);
+}
+
+// Memory that is out of step with its file, as the caller's mostly is, gets the bytes by way of a block: a copy of what
+// was read directly costs less than filling the page cache.
+void HostLoader::read_by_way(RangeReader& reader, RangeReader::Attempt& attempt, char* destination) {
+  HostMemoryRef block;
+  try {
+    block = block_cache_->allocate(attempt.range.size() + 2 * kDirectAlignment);
+  } catch (const Error&) {  // it can do without
+    attempt.direct = attempt.timed = false;
+    return;
+  }
+  char* const image = block->data() + attempt.range.begin % kDirectAlignment;
+  if (reader.direct(attempt, image)) std::memcpy(destination, image, static_cast<size_t>(attempt.range.size()));
 }
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {

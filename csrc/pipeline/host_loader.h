@@ -40,7 +40,7 @@ struct HostLoaderOptions {
   // How much private memory the process keeps for later loads; see memory/spare_memory.h.
   uint64_t spare_bytes = 0;
 
-  // Of private memory. What is not shared with other ranks may be read directly.
+  // Of private memory and the caller's. What is not shared with other ranks may be read directly.
   ReadMode read = ReadMode::automatic;
 
   // Mapped files: false leaves the reading to page faults.
@@ -60,9 +60,8 @@ struct HostTensor {
 // Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
 // while threads bring the bytes in ahead of the consumer.
 //
-// A mapped tensor is handed out when its pages are in the page cache and in the page tables (but for what
-// PageTables::map_cached leaves), a private one when its bytes have been copied. An error of a reading thread is thrown
-// at the first tensor that needs what it could not read.
+// A mapped tensor is handed out when its pages are in the page cache and in the page tables, a private one when its
+// bytes have been copied. An error of a reading thread is thrown at the first tensor that needs what it could not read.
 class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
@@ -106,11 +105,12 @@ class HostLoader {
 
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   void map_files();
-  void open_readers();
+  void open_readers(ReadMode mode);
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task);
   void read_private(RangeReader& reader, ByteRange range, char* destination);
+  void read_by_way(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);

@@ -38,7 +38,7 @@ class LayoutBuilder {
 
   // Where a block's first tensor starts. Host blocks copy the file's phase, so that neighbours which are
   // aligned in the file stay aligned without padding. Where there is no room for a neighbour, the phase would only make
-  // the block larger than its tensor: by a page, if that fills its pages.
+  // the block larger than its tensor: by a page, if that fills its pages. Direct reads are worth the page.
   uint64_t first_offset(uint32_t index) const {
     const TensorExtent& tensor = tensors_[index];
     if (options_.align_every_tensor || tensor.mapped || tensor.alone) return 0;

@@ -1,5 +1,8 @@
 #include "io/read_rates.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "check.h"
 
 using namespace weightload;
@@ -47,6 +50,16 @@ TEST(small_reads_do_not_count) {
   rates.record(true, kMiB, 1000);
   rates.record(false, kMiB, 2000);
   CHECK(direct_of(rates, 100, 1000, 2000) >= 98);
+}
+
+TEST(a_forked_child_begins_anew) {
+  const auto file = File::open("/proc/self/exe");
+  const ReadRates* const of_parent = &ReadRates::of(*file);
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(&ReadRates::of(*file) == of_parent ? 1 : 0);
+  int status = -1;
+  CHECK(::waitpid(child, &status, 0) == child && status == 0);
+  CHECK(&ReadRates::of(*file) == of_parent);
 }
 
 TEST(files_of_one_file_system_share_their_rates) {
