@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from compare_summary import best_of_each
@@ -149,32 +150,44 @@ def save_memory(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def save_stages(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """How long each stage of a load was at work, beside the load's own time: stages run at the same time."""
-    panels = [
-        (result, scenario, row)
-        for result in results
-        for scenario in result["scenarios"]
-        for row in best_of_each(scenario["rows"])
-        if row["of"] == OURS and row.get("stats") and row["stats"].get("stages")
-    ]
+    """How long each stage of a load was at work, beside the load's own time: stages run at the same time.
+
+    One load of each checkpoint for each state of its files.
+    """
+    found: dict[tuple[int, str, str], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+    for number, result in enumerate(results):
+        for scenario in result["scenarios"]:
+            for row in best_of_each(scenario["rows"]):
+                if row["of"] == OURS and row.get("stats") and row["stats"].get("stages"):
+                    found.setdefault((number, scenario["place"], scenario["cache"]), (result, scenario, row))
+    panels = list(found.values())
     if not panels:
         print("no picture of stages: no loader told of them")
         return
-    figure, grid = _grid([0.75 + BAR * len(row["stats"]["stages"]) for _, _, row in panels], 1, results)
-    for (axis,), (result, scenario, row) in zip(grid, panels, strict=True):
-        stages = row["stats"]["stages"]
-        colours = [STAGE_COLOURS[number % len(STAGE_COLOURS)] for number in range(len(stages))]
-        # A stage's seconds are those of all its threads.
-        seconds = [stage["seconds"] / stage.get("threads", 1) for stage in stages.values()]
-        drawn = axis.barh(list(stages), seconds, color=colours)
-        axis.bar_label(drawn, fmt=" %.3g", fontsize=7.5)
-        axis.axvline(row["stats"]["seconds"], color="#24292f", linewidth=1, linestyle="--")
-        slowest = row["stats"].get("bottleneck")
-        why = f", bottleneck: {slowest}" if slowest else ""
-        axis.margins(x=0.12)
-        _style(axis, "seconds a thread; dashed: the whole load")
-        axis.set_title(f"{_title(result, scenario)}, {row['loader']}{why}", **TITLE)
+    rows = [panels[first : first + 2] for first in range(0, len(panels), 2)]
+    bars = [max(len(row["stats"]["stages"]) for _, _, row in pair) for pair in rows]
+    figure, grid = _grid([1.0 + BAR * count for count in bars], max(map(len, rows)), results)
+    for axes, pair in zip(grid, rows, strict=True):
+        for axis, (result, scenario, row) in zip(axes, pair, strict=False):
+            _stages(axis, row)
+            axis.set_title(_title(result, scenario), x=-0.12, **TITLE)
+        for axis in axes[len(pair) :]:
+            axis.set_visible(False)
     _save(figure, path)
+
+
+def _stages(axis: Axes, row: dict[str, Any]) -> None:
+    stages = row["stats"]["stages"]
+    colours = [STAGE_COLOURS[number % len(STAGE_COLOURS)] for number in range(len(stages))]
+    # A stage's seconds are those of all its threads.
+    times = [1e3 * stage["seconds"] / stage.get("threads", 1) for stage in stages.values()]
+    drawn = axis.barh(list(stages), times, color=colours)
+    axis.bar_label(drawn, fmt=" %.3g", fontsize=7.5)
+    axis.axvline(1e3 * row["stats"]["seconds"], color="#24292f", linewidth=1, linestyle="--")
+    axis.margins(x=0.15)
+    slowest = row["stats"].get("bottleneck")
+    why = "\n" + fill(f"{row['loader']}: {slowest}", 70) if slowest else ""
+    _style(axis, f"ms a thread; dashed: the whole load{why}")
 
 
 def _title(result: dict[str, Any], scenario: dict[str, Any]) -> str:
