@@ -141,7 +141,7 @@ def _start(
     """The load of what goes to one device."""
     here = {name for name, place in matched.places.items() if place.device == device}
     in_order = [name for file in files for name in file.names() if name in here]
-    places = [matched.places[name].detach() if name in matched.direct else None for name in in_order]
+    places = [matched.places[name] if name in matched.direct else None for name in in_order]
     if group is not None:
         places = []
     if device.type == "cpu":
