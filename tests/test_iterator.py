@@ -134,6 +134,23 @@ def test_a_consumer_that_leaves_bounds_the_reading(tmp_path: Path) -> None:
     assert _C.resident_bytes(os.fsencode(path)) < 64 << 20  # type: ignore[operator]
 
 
+def test_what_is_written_to_a_mapped_tensor_stays_while_its_neighbour_is_read(
+    tmp_path: Path, arm: Callable[..., None]
+) -> None:
+    # The second tensor is misaligned, so it is read into private memory, by way of the page cache; its first page is
+    # the mapped tensor's last one.
+    path = write_tensors(tmp_path / "n.safetensors", [("mapped", "U8", [(3 << 20) + 1]), ("read", "F32", [12 << 20])])
+    evict([path])
+    arm("delay", first=0, count=10**6, delay_ms=30)  # the neighbour is read after the writing
+    with settings.override(task_bytes=64 << 20, threads=1):
+        weights = start([path])
+        mapped = next(weights)[1]
+        mapped.fill_(7)
+        read = next(weights)[1]
+    assert bool((mapped == 7).all())
+    assert bytes(read.view(torch.uint8).numpy()) == path.read_bytes()[-(48 << 20) :]
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     first = write_tensors(tmp_path / "1.safetensors", [("same", "U8", [1])])
     second = write_tensors(tmp_path / "2.safetensors", [("other", "U8", [1]), ("same", "U8", [1])])

@@ -14,6 +14,7 @@ from conftest import write_tensors
 import weightload
 from weightload import settings
 from weightload.cpus import cgroup_cpu_quota, usable_cpus
+from weightload.distributed import LOCAL_SIZES, ranks_of_this_node
 
 
 def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,15 +93,32 @@ def test_where_a_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (origins["threads"], origins["read"], origins["task_bytes"]) == ("environment", "override", "default")
 
 
-def test_ranks_that_load_independently_read_through_the_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    for ranks, read in (("", "auto"), ("1", "auto"), ("8", "buffered")):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert settings.current().read_mode(shared=False) == read
-        assert settings.current().read_mode(shared=True) == "auto"
-        with settings.override(read="direct"):
-            assert settings.current().read_mode(shared=False) == "direct"
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert settings.current().read_mode(shared=False) == "auto"
+def test_ranks_that_load_independently_read_through_the_page_cache() -> None:
+    now = settings.current()
+    assert (now.read_mode(alone=True), now.read_mode(alone=False)) == ("auto", "buffered")
+    with settings.override(read="direct"):
+        assert settings.current().read_mode(alone=False) == "direct"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "ranks"),
+    [
+        ("LOCAL_WORLD_SIZE", "8", 8),
+        ("LOCAL_WORLD_SIZE", "1", 1),
+        ("LOCAL_WORLD_SIZE", "", 1),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "4", 4),
+        ("MPI_LOCALNRANKS", "2", 2),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x2),3", 4),
+        ("UNKNOWN", "5", 1),
+    ],
+)
+def test_launchers_tell_the_ranks_of_a_node(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, ranks: int
+) -> None:
+    for name in LOCAL_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert ranks_of_this_node() == ranks
 
 
 def test_threads_default_to_the_cpus_of_the_process_not_the_machine() -> None:

@@ -12,7 +12,7 @@ import torch
 from weightload import _C, devices, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
-from weightload.distributed import has_cpu_backend
+from weightload.distributed import has_cpu_backend, ranks_of_this_node
 from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, select_all
 
@@ -56,7 +56,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
                 window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(shared=sharing is not None)),
+                read=getattr(_C.ReadMode, now.read_mode(alone=sharing is not None or ranks_of_this_node() == 1)),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.

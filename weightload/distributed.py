@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
 # nodes saves: benchmarks/scale_model.py, the least regret over its kinds of storage. A node's only rank has one network
 # card's bandwidth.
 MOST_STRIPED_NODES, MOST_STRIPED_NODES_OF_ONE_RANK = 128, 16
+
+# How many ranks are on this node: torchrun, Open MPI, MPICH, and Slurm, whose "4(x2),3" names the first nodes first.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 
 # The node groups of the default group they were made in; made again when torch.distributed was.
 _node_groups: dict[str, Any] = {}
@@ -76,6 +80,15 @@ def world_is_one_node() -> bool:
     """Whether all ranks are on this node, where that is known without asking them (torchrun says it)."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     return torch.distributed.get_world_size() == (int(local) if local.isdigit() else 1)
+
+
+def ranks_of_this_node() -> int:
+    """How many ranks run on this node, by the launcher's word, else all of torch.distributed's, else 1."""
+    for variable in LOCAL_SIZES:
+        number = re.match(r"\d+", os.environ.get(variable, ""))
+        if number:
+            return int(number.group())
+    return torch.distributed.get_world_size() if _initialised() else 1
 
 
 def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:

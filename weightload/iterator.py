@@ -12,7 +12,7 @@ from weightload import _C, devices, progress, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
-from weightload.distributed import load_name, resolve_group
+from weightload.distributed import load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, open_files, select_all
 
@@ -61,7 +61,7 @@ class WeightIterator(_C.HostLoader):
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
                 spare_bytes=now.spare_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(shared=sharing is not None)),
+                read=getattr(_C.ReadMode, now.read_mode(alone=sharing is not None or ranks_of_this_node() == 1)),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.

@@ -126,7 +126,8 @@ class Settings:
         loads=f"{CPU} (private memory and parameters), {ACCELERATORS}",
         what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
         "the page cache from there, the rest on local disks whichever way has been faster, but through the page cache "
-        "where several ranks of a node load independently. Ranks that share a load to the CPU always read through it.",
+        "where several ranks of a node load independently. Ranks that share a load to the CPU always read through it, "
+        "as does private memory before Linux 5.18 (6.5 with pages beyond 4 KiB), which could lose what a disk wrote.",
         change='"direct" where loads are always cold and the page cache belongs to others; "buffered" where the files '
         "are soon loaded again, by this process or another one.",
     )
@@ -146,12 +147,11 @@ class Settings:
                 f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
             )
 
-    def read_mode(self, shared: bool) -> str:
+    def read_mode(self, alone: bool) -> str:
         """The setting; in place of "auto" "buffered" where other ranks of this node read the same files by themselves.
 
-        They find in the page cache what this one has read. Their number is torchrun's ``LOCAL_WORLD_SIZE``.
+        They find in the page cache what this one has read.
         """
-        alone = shared or os.environ.get("LOCAL_WORLD_SIZE", "1") in ("", "1")
         return self.read if alone or self.read != "auto" else "buffered"
 
     def thread_count(self, cold: bool = False) -> int:

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/pages.h"
 #include "io/fault_hook.h"
 #include "io/file_system.h"
 
@@ -45,7 +46,9 @@ bool DirectFile::read(ByteRange range, char* destination) const {
     if (got < 0) {
       if (errno == EINTR) continue;
       // EFAULT: memory that the kernel can write to but not hand to the disk.
-      if ((errno == EINVAL || errno == EOPNOTSUPP || errno == EFAULT) && position == begin) return false;
+      const bool refused = errno == EINVAL || errno == EOPNOTSUPP || errno == EFAULT;
+      if (refused && position == begin) return false;
+      if (refused) break;
       throw Error(ErrorKind::read, "cannot read " + std::to_string(end - position) + " bytes",
                   {file_.path(), {}, std::max(position, range.begin), errno});
     }
@@ -54,7 +57,7 @@ bool DirectFile::read(ByteRange range, char* destination) const {
     position += static_cast<uint64_t>(got);
     if (got == 0 || static_cast<uint64_t>(got) % kBlock != 0) break;
   }
-  // The last, partial block, and whatever a short read left.
+  // The last, partial block, and whatever a short read or a refusal left.
   const uint64_t from = std::max(position, range.begin);
   if (from < range.end) file_.read(from, base + (from - begin), static_cast<size_t>(range.end - from));
   return true;
@@ -65,8 +68,7 @@ bool DirectFile::suits_private_memory() {
     struct utsname kernel{};
     unsigned major = 0, minor = 0;
     if (::uname(&kernel) != 0 || std::sscanf(kernel.release, "%u.%u", &major, &minor) != 2) return false;
-    return std::make_pair(major, minor) >=
-           (::sysconf(_SC_PAGESIZE) == 4096 ? std::make_pair(5u, 18u) : std::make_pair(6u, 3u));
+    return std::make_pair(major, minor) >= (page_bytes() == 4096 ? std::make_pair(5u, 18u) : std::make_pair(6u, 5u));
   }();
   return suits;
 }

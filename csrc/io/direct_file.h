@@ -28,7 +28,7 @@ class DirectFile {
   bool read_within(ByteRange range, char* destination) const;
 
   // Whether the disk may write into memory that the process may fork, or has lent to the kernel (MADV_FREE), meanwhile.
-  // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.3.
+  // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.5.
   static bool suits_private_memory();
 
   // Whether the two agree modulo kDirectAlignment and the range has a whole block.

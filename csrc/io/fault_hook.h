@@ -8,7 +8,7 @@
 namespace weightload::fault_hook {
 
 // Injected I/O failures, for tests. Every read of the library goes through pread() or populate() below; when
-// nothing is armed they cost one relaxed load more than the system call.
+// nothing is armed they cost one relaxed load more than the system call. What goes on with a populate() does not count.
 enum class Fault : uint8_t {
   error,        // fail with `error_number`
   interrupt,    // fail with EINTR
@@ -31,8 +31,8 @@ uint64_t calls_since_armed();
 
 ssize_t pread(int fd, void* destination, size_t count, off_t offset);
 
-// madvise(MADV_POPULATE_READ): 0, or -1 with errno. short_read and end_of_file become EFAULT, as the kernel
-// says it for pages beyond the end of a file.
+// madvise(MADV_POPULATE_READ): 0, or -1 with errno. end_of_file becomes EFAULT, as the kernel says it for pages beyond
+// the end of a file; short_read is none.
 int populate(void* address, size_t length);
 
 // The same, going on with what populate() has begun: not counted, and never hit.

@@ -1,13 +1,13 @@
 #include "io/page_in.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <memory>
 
 #include "base/error.h"
+#include "base/pages.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -23,11 +23,6 @@ void read_and_drop(const File& file, ByteRange range) {
     file.read(position, scratch.get(), count);
     position += count;
   }
-}
-
-ByteRange pages_around(ByteRange range) {
-  static const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  return {round_down(range.begin, page), round_up(range.end, page)};
 }
 
 }  // namespace
@@ -61,8 +56,10 @@ void fill_page_cache(const File& file, char* mapping, ByteRange range) {
   if (cached_bytes(file, range, mapping) == range.size()) return;
   const ByteRange pages = pages_around(range);
   PageTables::populate(mapping + pages.begin, mapping + pages.end);
-  // Nobody will use these page table entries.
-  ::madvise(mapping + pages.begin, pages.size(), MADV_DONTNEED);
+  // Nobody will use these page table entries. Those at the ends may be of pages that also hold bytes of a mapped
+  // tensor: if its owner has written to it, that page is a copy, and would be lost.
+  const ByteRange unused = pages_within(range);
+  if (!unused.empty()) ::madvise(mapping + unused.begin, unused.size(), MADV_DONTNEED);
 }
 
 }  // namespace weightload

@@ -13,8 +13,8 @@ namespace weightload {
 // returns an error.
 void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables);
 
-// Brings `range` into the page cache only, for a pread that follows; `mapping` as above. Best effort: what cannot be
-// read is left to that pread to find.
+// Brings `range` into the page cache only, for a pread that follows; `mapping` as above, of which nobody may use pages
+// that hold nothing but bytes of the range. Best effort: what cannot be read is left to that pread to find.
 void fill_page_cache(const File& file, char* mapping, ByteRange range);
 
 }  // namespace weightload

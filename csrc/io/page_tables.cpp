@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdint>
 
+#include "base/pages.h"
 #include "io/fault_hook.h"
 
 namespace weightload {
@@ -17,11 +18,6 @@ namespace {
 constexpr uint64_t kFaultAround = 64 << 10;
 
 constexpr uint64_t kPresent = 1ull << 63;  // in an entry of pagemap
-
-uint64_t page_bytes() {
-  static const uint64_t bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  return bytes;
-}
 
 uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
@@ -37,7 +33,7 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
   return first;
 }
 
-int persist(int (*call)(void*, size_t), char* begin, uint64_t size) {
+int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
   int result;
   do {
     result = call(begin, static_cast<size_t>(size));
@@ -56,7 +52,7 @@ PageTables::PageTables() {
 }
 
 int PageTables::populate(char* begin, char* end) {
-  return persist(fault_hook::populate, begin, static_cast<uint64_t>(end - begin));
+  return retry_interrupted(fault_hook::populate, begin, static_cast<uint64_t>(end - begin));
 }
 
 // Note [Ask for one page of sixteen]
@@ -70,8 +66,8 @@ int PageTables::map_cached(char* begin, char* end) const {
   auto ask = fault_hook::populate;
   while (begin < end) {
     char* const window_end = begin + std::min<uint64_t>(to_next(begin, kWindow), static_cast<uint64_t>(end - begin));
-    if (const int error_number = persist(ask, begin, page)) return error_number;
-    if (const int error_number = map_window(begin, window_end)) return error_number;
+    if (const int error_number = retry_interrupted(ask, begin, page)) return error_number;
+    if (const int error_number = map_window(begin, window_end, window_end == end)) return error_number;
     begin = window_end;
     ask = fault_hook::populate_on;  // all windows together are one read
   }
@@ -79,13 +75,14 @@ int PageTables::map_cached(char* begin, char* end) const {
 }
 
 // The rest of a window whose first page is mapped.
-int PageTables::map_window(char* begin, char* end) const {
+int PageTables::map_window(char* begin, char* end, bool last) const {
   const uint64_t page = page_bytes();
   const auto pages = static_cast<size_t>(end - begin) / page;
   Entries entries;
-  // A whole window that its first page's fault has mapped to the end, with nobody else at work in it: a huge page.
-  if (pages == entries.size() && look_up(end - page, 1, entries) && is_mapped(entries[0])) return 0;
-  if (!look_up(begin, pages, entries)) return persist(fault_hook::populate_on, begin, pages * page);
+  // A whole window that its first page's fault has mapped to the end: a huge page. In the range's last window somebody
+  // else may have mapped the end, whose own range begins in the last page.
+  if (!last && pages == entries.size() && look_up(end - page, 1, entries) && is_mapped(entries[0])) return 0;
+  if (!look_up(begin, pages, entries)) return retry_interrupted(fault_hook::populate_on, begin, pages * page);
   if (find(entries, 0, pages, false) == pages) return 0;
 
   for (size_t next = 0; next < pages;) {
@@ -93,13 +90,15 @@ int PageTables::map_window(char* begin, char* end) const {
     // The last of each sixteen: at the start of a mapping the kernel's sixteen are out of step with these, and the
     // first page may be mapped while the last is not.
     if (is_mapped(entries[next - 1])) continue;
-    if (const int error_number = persist(fault_hook::populate_on, begin + (next - 1) * page, page)) return error_number;
+    if (const int error_number = retry_interrupted(fault_hook::populate_on, begin + (next - 1) * page, page))
+      return error_number;
   }
 
-  if (!look_up(begin, pages, entries)) return persist(fault_hook::populate_on, begin, pages * page);
+  if (!look_up(begin, pages, entries)) return retry_interrupted(fault_hook::populate_on, begin, pages * page);
   for (size_t first = find(entries, 0, pages, false); first < pages; first = find(entries, first, pages, false)) {
     const size_t last = find(entries, first, pages, true);
-    if (const int error_number = persist(fault_hook::populate_on, begin + first * page, (last - first) * page))
+    if (const int error_number =
+            retry_interrupted(fault_hook::populate_on, begin + first * page, (last - first) * page))
       return error_number;
     first = last;
   }

@@ -28,7 +28,7 @@ class PageTables {
   static constexpr uint64_t kWindow = 2 << 20;
   using Entries = std::array<uint64_t, kWindow / 4096>;  // of pagemap, one a page
 
-  int map_window(char* begin, char* end) const;
+  int map_window(char* begin, char* end, bool last) const;
   bool look_up(const char* begin, size_t pages, Entries& entries) const;
 
   UniqueFd pagemap_;

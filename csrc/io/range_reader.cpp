@@ -29,23 +29,28 @@ std::optional<bool> is_cached(const File& file, ByteRange range, char* mapping) 
 
 }  // namespace
 
-RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, FileCounts& counts)
-    : source_(source), file_(file), mode_(mode), counts_(counts) {
-  if (!file) return;
-  storage_ = storage_of(*file);
-  if (mode == ReadMode::buffered) return;
-  direct_ = DirectFile::open(*file, mode == ReadMode::direct);
-  direct_works_ = direct_ != nullptr;
-  if (mode == ReadMode::automatic && direct_) rates_ = &ReadRates::of(*file);
+RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts)
+    : source_(source), file_(file), mode_(mode), memory_(memory), counts_(counts) {
+  if (file) storage_ = storage_of(*file);
+}
+
+bool RangeReader::can_be_direct() {
+  if (mode_ == ReadMode::buffered || !file_) return false;
+  std::call_once(opened_, [this] {
+    direct_ = DirectFile::open(*file_, mode_ == ReadMode::direct);
+    direct_works_ = direct_ != nullptr;
+    if (mode_ == ReadMode::automatic && direct_) rates_ = &ReadRates::of(*file_, memory_);
+  });
+  return direct_works_.load(std::memory_order_relaxed);
 }
 
 RangeReader::Attempt RangeReader::begin(ByteRange range, bool may_be_direct) {
   Attempt attempt{range, false, false, std::chrono::steady_clock::now()};
-  const bool can_be_direct = may_be_direct && direct_works_.load(std::memory_order_relaxed);
-  attempt.direct = mode_ == ReadMode::direct && can_be_direct;
+  may_be_direct = may_be_direct && can_be_direct();
+  attempt.direct = mode_ == ReadMode::direct && may_be_direct;
   if (attempt.direct || !file_ || storage_ == Storage::memory) return attempt;
   const std::optional<bool> cached = is_cached(*file_, range, mapping_);
-  attempt.timed = cached == false && can_be_direct;
+  attempt.timed = cached == false && may_be_direct;
   attempt.direct = attempt.timed && rates_->choose_direct();
   // Where nobody knows, going past what may be in memory would be the dearer mistake.
   if (cached != true && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);

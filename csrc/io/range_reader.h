@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 
 #include "base/byte_range.h"
 #include "io/byte_source.h"
@@ -35,8 +36,8 @@ class RangeReader {
     std::chrono::steady_clock::time_point begin;
   };
 
-  // `file` is null for bytes in memory.
-  RangeReader(const ByteSource& source, const File* file, ReadMode mode, FileCounts& counts);
+  // `file` is null for bytes in memory. `memory`: where what is read directly will go.
+  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts);
 
   // Whether ranges may be read through the page cache, which is then better filled through a mapping.
   bool wants_mapping() const { return file_ && mode_ != ReadMode::direct && storage_ != Storage::memory; }
@@ -61,14 +62,17 @@ class RangeReader {
   void end(const Attempt& attempt);
 
  private:
+  bool can_be_direct();
   bool was_direct(Attempt& attempt, bool read);
 
   const ByteSource& source_;
   const File* file_;
   const ReadMode mode_;
+  const ReadInto memory_;
   FileCounts& counts_;
   Storage storage_ = Storage::memory;
   char* mapping_ = nullptr;
+  std::once_flag opened_;  // direct_, by the first range: a load may have more files than it can open twice
   std::unique_ptr<const DirectFile> direct_;
   std::atomic<bool> direct_works_{false};
   ReadRates* rates_ = nullptr;

@@ -4,13 +4,15 @@
 #include <atomic>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "base/fork_generation.h"
 
 namespace weightload {
 namespace {
 
-// Ranges each way before the comparison counts: twice as many as the threads of a load to the CPU have in hand at once.
+// Ranges each way before the comparison counts: on a small machine twice as many as a load's threads have in hand at
+// once. With more threads all are tried at once, and the second chances tell.
 constexpr uint64_t kTrials = 8;
 
 // One in this many reads goes the way that is the slower so far. At half the other's speed that costs under two
@@ -26,7 +28,7 @@ constexpr double kWeight = 0.1;
 struct FileSystems {
   const uint32_t generation = fork_generation();
   std::mutex mutex;
-  std::map<uint64_t, std::unique_ptr<ReadRates>> rates;
+  std::map<std::pair<uint64_t, ReadInto>, std::unique_ptr<ReadRates>> rates;
 };
 
 // Never destroyed. In a forked child a thread of the parent may hold the mutexes for ever: it begins anew.
@@ -42,10 +44,10 @@ FileSystems& file_systems() {
 
 }  // namespace
 
-ReadRates& ReadRates::of(const File& file) {
+ReadRates& ReadRates::of(const File& file, ReadInto memory) {
   FileSystems& all = file_systems();
   std::lock_guard<std::mutex> lock(all.mutex);
-  auto& found = all.rates[file.device()];
+  auto& found = all.rates[{file.device(), memory}];
   if (!found) found = std::make_unique<ReadRates>();
   return *found;
 }

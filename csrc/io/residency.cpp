@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/pages.h"
+
 namespace weightload {
 namespace {
 
@@ -25,11 +27,6 @@ struct CachestatRange {
 struct Cachestat {
   uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
-
-uint64_t page_bytes() {
-  static const uint64_t bytes = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  return bytes;
-}
 
 // The bytes of `range` in `pages` of the pages around it: exact when all or none are cached.
 uint64_t clip(uint64_t pages, ByteRange range) { return std::min(range.size(), pages * page_bytes()); }

@@ -93,7 +93,8 @@ void DeviceLoader::open_readers(ReadMode mode) {
     auto& reader = readers_[task.file];
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, counts_.files[task.file]);
+    reader =
+        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file]);
     if (!reader->wants_mapping()) continue;
     try {
       maps_[task.file] = map_file(file.file()->fd(), file.size(), file.path());
@@ -130,7 +131,7 @@ void DeviceLoader::work(size_t number) {
   PinnedRing::Lease slot = ring_->acquire();
   {
     const LoadCounts::Read watch(counts_, task.file);
-    fill(task, slot->data());
+    fill(task, *slot);
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
   copies([&](const SlotCopy& copy) { block(copy.block); });
@@ -146,12 +147,12 @@ void DeviceLoader::work(size_t number) {
 }
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
-void DeviceLoader::fill(const SlotTask& task, char* slot) {
+void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot) {
   RangeReader& reader = *readers_[task.file];
-  char* const image = slot + task.lead;
+  char* const image = slot.data() + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
-  RangeReader::Attempt attempt = reader.begin(task.bytes);
+  RangeReader::Attempt attempt = reader.begin(task.bytes, slot.pinned() || DirectFile::suits_private_memory());
   if (reader.direct(attempt, image)) {
     spread(image, task.bytes.begin, first, last);
   } else {

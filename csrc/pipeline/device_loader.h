@@ -87,7 +87,7 @@ class DeviceLoader {
   void open_readers(ReadMode mode);
   void start(const DeviceLoaderOptions& options);
   void work(size_t task);
-  void fill(const SlotTask& task, char* slot);
+  void fill(const SlotTask& task, const HostSlot& slot);
   DeviceBlock& block(uint32_t block);
   void mark_blocks(const SlotTask& task);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);

@@ -16,8 +16,8 @@ namespace {
 
 constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 
-// Each thread may have a block of so many bytes for what cannot be read directly into its place.
-constexpr uint64_t kMostByWay = 32 << 20;
+// Each thread may have a bounce buffer of so many bytes for what cannot be read directly into its place.
+constexpr uint64_t kMostBounced = 32 << 20;
 
 // A mapped load of less than this whose files are in the page cache is left to page faults: they cost less than the
 // start of a thread.
@@ -97,6 +97,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
 
 void HostLoader::map_files() {
   maps_.resize(selected_.files().size());
+  readers_.resize(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const uint32_t f = selected_.file_index(i);
     const File* file = selected_.file(i)->file();
@@ -112,12 +113,12 @@ void HostLoader::map_files() {
 }
 
 void HostLoader::open_readers(ReadMode mode) {
-  readers_.resize(selected_.files().size());
   for (const ReadTask& task : reads_.tasks) {
     auto& reader = readers_[task.file];
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, counts_.files[task.file]);
+    reader =
+        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable, counts_.files[task.file]);
     if (maps_[task.file]) reader->fill_cache_through(maps_[task.file]->data());
   }
 }
@@ -157,14 +158,14 @@ void HostLoader::start(const HostLoaderOptions& options) {
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
   if (any_mapped && page_in_) page_tables_.emplace();
-  const bool waits = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps_, reads_);
-  if (any_private) open_readers(waits ? read_ : ReadMode::buffered);
+  const bool from_storage = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps_, reads_);
+  if (any_private) open_readers(from_storage ? read_ : ReadMode::buffered);
 
   std::vector<uint64_t> ends;
   ends.reserve(reads_.tasks.size());
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
-  const unsigned threads = waits ? std::max(options.threads, options.cold_threads) : options.threads;
+  const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
   pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
   counts_.threads = pool_->thread_count();
@@ -183,26 +184,28 @@ void HostLoader::work(size_t task) {
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     return;
   }
-  read_private(*readers_[read.file], read.bytes, block_memory(read.block)->data() + read.block_offset);
+  char* const destination = block_memory(read.block)->data() + read.block_offset;
+  read_private(*readers_[read.file], read.bytes, destination, in_place_[read.block]);
   file.source().require_unchanged(read.bytes.begin);
 }
 
-void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination) {
-  const bool in_place = DirectFile::fits(range, destination);
-  const bool by_way = !in_place && range.size() >= kHugePage && range.size() <= kMostByWay;
-  RangeReader::Attempt attempt = reader.begin(range, in_place || by_way);
+void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers) {
+  // The caller's memory is mostly in single pages, which make large direct reads slow.
+  const bool in_place = DirectFile::fits(range, destination) && !(callers && range.size() >= kHugePage);
+  const bool bounced = !in_place && range.size() >= kHugePage && range.size() <= kMostBounced;
+  RangeReader::Attempt attempt = reader.begin(range, in_place || bounced);
   if (in_place) {
     reader.direct_within(attempt, destination);
   } else if (attempt.direct) {
-    read_by_way(reader, attempt, destination);
+    read_bounced(reader, attempt, destination);
   }
   if (!attempt.direct) reader.buffered(range, destination);
   reader.end(attempt);
 }
 
-// Memory that is out of step with its file, as the caller's mostly is, gets the bytes by way of a block: a copy of what
-// was read directly costs less than filling the page cache.
-void HostLoader::read_by_way(RangeReader& reader, RangeReader::Attempt& attempt, char* destination) {
+// By way of a bounce buffer in huge pages, for memory that is not, or is out of step with its file: a copy of what was
+// read directly costs less than filling the page cache.
+void HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination) {
   HostMemoryRef block;
   try {
     block = block_cache_->allocate(attempt.range.size() + 2 * kDirectAlignment);
@@ -246,14 +249,15 @@ bool HostLoader::prepare(uint32_t block, std::chrono::milliseconds patience, Pay
   return true;
 }
 
-// A mapping costs page tables (1/512 of what was touched) for as long as anything holds it; files that the
-// consumer and the threads have left behind are held by their tensors alone.
-void HostLoader::unmap_passed_files(uint32_t current_file) {
-  while (first_mapped_file_ < current_file) {
-    const size_t f = first_mapped_file_;
-    if (maps_[f] && pool_ && !pool_->is_done(last_task_of_file_[f])) return;
+// A mapping costs page tables (1/512 of what was touched) for as long as anything holds it, and a reader a descriptor;
+// files that the consumer and the threads have left behind are held by their tensors alone.
+void HostLoader::let_go_of_passed_files(uint32_t current_file) {
+  while (first_held_file_ < current_file) {
+    const size_t f = first_held_file_;
+    if (pool_ && !pool_->is_done(last_task_of_file_[f])) return;
+    readers_[f] = {};
     maps_[f] = {};
-    ++first_mapped_file_;
+    ++first_held_file_;
   }
 }
 
@@ -281,7 +285,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
   }
-  if (file > first_mapped_file_) unmap_passed_files(file);
+  if (file > first_held_file_) let_go_of_passed_files(file);
   tensor.file = selected_.file(next_);
   tensor.info = &selected_.info(next_);
   tensor.in_place = in_place_[place.block];

@@ -109,12 +109,12 @@ class HostLoader {
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task);
-  void read_private(RangeReader& reader, ByteRange range, char* destination);
-  void read_by_way(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
+  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers);
+  void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);
-  void unmap_passed_files(uint32_t current_file);
+  void let_go_of_passed_files(uint32_t current_file);
 
   SharedBlocks shared_;  // before what may fail to be made: the others are told
   SelectedTensors selected_;
@@ -132,7 +132,7 @@ class HostLoader {
   std::vector<bool> in_place_;         // by block: the caller's memory
 
   size_t next_ = 0;
-  uint32_t first_mapped_file_ = 0;  // maps of files before this one have been let go
+  uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in

@@ -2,6 +2,7 @@
 #pragma once
 #include <unistd.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -18,11 +19,11 @@ inline unsigned char byte_at(uint64_t file, uint64_t offset) {
 class TemporaryFile {
  public:
   TemporaryFile(uint64_t number, const std::vector<uint64_t>& sizes) : number_(number) {
-    char name[] = "/tmp/weightload-test-XXXXXX";
-    const int fd = ::mkstemp(name);
+    const char* const folder = std::getenv("TMPDIR");
+    path = std::string(folder ? folder : "/tmp") + "/weightload-test-XXXXXX";
+    const int fd = ::mkstemp(path.data());
     CHECK(fd >= 0);
     ::close(fd);
-    path = name;
     std::string json = "{";
     uint64_t position = 0;
     for (size_t i = 0; i < sizes.size(); ++i) {

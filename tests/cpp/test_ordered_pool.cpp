@@ -97,6 +97,16 @@ TEST(the_lowest_failure_wins_and_what_lies_before_is_delivered) {
   CHECK(pool.wait(4, kLong));
 }
 
+TEST(what_is_waited_for_wakes_the_waiter) {
+  for (int round = 0; round < 300; ++round) {
+    OrderedPool pool(equal_ends(8, 1), 2, 1000, [](size_t) {});
+    const auto begin = std::chrono::steady_clock::now();
+    CHECK(pool.wait(7, kLong));
+    // A notification that never came would be made up for when the patience ends.
+    CHECK(std::chrono::steady_clock::now() - begin < kLong);
+  }
+}
+
 TEST(waiting_has_an_end) {
   Gate gate;
   OrderedPool pool(equal_ends(1, 1), 1, 1, [&](size_t) { gate.wait(); });

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <string>
 
+#include "base/byte_range.h"
 #include "base/unique_fd.h"
 #include "check.h"
 #include "io/fault_hook.h"
@@ -19,7 +20,8 @@ using namespace weightload;
 namespace {
 
 const size_t kPage = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
-const size_t kSize = (5 << 20) + 777;  // three windows of 2 MiB and a part, at least
+constexpr uint64_t kWindow = 2 << 20;
+const size_t kSize = (6 << 20) + 777;  // three windows of 2 MiB and a part, at least
 
 // In memory, where no page is ever busy with being written.
 struct MappedFile {
@@ -71,6 +73,19 @@ TEST(a_range_whose_neighbours_are_mapped_already_is_mapped_too) {
     CHECK(tables.map_cached(file.page(middle), file.page(kPages)) == 0);
     CHECK(tables.map_cached(file.page(0), file.page(middle)) == 0);
     for (size_t page = 0; page < kPages; ++page) CHECK(file.is_mapped(page));
+  }
+}
+
+TEST(a_whole_window_whose_last_page_somebody_else_has_mapped_is_mapped_too) {
+  const PageTables tables;
+  for (size_t windows = 1; windows <= 2; ++windows) {
+    const MappedFile file;
+    const uint64_t address = reinterpret_cast<uintptr_t>(file.memory->data());
+    const size_t begin = static_cast<size_t>(round_up(address, kWindow) - address) / kPage;
+    const size_t end = begin + windows * kWindow / kPage;
+    CHECK(PageTables::populate(file.page(end - 1), file.page(end)) == 0);
+    CHECK(tables.map_cached(file.page(begin), file.page(end)) == 0);
+    for (size_t page = begin; page < end; ++page) CHECK(file.is_mapped(page));
   }
 }
 

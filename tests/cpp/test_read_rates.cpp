@@ -54,16 +54,17 @@ TEST(small_reads_do_not_count) {
 
 TEST(a_forked_child_begins_anew) {
   const auto file = File::open("/proc/self/exe");
-  const ReadRates* const of_parent = &ReadRates::of(*file);
+  const ReadRates* const of_parent = &ReadRates::of(*file, ReadInto::pinned);
   const pid_t child = ::fork();
-  if (child == 0) ::_exit(&ReadRates::of(*file) == of_parent ? 1 : 0);
+  if (child == 0) ::_exit(&ReadRates::of(*file, ReadInto::pinned) == of_parent ? 1 : 0);
   int status = -1;
   CHECK(::waitpid(child, &status, 0) == child && status == 0);
-  CHECK(&ReadRates::of(*file) == of_parent);
+  CHECK(&ReadRates::of(*file, ReadInto::pinned) == of_parent);
 }
 
-TEST(files_of_one_file_system_share_their_rates) {
+TEST(files_of_one_file_system_share_their_rates_by_kind_of_memory) {
   const auto one = File::open("/proc/self/exe");
   const auto other = File::open("/proc/self/exe");
-  CHECK(&ReadRates::of(*one) == &ReadRates::of(*other));
+  CHECK(&ReadRates::of(*one, ReadInto::pageable) == &ReadRates::of(*other, ReadInto::pageable));
+  CHECK(&ReadRates::of(*one, ReadInto::pageable) != &ReadRates::of(*other, ReadInto::pinned));
 }
