@@ -9,7 +9,7 @@ import torch
 from weightload import _C, devices
 from weightload.device_iterator import bytes_of_files, load_to_device
 from weightload.fetch import load_all
-from weightload.iterator import Backend, WeightIterator
+from weightload.iterator import Backend, WeightIterator, require_backend
 from weightload.selection import open_files, select_all
 
 
@@ -30,6 +30,7 @@ def load_file(
             ``safetensors_weights_iterator``.
     """
     target = devices.resolve(device)
+    require_backend(backend)
     if target.type != "cpu":
         return dict(
             load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)

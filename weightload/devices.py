@@ -52,6 +52,8 @@ def resolve(device: Device | None) -> torch.device:
         kind = accelerator()
         if kind is None:
             raise ValueError(f"device={device}: torch has no accelerator here")
+        if not 0 <= device < torch.accelerator.device_count():
+            raise ValueError(f"device={device}: torch sees {torch.accelerator.device_count()} devices")
         target = torch.device(kind.type, device)
     else:
         target = default_device()

@@ -159,7 +159,7 @@ class NoSuchFileError(FileNotFoundError):
 Located = TypeVar("Located", bound=WeightLoadError)
 
 
-def located(error: Located, filename: str, tensor: str | None = None) -> Located:
+def located(error: Located, filename: str | None, tensor: str | None = None) -> Located:
     """The error with its place. Not done where it is raised: an error that is a variable of a frame that its traceback
     keeps would keep that frame's files open."""
     error.filename, error.tensor = filename, tensor

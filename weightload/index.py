@@ -59,9 +59,11 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    text = _bytes_of(path)
+    _recognise_other_files(text, path)
     try:
         # The hook sees every object of the file, and duplicates before a dict swallows them.
-        content = json.loads(_bytes_of(path), object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
+        content = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
     except (ValueError, RecursionError) as problem:
         raise _refuse(path, f"is not JSON: {problem}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -71,6 +73,14 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not isinstance(name, str):
             raise _refuse(path, f"weight_map gives no file name for tensor `{tensor}`")
     return weight_map
+
+
+def _recognise_other_files(text: bytes, path: Path) -> None:
+    """Downloads that went wrong leave these behind under the index's name."""
+    if text.startswith(b"version https://git-lfs"):
+        raise _refuse(path, "is a Git LFS pointer, not the file itself; run `git lfs pull`")
+    if text.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
+        raise _refuse(path, "is an HTML or XML page, not the file itself; download it again")
 
 
 def _bytes_of(path: Path) -> bytes:

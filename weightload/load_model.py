@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from weightload import _C, devices
-from weightload.errors import StateDictError
+from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
 from weightload.into import fill
 from weightload.iterator import Backend, require_backend
@@ -82,7 +82,7 @@ def _load(
         unexpected += [name for name in others if name not in missing]
         missing.difference_update(others)
     if strict and (missing or unexpected):
-        raise StateDictError(_in_words(model, missing, unexpected))
+        raise located(StateDictError(_in_words(model, missing, unexpected)), files[0].path)
     if matched is not None:
         fill(matched, dict.fromkeys(place.device for place in matched.places.values()), files, paths)
     return missing, unexpected

@@ -32,15 +32,20 @@ def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
     """Numbers of the file's tensors that ``names`` (a collection or a predicate; None for all) picks."""
     if names is None:
         return list(range(len(file)))
-    if isinstance(names, str):
-        raise TypeError("names must be a collection of tensor names or a predicate, not one string")
-    picked = names if callable(names) else set(names).__contains__
+    picked = _predicate(names)
     return [number for number, name in enumerate(file.names()) if picked(name)]
 
 
 def select_all(files: Sequence[_C.CheckpointFile], names: Names | None) -> list[list[int]]:
     """``select`` for each file."""
-    return [select(file, names) for file in files]
+    picked = None if names is None else _predicate(names)  # once: an iterator among them can be read once
+    return [select(file, picked) for file in files]
+
+
+def _predicate(names: Names) -> Callable[[str], bool]:
+    if isinstance(names, str):
+        raise TypeError("names must be a collection of tensor names or a predicate, not one string")
+    return names if callable(names) else set(names).__contains__
 
 
 _live: weakref.WeakSet[_C.HostLoader | _C.DeviceLoader] = weakref.WeakSet()

@@ -17,6 +17,7 @@ from weightload.cpus import usable_cpus
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16
+LARGEST = (1 << 63) - 1  # of any number
 LEAST_COLD_THREADS = 4  # some wait for the storage while others copy
 
 CPU = "CPU"
@@ -138,8 +139,10 @@ class Settings:
             if field.name == "read":
                 if value not in READ_MODES:
                     raise ValueError(f"weightload setting read={value!r}: must be one of {', '.join(READ_MODES)}")
-            elif not isinstance(value, int) or value < least:
-                raise ValueError(f"weightload setting {field.name}={value!r}: must be a whole number from {least}")
+            elif not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+                raise ValueError(
+                    f"weightload setting {field.name}={value!r}: must be a whole number from {least} to {LARGEST}"
+                )
             elif value % multiple:
                 raise ValueError(f"weightload setting {field.name}={value}: must be a multiple of {multiple}")
         if self.pinned_bytes < self.slot_bytes:

@@ -9,7 +9,7 @@ import torch
 
 from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import StateDictError, TensorError
+from weightload.errors import StateDictError, TensorError, located
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -50,6 +50,10 @@ def tensors_of(target: Target) -> dict[str, torch.Tensor]:
         freed = plain and tensor.nbytes > 0 and tensor.untyped_storage().nbytes() == 0
         if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor) or freed:
             raise StateDictError(f"{name!r} has no memory to load into; materialise it first, as Module.to_empty does")
+        if tensor.layout is not torch.strided and not tensor.is_mkldnn:
+            raise StateDictError(f"cannot load into {name!r}: its layout is {tensor.layout}")
+        if plain and _repeats(tensor):
+            raise StateDictError(f"cannot load into {name!r}: several of its elements are one in memory (expanded)")
     return found
 
 
@@ -77,17 +81,21 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
     """
     tensors = tensors_of(target)
     tied = _tied(tensors)
-    here = {name: (dtype, shape) for file in files for name, dtype, shape, _, _ in file.tensors()}
+    here = {name: (dtype, shape, file) for file in files for name, dtype, shape, _, _ in file.tensors()}
     problems = []
-    for name, (dtype, shape) in here.items():
+    place: tuple[str | None, str | None] | None = None
+    for name, (dtype, shape, file) in here.items():
         if name not in tensors:
             continue
         if dtype not in TORCH_DTYPES:
-            raise TensorError(f"torch has no dtype for {dtype}, that of tensor `{name}`")
+            raise located(
+                TensorError(f"{file.path}: torch has no dtype for {dtype}, that of `{name}`"), file.path, name
+            )
         theirs, ours = torch_shape(dtype, shape), tuple(tensors[name].shape)
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
             problems.append(f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}")
+            place = place or (file.path, name)
     alive = {key for name, key in tied.items() if name in here}
     missing = [name for name in tensors if name not in here and tied[name] not in alive]
     unexpected = [name for name in here if name not in tensors]
@@ -96,8 +104,10 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
     if strict and unexpected:
         problems.append("unexpected in the checkpoint: " + ", ".join(unexpected))
     if problems:
-        kind = type(target).__name__
-        raise StateDictError(f"cannot load into {kind}:\n\t" + "\n\t".join(problems))
+        source = files[0].path if len(files) == 1 else f"{len(files)} files"
+        what = f"cannot load {source} into {type(target).__name__}"
+        place = place or (files[0].path if len(files) == 1 else None, None)
+        raise located(StateDictError(f"{what}:\n\t" + "\n\t".join(problems)), *place)
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
     places = {name: tensors[name] for name in here if name in tensors and last[tied[name]] == name}
@@ -126,6 +136,13 @@ def _has_storage(tensor: torch.Tensor) -> bool:
         return tensor.data_ptr() != 0  # 0: wrappers around other tensors
     except (RuntimeError, NotImplementedError):  # fake tensors
         return False
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    """Whether a dimension of more than one element has them all in one place, as expand() makes it."""
+    if tensor.is_contiguous():
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@
 
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
+#include "bindings/signals.h"
 #include "io/residency.h"
 
 namespace py = pybind11;
@@ -43,11 +44,9 @@ uint64_t read_all(const CheckpointFile& file) {
   constexpr uint64_t kPiece = 1 << 20;
   const std::unique_ptr<char[]> scratch(new char[kPiece]);
   for (uint64_t at = 0; at < file.size(); at += kPiece) {
-    {
-      py::gil_scoped_release release;
-      file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
-    }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    py::gil_scoped_release release;
+    file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
+    check_signals();
   }
   file.source().require_unchanged(0);
   return file.size();
@@ -107,7 +106,7 @@ void register_checkpoint_file(py::module_& module) {
         const std::vector<std::string> paths(encoded_paths.begin(), encoded_paths.end());
         py::gil_scoped_release release;
         std::vector<std::shared_ptr<CheckpointFile>> files;
-        for (auto& file : CheckpointFile::open_all(paths, threads))
+        for (auto& file : CheckpointFile::open_all(paths, threads, check_signals))
           files.push_back(std::const_pointer_cast<CheckpointFile>(file));
         return files;
       },

@@ -14,6 +14,7 @@
 #include "bindings/device_target.h"
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
+#include "bindings/signals.h"
 #include "collective/process_group.h"
 #include "pipeline/group_registry.h"
 
@@ -31,7 +32,7 @@ void wait_for(Step&& step) {
       py::gil_scoped_release release;
       if (step()) return;
     }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    check_signals();
   }
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/load_counts.h"
+#include "bindings/signals.h"
 #include "pipeline/checkpoint_file.h"
 #include "pipeline/host_loader.h"
 
@@ -84,7 +85,7 @@ class PyLoader {
     typename Loader::Step step = Loader::Step::not_ready;
     if (!loader_->needs_others()) step = loader_->next(item, std::chrono::milliseconds(0));
     while (step == Loader::Step::not_ready) {
-      if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+      check_signals();
       pybind11::gil_scoped_release release;
       step = loader_->next(item, kSignalInterval);
     }

@@ -8,6 +8,7 @@
 
 #include "bindings/host_tensor.h"
 #include "bindings/register.h"
+#include "bindings/signals.h"
 #include "io/residency.h"
 
 namespace py = pybind11;
@@ -40,10 +41,7 @@ py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<R
   TensorInMemory part;
   {
     py::gil_scoped_release release;
-    part = reader.read(tensor, rows, [] {
-      const py::gil_scoped_acquire acquire;
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    });
+    part = reader.read(tensor, rows, check_signals);
   }
   return wrap(reader, part);
 }

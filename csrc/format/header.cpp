@@ -18,12 +18,16 @@ bool starts_with_ignoring_case(std::string_view text, std::string_view prefix) {
 
 // Downloads that went wrong leave these behind under the checkpoint's name.
 void recognise_other_files(std::string_view first_bytes, const std::string& path) {
-  if (starts_with_ignoring_case(first_bytes, "version https://git-lfs"))
+  if (starts_with_ignoring_case(first_bytes, "version https://git-lfs") ||
+      starts_with_ignoring_case(first_bytes, "version https://hawser"))
     fail_header(rule::kGitLfsPointer, "this is a Git LFS pointer, not the file itself; run `git lfs pull`", path);
+  // No header is so long that none of these is zero.
+  if (first_bytes.size() < kLengthBytes || first_bytes.substr(0, kLengthBytes).find('\0') != std::string_view::npos)
+    return;
+  if (first_bytes.substr(0, 3) == "\xEF\xBB\xBF") first_bytes.remove_prefix(3);
   const size_t text = first_bytes.find_first_not_of(" \t\r\n");
-  const std::string_view page = text == std::string_view::npos ? std::string_view() : first_bytes.substr(text);
-  if (starts_with_ignoring_case(page, "<!doctype html") || starts_with_ignoring_case(page, "<html"))
-    fail_header(rule::kHtmlPage, "this is an HTML page, not the file itself; download it again", path);
+  if (text != std::string_view::npos && first_bytes[text] == '<')
+    fail_header(rule::kHtmlPage, "this is an HTML or XML page, not the file itself; download it again", path);
 }
 
 bool multiply(uint64_t a, uint64_t b, uint64_t& product) { return !__builtin_mul_overflow(a, b, &product); }
@@ -89,8 +93,12 @@ Header parse_header(std::string_view json, uint64_t file_bytes, const std::strin
     position = tensor.bytes.end;
   }
   // The sum is compared, not added up: `position` may be any 64-bit number.
-  if (position != file_bytes - header.data_begin)
-    fail_header(rule::kMetadataIncompleteBuffer, "incomplete metadata, file not fully covered", path);
+  if (position != file_bytes - header.data_begin) {
+    fail_header(rule::kMetadataIncompleteBuffer,
+                "incomplete metadata, file not fully covered: tensors of " + std::to_string(position) + " bytes, and " +
+                    std::to_string(file_bytes - header.data_begin) + " behind the header",
+                path);
+  }
   for (TensorInfo& tensor : header.tensors) {
     tensor.bytes.begin += header.data_begin;
     tensor.bytes.end += header.data_begin;

@@ -62,18 +62,21 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& pa
   return opened;
 }
 
-CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, unsigned threads) {
+CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, unsigned threads,
+                                         const std::function<void()>& pause) {
   CheckpointFiles files(paths.size());
   if (paths.size() == 1 || threads <= 1) {
-    for (size_t i = 0; i < paths.size(); ++i) files[i] = open(paths[i]);
+    for (size_t i = 0; i < paths.size(); ++i) {
+      if (i > 0) pause();
+      files[i] = open(paths[i]);
+    }
     return files;
   }
   // One task a file, all allowed to start: order matters for which error is thrown, not for the work.
   std::vector<uint64_t> ends(paths.size());
   for (size_t i = 0; i < ends.size(); ++i) ends[i] = i + 1;
   OrderedPool pool(ends, threads, std::numeric_limits<uint64_t>::max(), [&](size_t i) { files[i] = open(paths[i]); });
-  while (!paths.empty() && !pool.wait(paths.size() - 1, std::chrono::seconds(3600))) {
-  }
+  while (!paths.empty() && !pool.wait(paths.size() - 1, std::chrono::milliseconds(100))) pause();
   return files;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,10 +20,10 @@ class CheckpointFile {
   // ms.
   static std::shared_ptr<const CheckpointFile> open(const std::string& path);
 
-  // Opens many, on up to `threads` threads, in the given order. Throws the error of the first file that
-  // fails.
-  static std::vector<std::shared_ptr<const CheckpointFile>> open_all(const std::vector<std::string>& paths,
-                                                                     unsigned threads);
+  // Opens many, on up to `threads` threads, in the given order. Throws the error of the first file that fails. Calls
+  // `pause` now and then in the calling thread; should that throw, no further file is opened.
+  static std::vector<std::shared_ptr<const CheckpointFile>> open_all(
+      const std::vector<std::string>& paths, unsigned threads, const std::function<void()>& pause = [] {});
 
   // Takes bytes that the caller keeps alive and unchanged.
   static std::shared_ptr<const CheckpointFile> from_memory(const void* data, uint64_t size);

@@ -1,6 +1,7 @@
 #include "pipeline/tensor_reader.h"
 
 #include <algorithm>
+#include <chrono>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -10,7 +11,7 @@
 namespace weightload {
 namespace {
 
-constexpr uint64_t kBetweenPauses = 32 << 20;  // bytes
+constexpr auto kBetweenPauses = std::chrono::milliseconds(100);
 
 [[noreturn]] void fail_rows(const CheckpointFile& file, const TensorInfo& info, const std::string& what) {
   throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
@@ -70,9 +71,20 @@ bool TensorReader::claim(ByteRange bytes) {
   return true;
 }
 
+// A view of what is gone from the file would end the process when it is touched, and one of other bytes lie.
+void TensorReader::require_unchanged(const TensorInfo& info) const {
+  try {
+    file_->source().require_unchanged(info.bytes.begin);
+  } catch (const Error& error) {
+    throw Error(error.kind, error.message, {file_->path(), info.name, error.context.offset, error.context.error_number},
+                error.rule);
+  }
+}
+
 std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const RowRange* rows) {
   TensorInfo info = rows ? narrowed(tensor, *rows) : file_->header().tensors.at(tensor);
   if (info.bytes.empty()) return TensorInMemory{std::move(info), nullptr, {}};
+  require_unchanged(info);
   std::lock_guard<std::mutex> lock(mapping_);
   if (!map_) map();
   if (!claim(info.bytes)) return std::nullopt;
@@ -82,6 +94,7 @@ std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const Ro
 
 TensorInMemory TensorReader::view_again(uint32_t tensor) {
   const TensorInfo& info = file_->header().tensors.at(tensor);
+  require_unchanged(info);
   std::lock_guard<std::mutex> lock(mapping_);
   map();
   claim(info.bytes);
@@ -127,13 +140,14 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     result.memory = allocate_block(result.info.bytes.size());
     result.data = result.memory->data();
     char* to = result.data;
-    const char* paused = to;
+    auto paused = std::chrono::steady_clock::now();
     for (const ByteRange& range : ranges) {
       file_->source().read(range.begin, to, range.size());
       to += range.size();
-      if (static_cast<uint64_t>(to - paused) < kBetweenPauses) continue;
+      const auto now = std::chrono::steady_clock::now();
+      if (now - paused < kBetweenPauses) continue;
       pause();
-      paused = to;
+      paused = now;
     }
     file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {

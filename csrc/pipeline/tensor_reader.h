@@ -59,6 +59,7 @@ class TensorReader {
  private:
   uint64_t row_count(uint32_t tensor) const;
   bool claim(ByteRange bytes);
+  void require_unchanged(const TensorInfo& info) const;
   void map();
 
   const std::shared_ptr<const CheckpointFile> file_;
