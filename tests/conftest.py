@@ -230,6 +230,18 @@ def start(files: list[Path], backend: str = "mmap", **options: object) -> Weight
     return weights
 
 
+@contextlib.contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C within the block, that long after its begin."""
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def evict(files: list[Path]) -> None:
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)

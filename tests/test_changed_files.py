@@ -240,6 +240,36 @@ def test_mapped_files_never_crash_on_the_way(path: Path, change: Change) -> None
             list(weights)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("elements", [1000, 500_000, 4_000_000])
+def test_no_view_is_made_of_a_file_that_has_changed(path: Path, change: Change, elements: int) -> None:
+    """Not of small files in the page cache either, which no thread brings in: touching what is gone is the end."""
+    path.unlink()
+    write_tensors(path, [(name, "F32", [elements]) for name in "abc"])
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    path.read_bytes()
+    with weightload.safe_open(path) as handle, start([path], "mmap") as weights:
+        handle.get_tensor("a")
+        next(weights)
+        change(path)
+        changed = time.monotonic()
+        for call in (
+            lambda: handle.get_tensor("a"),
+            lambda: handle.get_tensor("b"),
+            lambda: handle.get_slice("c")[10:900],
+        ):
+            with pytest.raises(errors.ReadError, match=r"changed while it was read|the file ended .* early") as caught:
+                call()
+            assert caught.value.filename == str(path)
+            assert caught.value.tensor in ("a", "b", "c")
+            assert caught.value.offset is not None
+        del call, caught
+        while time.monotonic() < changed + 0.001:  # tensors that follow at once go by the last answer
+            pass
+        with pytest.raises(errors.ReadError):
+            list(weights)
+
+
 def test_what_was_handed_out_in_private_memory_stays(path: Path, private_way: Way) -> None:
     reference = content(path)
     loaded = private_way([path])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKENDS, evict, run_script, start, write_tensors
+from conftest import BACKENDS, evict, interrupted_after, run_script, start, write_tensors
 
 import weightload
 from weightload import _C, errors, settings
@@ -31,6 +31,15 @@ def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path
         assert len(list(weights)) < 120
     finally:
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupt_is_felt_while_headers_are_opened(tmp_path: Path, arm: Callable[..., None], threads: int) -> None:
+    paths = [write_tensors(tmp_path / f"{i}.safetensors", [(f"{i}", "U8", [1])]) for i in range(40)]
+    arm("delay", count=10**6, delay_ms=100)
+    with settings.override(threads=threads), interrupted_after(0.01), pytest.raises(KeyboardInterrupt):
+        start(paths, "mmap")
+    assert _C.reads_since_armed() < len(paths)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -99,7 +99,12 @@ VIOLATIONS = [
     ("MetadataIncompleteBuffer", file_bytes({}, b"1")),
     ("GitLfsPointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"),
     ("HtmlPage", b"<!DOCTYPE html>\n<html><body>404</body></html>"),
+    ("GitLfsPointer", b"version https://hawser.github.com/spec/v1\noid sha256:0123\nsize 12345\n"),
     ("HtmlPage", b"\n  <HTML><head></head></HTML>"),
+    ("HtmlPage", b"\xef\xbb\xbf<html></html>"),
+    ("HtmlPage", b"<!-- 404 --><html></html>"),
+    ("HtmlPage", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
+    ("InvalidHeaderLength", b"<\0\0\0\0\0\0\0html"),
 ]
 
 

@@ -71,6 +71,19 @@ def test_a_sparse_giant(tmp_path: Path) -> None:
     refused(tmp_path, f"too large for an index: {2**42} bytes, more than {MAX_INDEX_BYTES}")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "an HTML or XML page"),
+        (b"\xef\xbb\xbf\n <Error><Code>AccessDenied</Code></Error>", "an HTML or XML page"),
+    ],
+)
+def test_what_failed_downloads_leave(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / INDEX).write_bytes(content)
+    refused(tmp_path, words)
+
+
 def test_memory_is_bounded_by_the_size_of_an_index(tmp_path: Path) -> None:
     """Zeros, which may be taken for UTF-32."""
     (tmp_path / INDEX).touch()

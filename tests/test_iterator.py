@@ -108,6 +108,7 @@ def test_names_by_collection_and_predicate(shards: list[Path]) -> None:
     ]
     assert start(shards, names=wanted).total_bytes == 2 * 4 * 65_536
     assert list(start(shards, names=[])) == []
+    assert [name for name, _ in start(shards, names=iter(["0.3", "2.39"]))] == ["0.3", "2.39"]
     with pytest.raises(TypeError, match="not one string"):
         start(shards, names="0.3")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import evict, thread_count
+from conftest import evict, thread_count, write_tensors
 from simulated_support import SMALL, current_stream
 
 import weightload
@@ -226,6 +227,27 @@ def test_targets_without_memory_are_refused(checkpoint: Any) -> None:
     for wrong in ({"a": 3}, [torch.zeros(3)]):
         with pytest.raises(TypeError):
             weightload.load_into(wrong, paths)  # type: ignore[arg-type]
+    for strange, words in (
+        (torch.zeros(1, 3).expand(2, 3), "several of its elements are one"),
+        (torch.zeros(2, 3).to_sparse(), "its layout is torch.sparse_coo"),
+    ):
+        with pytest.raises(errors.StateDictError, match=words):
+            weightload.load_into({"a": strange}, paths)
+
+
+def test_errors_of_matching_name_file_and_tensor(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [("a", "F32", [2]), ("f", "F6_E2M3", [4])])
+    for target, kind, tensor in (
+        ({"a": torch.zeros(3)}, errors.StateDictError, "a"),
+        ({"a": torch.zeros(2), "b": torch.zeros(1)}, errors.StateDictError, None),
+        ({"a": torch.zeros(2), "f": torch.zeros(4)}, errors.TensorError, "f"),
+    ):
+        with pytest.raises(kind, match=re.escape(str(path))) as caught:
+            weightload.load_into(target, path)
+        assert (caught.value.filename, caught.value.tensor) == (str(path), tensor)
+    with pytest.raises(errors.StateDictError) as strict:
+        weightload.load_model(torch.nn.Linear(2, 2), path)
+    assert strict.value.filename == str(path)
 
 
 @pytest.mark.simulated

@@ -43,7 +43,7 @@ def test_bad_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_are_compared_with_their_limits() -> None:
     for bad in (
         {"threads": -1}, {"window_bytes": 4095}, {"read": "fast"}, {"read": 1}, {"threads": 1.5}, {"slot_bytes": 8000},
-        {"spare_bytes": -1}, {"pinned_bytes": 8192, "slot_bytes": 12288},
+        {"spare_bytes": -1}, {"window_bytes": 2**64}, {"threads": True}, {"pinned_bytes": 8192, "slot_bytes": 12288},
     ):  # fmt: skip
         with settings.override(**bad), pytest.raises(ValueError, match=next(iter(bad))):  # type: ignore[arg-type]
             settings.current()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, evict, write_tensors
+from conftest import BACKENDS, evict, interrupted_after, write_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -238,6 +238,15 @@ def test_the_plan_of_rows() -> None:
     assert runs(torch.arange(1_000_000) % 2 == 0, [1_000_000, 8], 32) == [[0, 999_999]]
     assert runs([0, 500, 2], [1000], 32) == [[0, 3], [500, 501]]
     assert runs([0, 5], [9, 0], 0) == [[0, 6]]
+
+
+def test_an_interrupt_is_felt_between_rows(sliced: Path, arm: Callable[..., None]) -> None:
+    rows = list(range(0, 4000, 100))
+    with weightload.safe_open(sliced, backend="pread") as file:
+        arm("delay", count=10**6, delay_ms=110)
+        with interrupted_after(0.01), pytest.raises(KeyboardInterrupt):
+            file.get_slice("matrix")[rows]
+        assert _C.reads_since_armed() < len(rows)
 
 
 def test_errors_name_the_tensor(sliced: Path, arm: Callable[..., None]) -> None:

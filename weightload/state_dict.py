@@ -81,21 +81,24 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
     """
     tensors = tensors_of(target)
     tied = _tied(tensors)
-    here = {name: (dtype, shape, file) for file in files for name, dtype, shape, _, _ in file.tensors()}
+    here = {
+        name: (dtype, shape, path)
+        for file in files
+        for path in (file.path,)
+        for name, dtype, shape, _, _ in file.tensors()
+    }
     problems = []
     place: tuple[str | None, str | None] | None = None
-    for name, (dtype, shape, file) in here.items():
+    for name, (dtype, shape, path) in here.items():
         if name not in tensors:
             continue
         if dtype not in TORCH_DTYPES:
-            raise located(
-                TensorError(f"{file.path}: torch has no dtype for {dtype}, that of `{name}`"), file.path, name
-            )
+            raise located(TensorError(f"{path}: torch has no dtype for {dtype}, that of tensor `{name}`"), path, name)
         theirs, ours = torch_shape(dtype, shape), tuple(tensors[name].shape)
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
             problems.append(f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}")
-            place = place or (file.path, name)
+            place = place or (path, name)
     alive = {key for name, key in tied.items() if name in here}
     missing = [name for name in tensors if name not in here and tied[name] not in alive]
     unexpected = [name for name in here if name not in tensors]

@@ -23,6 +23,9 @@ constexpr uint64_t kMostBounced = 32 << 20;
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
 
+// How long a mapped file that was found unchanged is taken to be so.
+constexpr auto kUnchangedFor = std::chrono::microseconds(20);
+
 bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_alignment(tensor.dtype) == 0; }
 
 }  // namespace
@@ -271,16 +274,19 @@ bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
   }
 }
 
-// A view of what is gone from the file would end the process when it is touched. Asking of every tensor (0.3 us) would
-// show at twenty thousand; what was read by one task is handed out at about one time.
-void HostLoader::require_unchanged(uint32_t task) {
-  if (page_in_ && task == checked_task_) return;
+// A view of what is gone from the file would end the process when it is touched. Asking for every tensor (0.3 us) would
+// show at twenty thousand, so those that follow at once go by the last answer.
+void HostLoader::require_unchanged() {
+  const uint32_t file = selected_.file_index(next_);
+  const auto now = std::chrono::steady_clock::now();
+  if (file == unchanged_file_ && now - unchanged_at_ < kUnchangedFor) return;
   try {
     selected_.file(next_)->source().require_unchanged(selected_.info(next_).bytes.begin);
   } catch (const Error& error) {
     throw selected_.name_tensor(error, next_);
   }
-  checked_task_ = task;
+  unchanged_file_ = file;
+  unchanged_at_ = now;
 }
 
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
@@ -305,7 +311,7 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
     tensor.data = nullptr;
     tensor.memory = {};
   } else if (block.mapped) {
-    require_unchanged(wanted.last_task);
+    require_unchanged();
     tensor.memory = maps_[file];
     tensor.data = tensor.memory->data() + tensor.info->bytes.begin;
   } else {

@@ -114,7 +114,7 @@ class HostLoader {
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);
-  void require_unchanged(uint32_t task);
+  void require_unchanged();
   void let_go_of_passed_files(uint32_t current_file);
 
   SharedBlocks shared_;  // before what may fail to be made: the others are told
@@ -133,8 +133,9 @@ class HostLoader {
   std::vector<bool> in_place_;         // by block: the caller's memory
 
   size_t next_ = 0;
-  uint32_t checked_task_ = UINT32_MAX;  // of the last mapped tensor whose file was found unchanged
-  uint32_t first_held_file_ = 0;        // maps and readers of files before this one have been let go
+  uint32_t unchanged_file_ = UINT32_MAX;  // the last mapped one that was found unchanged, and when
+  std::chrono::steady_clock::time_point unchanged_at_;
+  uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
