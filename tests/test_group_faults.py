@@ -265,6 +265,54 @@ def test_another_selection(three: World, checkpoint: list[Path], names: list[str
     disagree(three, checkpoint, {1: {"names": names[1:]}}, strategy, "selec|names|tensors")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind", "words"),
+    [
+        ({"strategy": "fastest"}, "ValueError", "strategy 'fastest'"),
+        ({"backend": "floppy"}, "ValueError", "backend 'floppy'"),
+        ({"device": "cuda:1"}, "ValueError", "cannot load to cuda:1"),
+        ({"files": [3], "reference": []}, "TypeError", "expected str, bytes or os.PathLike object"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [None, range(3)])
+def test_wrong_arguments_of_one_rank(
+    three: World, checkpoint: list[Path], wrong: dict[str, Any], kind: str, words: str, ranks: range | None
+) -> None:
+    if "strategy" in wrong and ranks is None:
+        return  # taken for "auto", which does not communicate between CPUs of a node
+    outcomes = three.run(
+        scenarios.load, files=checkpoint, strategy="striped", tuned=TUNED, ranks=ranks, per_rank={1: wrong}
+    )
+    failure = assert_same_failure(outcomes, kind, 1)
+    assert words in failure.message
+
+
+def test_ranks_of_a_group_that_each_read_for_themselves_agree_first(
+    three: World, checkpoint: list[Path], names: list[str], tmp_path: Path
+) -> None:
+    outcomes = three.run(scenarios.load, files=checkpoint, strategy="auto", tuned=TUNED, ranks=range(3))
+    assert_whole(outcomes, names)
+    outcomes = three.run(
+        scenarios.load,
+        files=checkpoint,
+        strategy="striped",
+        tuned=TUNED,
+        ranks=range(3),
+        per_rank={1: {"strategy": "auto"}},
+    )
+    failure = assert_same_failure(outcomes, "RankDisagreementError", None)
+    assert "rank 1 of 3 differs in strategy (independent where the others have striped)" in failure.message
+    missing = [checkpoint[0], tmp_path / "missing.safetensors"]
+    outcomes = three.run(
+        scenarios.load,
+        files=checkpoint,
+        strategy="auto",
+        ranks=range(3),
+        per_rank={2: {"files": missing, "reference": []}},
+    )
+    assert assert_same_failure(outcomes, "FileNotFoundError", 2).filename == str(missing[1])
+
+
 def test_another_strategy(three: World, checkpoint: list[Path]) -> None:
     disagree(three, checkpoint, {1: {"strategy": "striped"}}, "broadcast", "strategy.*broadcast|strategy.*striped")
     disagree(three, checkpoint, {1: {"strategy": "broadcast"}}, "striped", "strategy.*broadcast|strategy.*striped")

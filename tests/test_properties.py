@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import BACKENDS, DTYPE_BITS, file_bytes
+from conftest import BACKENDS, DTYPE_BITS, evict, file_bytes, start
 from fuzz import verdicts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -104,6 +104,28 @@ def test_any_cutting_and_any_selection_give_the_same_bytes(path: Path, file: Fil
     with knobs.override(threads=data.draw(st.integers(1, 3), label="threads"), **sizes):
         for backend in BACKENDS:
             assert facts(iterate(path, backend, names)) == expected, backend
+
+
+@examples(60)
+@given(file=files(most=30_000), data=st.data())
+def test_what_a_consumer_writes_stays_and_shows_nowhere_else(path: Path, file: File, data: st.DataObject) -> None:
+    path.write_bytes(file.content)
+    expected = {name: fact[2] for name, fact in facts(safetensors.torch.load_file(path)).items()}
+    sizes = {
+        name: data.draw(st.integers(4096, 50_000), label=name) for name in ("block_bytes", "task_bytes", "window_bytes")
+    }
+    evict([path])
+    with knobs.override(threads=data.draw(st.integers(1, 3), label="threads"), **sizes):
+        for backend in BACKENDS:
+            written = []
+            for name, tensor in start([path], backend):
+                if tensor.numel() == 0:
+                    continue
+                memory = tensor.view(-1).view(torch.uint8)
+                assert memory.numpy().tobytes() == expected[name], f"{name} {backend}"
+                written.append(memory.bitwise_not_())
+            for memory, name in zip(written, (name for name in file.names if expected[name]), strict=True):
+                assert memory.bitwise_not().numpy().tobytes() == expected[name], f"{name} {backend}: lost"
 
 
 @examples(800)

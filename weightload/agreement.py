@@ -32,7 +32,7 @@ class Sharing:
     """This process's part in a load that the ranks of a group share: the agreement, then the group's part of a loader.
 
     Attributes:
-        core: what a loader takes over.
+        core: what a loader takes over, unless the ranks only agree (``"independent"``): None then.
         seconds: how long the agreement took, from the moment this rank was ready for it.
     """
 
@@ -47,7 +47,8 @@ class Sharing:
         load = load_name(paths)
         self.seconds = 0.0
         self._strategy, self._kind, self._load = strategy, device.type, load
-        self.core = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
+        self._group = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
+        self.core = None if strategy == "independent" else self._group
 
     def agree(self, open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None) -> Opened:
         """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
@@ -71,11 +72,11 @@ class Sharing:
         try:
             if isinstance(failure, (KeyboardInterrupt, SystemExit)):
                 with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
-                    self.core.tell(record)  # without waiting for ranks that may be late
+                    self._group.tell(record)  # without waiting for ranks that may be late
                 raise failure
             begin = time.perf_counter()
-            more = failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
-            records = self.core.agree(record, more)
+            more = self.core is not None and failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
+            records = self._group.agree(record, more)
             self.seconds = time.perf_counter() - begin
             _check(records, failure)
         except BaseException:
@@ -88,7 +89,7 @@ class Sharing:
 
     def close(self) -> None:
         """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
-        self.core.close()
+        self._group.close()
 
     def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]]) -> bytes:
         """What must be the same on every rank, as JSON, so that a difference can be said in words."""

@@ -12,7 +12,7 @@ import torch
 from weightload import _C, devices, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
-from weightload.distributed import has_cpu_backend, ranks_of_this_node
+from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, select_all
 
@@ -163,6 +163,23 @@ def fail_together(
             Sharing(group, strategy, here, target, paths).agree(fail, None)
         finally:
             target.close()
+
+
+def fail_arguments_together(
+    error: Exception,
+    group: ProcessGroup | None,
+    strategy: str,
+    device: devices.Device | None,
+    paths: Sequence[Path],
+) -> None:
+    """``fail_together`` for an error of this rank's arguments, where the call would communicate were they right."""
+    try:
+        chosen = strategy if strategy in STRATEGIES else "auto"
+        group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths))
+    except Exception:
+        return  # the arguments' error comes first
+    if group is not None:
+        fail_together(error, group, chosen, paths)
 
 
 def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -66,6 +67,15 @@ def resolve(device: Device | None) -> torch.device:
     if not 0 <= index < torch.accelerator.device_count():
         raise ValueError(f"cannot load to {target}: torch sees {torch.accelerator.device_count()} devices")
     return torch.device(target.type, index)
+
+
+def kind_of(device: Device | None) -> str:
+    """The type of device that is meant, whether or not it is there; of what is none, the default's."""
+    if isinstance(device, (str, torch.device)):
+        with contextlib.suppress(RuntimeError):
+            return torch.device(device).type
+    kind = accelerator()
+    return kind.type if kind else "cpu"
 
 
 def _require_unforked() -> None:

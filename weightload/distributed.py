@@ -93,7 +93,11 @@ def ranks_of_this_node() -> int:
 
 def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:
     """What errors call a load."""
-    first = f" (first: {os.path.basename(os.fsdecode(paths[0]))})" if paths else ""
+    first = ""
+    if paths:
+        path = paths[0]  # which may be no path: opening it will say so
+        name = os.path.basename(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
+        first = f" (first: {name})"
     return f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
 
 
@@ -169,16 +173,24 @@ def _nodes_of(group: ProcessGroup, load: str) -> int:
     return _nodes[group]
 
 
+def require_strategy(strategy: str) -> None:
+    """Raise ``ValueError`` for what is no ``Strategy``."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
+
+
 def resolve_group(
     group: ProcessGroup | None, strategy: str, device_type: str, load: str
 ) -> tuple[ProcessGroup | None, str]:
     """The group that shares a load, or None where this process reads everything itself; and the strategy.
 
+    A group with ``"independent"``: its ranks agree on the load, since they were told to load together, and then each
+    reads for itself.
+
     Raises:
         ValueError: no such strategy, or a group that this process is no member of.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
+    require_strategy(strategy)
     if group is not None and not isinstance(group, ProcessGroup):
         raise ValueError(f"group={group!r}: this process is not a member of it, or it is no process group")
     if strategy == "independent" or not _initialised():
@@ -193,6 +205,6 @@ def resolve_group(
     assert group is not None
     ranks = torch.distributed.get_world_size(group)
     chosen = auto_strategy(device_type, ranks, nodes) if strategy == "auto" else strategy
-    if ranks == 1 or chosen == "independent":
+    if ranks == 1 or (chosen == "independent" and not has_cpu_backend(group)):
         return None, "independent"
     return group, chosen

@@ -73,6 +73,14 @@ class RankLeftError(GroupError):
     """Another rank of the group left the load before its end. ``rank`` says which."""
 
 
+class GroupValueError(GroupError, ValueError):
+    """A rank of the group was given an argument of the wrong value, or what picks its tensors said so."""
+
+
+class GroupTypeError(GroupError, TypeError):
+    """The same of the wrong type."""
+
+
 class HeaderTooSmall(HeaderError):
     """The file is shorter than the 8 bytes of its header's length."""
 
@@ -222,6 +230,7 @@ def from_rank(
     if isinstance(known, builtins.type) and issubclass(known, WeightLoadError):
         error = known(f"on rank {rank}: {message}")
     else:
-        error = GroupError(f"{load}: rank {rank} failed before it began: {type}: {message}")
+        of_rank = {"TypeError": GroupTypeError, "ValueError": GroupValueError}.get(type, GroupError)
+        error = of_rank(f"{load}: rank {rank} failed before it began: {type}: {message}")
     error.filename, error.tensor, error.offset, error.errno, error.rank = filename, tensor, offset, errno, rank
     return error

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, devices, progress
-from weightload.device_iterator import DeviceWeightIterator, fail_together, load_to_device
-from weightload.distributed import load_name, resolve_group
+from weightload.device_iterator import (
+    DeviceWeightIterator,
+    fail_arguments_together,
+    fail_together,
+    load_to_device,
+)
+from weightload.distributed import load_name, require_strategy, resolve_group
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
@@ -62,6 +67,11 @@ def load_into(
     """
     first = _first_device(target)
     paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    try:
+        require_strategy(strategy)
+    except ValueError as error:
+        fail_arguments_together(error, group, strategy, first, paths)
+        raise
     group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
@@ -74,7 +84,7 @@ def load_into(
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)
             raise
-        if group is not None:
+        if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         at_load = time.perf_counter()
         devices_here = dict.fromkeys(place.device for place in matched.places.values())
@@ -121,6 +131,11 @@ def fill(
     return sizes, stats
 
 
+def _shares(group: ProcessGroup | None, strategy: str) -> bool:
+    """Whether bytes travel between ranks, in blocks of the loader's."""
+    return group is not None and strategy != "independent"
+
+
 def _first_device(target: Target) -> torch.device:
     tensors: Iterable[object] = ()
     if isinstance(target, torch.nn.Module):
@@ -142,8 +157,10 @@ def _start(
     here = {name for name, place in matched.places.items() if place.device == device}
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name] if name in matched.direct else None for name in in_order]
-    if group is not None:
+    if _shares(group, strategy):
         places = []
+    elif device.type != "cpu":
+        group = None
     if device.type == "cpu":
         return load_to_host(group, strategy, paths, lambda: list(files), here, backend="mmap", places=places)
     most_bytes = sum(file.size for file in files)

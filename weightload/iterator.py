@@ -11,8 +11,13 @@ import torch
 from weightload import _C, devices, progress, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
-from weightload.device_iterator import DeviceWeightIterator, bytes_of_files, load_to_device
-from weightload.distributed import load_name, ranks_of_this_node, resolve_group
+from weightload.device_iterator import (
+    DeviceWeightIterator,
+    bytes_of_files,
+    fail_arguments_together,
+    load_to_device,
+)
+from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
 from weightload.load_stats import LoadStats
 from weightload.selection import Names, Path, close_at_exit, open_files, select_all
 
@@ -43,6 +48,7 @@ class WeightIterator(_C.HostLoader):
         counting: Counting | None = None,
     ) -> None:
         now = settings.current()
+        core = sharing.core if sharing else None
         self.agreement_seconds = sharing.seconds if sharing else 0.0
         self._counting = counting or Counting()
         self._counting.agreement_seconds = self.agreement_seconds
@@ -52,7 +58,7 @@ class WeightIterator(_C.HostLoader):
                 files,
                 selection,
                 list(places),
-                sharing.core if sharing else None,
+                core,
                 map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),
@@ -61,7 +67,7 @@ class WeightIterator(_C.HostLoader):
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
                 spare_bytes=now.spare_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(alone=sharing is not None or ranks_of_this_node() == 1)),
+                read=getattr(_C.ReadMode, now.read_mode(alone=core is not None or ranks_of_this_node() == 1)),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
@@ -104,7 +110,7 @@ def load_to_host(
     read_ahead: bool = True,
     places: Sequence[torch.Tensor | None] = (),
 ) -> WeightIterator:
-    """Start a load to the CPU, shared with the ranks of ``group`` unless that is None."""
+    """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``."""
     counting = Counting()
     open_them = counting.opening(open_them)
     if group is None:
@@ -116,8 +122,16 @@ def load_to_host(
     sharing = Sharing(group, strategy, torch.device("cpu"), None, paths)
     try:
         files, selection = sharing.agree(open_them, names)
+        if sharing.core is not None:
+            backend, places = "pread", ()
         return WeightIterator(
-            files, selection, backend="pread", read_ahead=read_ahead, sharing=sharing, counting=counting
+            files,
+            selection,
+            backend=backend,
+            read_ahead=read_ahead,
+            places=places,
+            sharing=sharing,
+            counting=counting,
         )
     finally:
         sharing.close()
@@ -157,8 +171,9 @@ def safetensors_weights_iterator(
             load a group at a time.
         strategy: ``"independent"``: every rank reads everything, nobody communicates. ``"broadcast"``: the group's
             first rank reads, the others receive. ``"striped"``: each of N ranks reads an N-th of every block of
-            memory, then an all-gather completes it. ``"auto"``: independent on the CPU within a node, else striped.
-            CPU tensors of shared loads are in private memory.
+            memory, then an all-gather completes it. ``"auto"``: independent on the CPU within a node, where the ranks
+            of a given ``group`` agree on the load all the same; else striped. CPU tensors of shared loads are in
+            private memory.
         names: a collection of tensor names, or a predicate on names: only these are yielded and read.
         show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
             second.
@@ -180,7 +195,8 @@ def safetensors_weights_iterator(
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
         OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
             ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
-        ValueError: a device that torch cannot use here, or a group that this process is not a member of.
+        ValueError: a device that torch cannot use here, or a group that this process is not a member of. On the ranks
+            of a group it is a ``GroupValueError``.
         RankDisagreementError: the ranks of the group would load different files, tensors, ....
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
@@ -188,10 +204,16 @@ def safetensors_weights_iterator(
     An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
     depended on what failed.
     """
-    target = _target(to_cpu, device)
-    require_backend(backend)
-    paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
+    paths: list[Path] = []
     chosen = "independent" if to_cpu or (strategy == "auto" and not broadcast) else strategy
+    try:
+        paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
+        require_strategy(strategy)
+        require_backend(backend)
+        target = _target(to_cpu, device)
+    except Exception as error:
+        fail_arguments_together(error, group, chosen, device, paths)
+        raise
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
