@@ -15,7 +15,7 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ import torch
 import weightload
 from weightload import _C
 from weightload.iterator import WeightIterator
+
+if TYPE_CHECKING:
+    from simulated_ranks import Ranks
 
 pytest_plugins = ["group_support"]  # its fixtures
 
@@ -212,6 +215,27 @@ def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
     in_use = [native.live_bytes(0), native.live_bytes(1), native.pinned_bytes()]
     native.set_available(False)
     assert in_use == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three processes with the simulated accelerator, whose collectives are late."""
+    import simulated_accelerator
+    from simulated_ranks import Ranks
+
+    simulated_accelerator.load()  # built once, not by every process
+    with Ranks(3, tmp_path_factory.mktemp("ranks"), SEED) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Iterator[Ranks]:
+    """Two whose default group moves device memory only."""
+    from simulated_ranks import BACKENDS as GROUPS
+    from simulated_ranks import Ranks
+
+    with Ranks(2, tmp_path_factory.mktemp("two"), SEED, GROUPS["device"]) as started:
+        yield started
 
 
 @pytest.fixture

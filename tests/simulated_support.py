@@ -76,3 +76,7 @@ def assert_untouched(taken: list[torch.Tensor]) -> None:
     """Nobody who had the memory before has written to it since."""
     for tensor in taken:
         assert bool((tensor.cpu() == 5).all())
+
+
+def filled(value: int, count: int = 1000) -> torch.Tensor:
+    return torch.full((count,), value, dtype=torch.uint8).to(DEVICE)
