@@ -138,6 +138,22 @@ def read_somewhere(failure: scenarios.Failure, files: list[Path], names: list[st
 
 
 @pytest.mark.parametrize(("strategy", "rank"), [("broadcast", 0), ("striped", 1)])
+def test_the_file_is_named_as_the_rank_does_that_could_not_read_it(
+    three: World, checkpoint: list[Path], tmp_path: Path, strategy: str, rank: int
+) -> None:
+    own = [Path(shutil.copy(path, tmp_path)) for path in checkpoint]  # as on its own disk
+    fault = {"fault": "error", "first": 20, "count": 10**6, "error_number": 5}
+    outcomes = three.run(
+        scenarios.load,
+        files=checkpoint,
+        strategy=strategy,
+        tuned=TUNED,
+        per_rank={rank: {"files": own, "fault": fault}},
+    )
+    assert assert_same_failure(outcomes, "ReadError", rank).filename in map(str, own)
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("broadcast", 0), ("striped", 1)])
 def test_an_early_end_of_file_mid_load(
     three: World, checkpoint: list[Path], names: list[str], strategy: str, rank: int
 ) -> None:

@@ -88,6 +88,8 @@ def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.Device
         slot_bytes //= 2
     # torch's host allocator takes powers of two.
     locked = 1 << (slot_bytes - 1).bit_length()
+    if locked > now.pinned_bytes:
+        slot_bytes = locked = 1 << (now.pinned_bytes.bit_length() - 1)
     slots = max(1, min(now.pinned_bytes // locked, most_bytes // slot_bytes + pieces))
     return _C.DeviceTarget(str(device), slots, slot_bytes)
 

@@ -10,7 +10,8 @@ namespace {
 enum class State : uint8_t { ready = 1, failed, left };
 
 constexpr uint32_t kNoFile = UINT32_MAX;
-constexpr size_t kTextBytes = 224;
+constexpr size_t kTextBytes = 256;
+constexpr size_t kPathBytes = 448;
 
 // As it travels. Ranks of one group run the same build (they have agreed on that), so the layout is the same.
 struct Status {
@@ -22,6 +23,7 @@ struct Status {
   uint64_t offset = 0;
   char tensor[kTextBytes] = {};
   char message[kTextBytes] = {};
+  char path[kPathBytes] = {};  // the rank's own; empty if it is longer
 };
 static_assert(std::is_trivially_copyable_v<Status> && sizeof(Status) <= kStatusBytes);
 
@@ -32,13 +34,17 @@ std::string record_of(const Status& status) {
 }
 
 // Without a torn UTF-8 character at the end.
-void put(char (&field)[kTextBytes], const std::string& text) {
-  size_t size = std::min(text.size(), kTextBytes - 1);
+template <size_t kBytes>
+void put(char (&field)[kBytes], const std::string& text) {
+  size_t size = std::min(text.size(), kBytes - 1);
   while (size > 0 && size < text.size() && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;
   std::memcpy(field, text.data(), size);
 }
 
-std::string text_of(const char (&field)[kTextBytes]) { return std::string(field, ::strnlen(field, kTextBytes)); }
+template <size_t kBytes>
+std::string text_of(const char (&field)[kBytes]) {
+  return std::string(field, ::strnlen(field, kBytes));
+}
 
 }  // namespace
 
@@ -60,6 +66,7 @@ std::string failed_status(const Error& error, const std::vector<std::string>& pa
   for (uint32_t f = 0; f < paths.size(); ++f) {
     if (paths[f] == error.context.path) status.file = f;
   }
+  if (error.context.path.size() < kPathBytes) put(status.path, error.context.path);
   put(status.tensor, error.context.tensor);
   put(status.message, error.message);
   return record_of(status);
@@ -77,7 +84,8 @@ std::optional<Error> error_of_status(const std::string& record, uint32_t rank, c
   }
   where.error_number = status.error_number;
   if (status.has_offset) where.offset = status.offset;
-  if (status.file < paths.size()) where.path = paths[status.file];
+  where.path = text_of(status.path);
+  if (where.path.empty() && status.file < paths.size()) where.path = paths[status.file];
   where.tensor = text_of(status.tensor);
   return Error(status.kind, text_of(status.message), where);
 }

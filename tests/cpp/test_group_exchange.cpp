@@ -210,6 +210,10 @@ TEST(statuses_keep_errors_and_cut_long_texts_between_characters) {
   const Error error(ErrorKind::read, "no", {files[1], name, 77, 5});
   const auto same = error_of_status(failed_status(error, files), 3, files);
   CHECK(same->context.path == files[1] && same->context.offset == 77u && same->context.error_number == 5);
+  CHECK(error_of_status(failed_status(error, files), 3, {"/x", "/y", "/z"})->context.path == files[1]);
+  const std::string far(1000, 'f');
+  const Error deep(ErrorKind::read, "no", {far, {}, {}, 5});
+  CHECK(error_of_status(failed_status(deep, {"/a", far}), 3, {"/x", "/y"})->context.path == "/y");
   CHECK(name.compare(0, same->context.tensor.size(), same->context.tensor) == 0);
   CHECK(same->context.tensor.size() > 100 && same->context.tensor.size() % 2 == 0);
 }
