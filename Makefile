@@ -25,7 +25,7 @@ COMPARED = $(OUT)/compare
 # What each of its runs may take for the counted rounds of a scenario, in seconds: fewer than four leave the verdict open.
 # With the heats before, all together about 20 minutes.
 COMPARE_S ?= 100
-SMALL_S ?= 20
+SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
@@ -105,7 +105,7 @@ $(PEERS)/%: | $(VENV)/packages
 	$(RUN) -m pip install -q --no-deps --target $@.part $(PACKAGES)
 	mv $@.part $@
 
-COMPARE = $(RUN) benchmarks/compare_loaders.py --cold --heats 2
+COMPARE = $(RUN) benchmarks/compare_loaders.py --cold --heats 2 --fresh 5
 
 compare: export WEIGHTLOAD_PEERS = $(CURDIR)/$(PEERS)
 compare: setup
