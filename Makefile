@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PEERS = .build/peers
 COMPARED = $(OUT)/compare
 # What each of its runs may take for the counted rounds of a scenario, in seconds: fewer than four leave the verdict open.
-# With the heats before, all together about 20 minutes.
+# With the heats before, all together about 25 minutes.
 COMPARE_S ?= 100
 SMALL_S ?= 40
 
