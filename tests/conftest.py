@@ -255,9 +255,9 @@ def start(files: list[Path], backend: str = "mmap", **options: object) -> Weight
 
 
 @contextlib.contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Ctrl-C within the block, that long after its begin."""
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+def interrupted_after(seconds: float, handler: Callable[..., object] = signal.default_int_handler) -> Iterator[None]:
+    """A signal within the block, that long after its begin: Ctrl-C, or another handler's."""
+    previous = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         yield

@@ -30,6 +30,7 @@ GROUP_TIMEOUT_S = 60
 
 # With a backend for the CPU and without, as "cpu:gloo,cuda:nccl" and "nccl" are.
 BACKENDS = {"both": "cpu:gloo,simulated:simulated_ccl", "device": "simulated_ccl"}
+KINDS = list(BACKENDS)
 
 
 class RanksFailed(AssertionError):

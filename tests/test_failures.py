@@ -25,12 +25,8 @@ def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path
     arm("delay", first=len(shards), count=10**6, delay_ms=300)  # nine seconds in all, were it not closed
     with settings.override(task_bytes=1 << 20, threads=1):
         weights = start(shards, "pread")
-    previous = signal.signal(signal.SIGALRM, lambda *_: weights.close())
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    with interrupted_after(0.01, lambda *_: weights.close()):
         assert len(list(weights)) < 120
-    finally:
-        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

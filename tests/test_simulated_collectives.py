@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED
-from simulated_ranks import BACKENDS, Rank, Ranks
+from simulated_ranks import KINDS, Rank, Ranks
 from simulated_support import (
     DEVICE,
-    SMALL,
+    TUNED,
     assert_same,
     current_stream,
     filled,
@@ -29,10 +29,6 @@ from weightload import settings
 
 pytestmark = pytest.mark.simulated
 
-KINDS = list(BACKENDS)
-STRATEGIES = ["broadcast", "striped"]
-TUNED: dict[str, Any] = {**SMALL, "threads": 3}
-POOL = range(1, 5)  # ids of the streams that a side stream may be
 FREED = 0xDD  # the poison of memory.cpp
 
 

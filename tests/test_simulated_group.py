@@ -16,10 +16,10 @@ import safetensors
 import torch
 import torch.distributed as dist
 from conftest import SEED, write_tensors
-from simulated_ranks import BACKENDS, Rank, Ranks
+from simulated_ranks import KINDS, Rank, Ranks
 from simulated_support import (
     DEVICE,
-    SMALL,
+    TUNED,
     assert_same,
     assert_untouched,
     current_stream,
@@ -34,11 +34,8 @@ from weightload import _C, errors, settings
 
 pytestmark = pytest.mark.simulated
 
-KINDS = list(BACKENDS)
 STRATEGIES = ["broadcast", "striped"]
-TUNED: dict[str, Any] = {**SMALL, "threads": 3}
 POOL = range(1, 5)  # ids of the streams that a side stream may be
-FREED = 0xDD  # the poison of memory.cpp
 
 
 # Shared loads.

@@ -188,9 +188,8 @@ def resolve_group(
     reads for itself.
 
     Raises:
-        ValueError: no such strategy, or a group that this process is no member of.
+        ValueError: a group that this process is no member of.
     """
-    require_strategy(strategy)
     if group is not None and not isinstance(group, ProcessGroup):
         raise ValueError(f"group={group!r}: this process is not a member of it, or it is no process group")
     if strategy == "independent" or not _initialised():

@@ -17,6 +17,12 @@ constexpr auto kBetweenPauses = std::chrono::milliseconds(100);
   throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
 }
 
+// The same error, of this tensor.
+Error of_tensor(const Error& error, const CheckpointFile& file, const TensorInfo& info) {
+  return Error(error.kind, error.message, {file.path(), info.name, error.context.offset, error.context.error_number},
+               error.rule);
+}
+
 // torch's type of packed elements counts pairs in the last dimension, which of a vector is the first.
 uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4 && info.shape.size() == 1 ? 2 : 1; }
 
@@ -76,8 +82,7 @@ void TensorReader::require_unchanged(const TensorInfo& info) const {
   try {
     file_->source().require_unchanged(info.bytes.begin);
   } catch (const Error& error) {
-    throw Error(error.kind, error.message, {file_->path(), info.name, error.context.offset, error.context.error_number},
-                error.rule);
+    throw of_tensor(error, *file_, info);
   }
 }
 
@@ -151,8 +156,7 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     }
     file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {
-    throw Error(error.kind, error.message,
-                {file_->path(), whole.name, error.context.offset, error.context.error_number}, error.rule);
+    throw of_tensor(error, *file_, whole);
   }
   return result;
 }
