@@ -14,7 +14,7 @@ from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
-from weightload.selection import Names, Path, close_at_exit, select_all
+from weightload.selection import Names, Path, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,7 +61,6 @@ class DeviceWeightIterator(_C.DeviceLoader):
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
             files.clear()
-        close_at_exit(self)
 
     def __enter__(self) -> DeviceWeightIterator:
         return self

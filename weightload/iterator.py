@@ -19,7 +19,7 @@ from weightload.device_iterator import (
 )
 from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
 from weightload.load_stats import LoadStats
-from weightload.selection import Names, Path, close_at_exit, open_files, select_all
+from weightload.selection import Names, Path, open_files, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,7 +72,6 @@ class WeightIterator(_C.HostLoader):
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
             files.clear()
-        close_at_exit(self)
 
     def __enter__(self) -> WeightIterator:
         return self
