@@ -16,13 +16,15 @@ __all__: list[str] = [
     "DeviceTarget",
     "Group",
     "HostLoader",
+    "Prefetch",
     "ReadMode",
     "Strategy",
     "TensorReader",
-    "abandon_groups",
     "arm_fault",
     "disarm_fault",
+    "finish",
     "from_bytes",
+    "leave_interpreter",
     "open_files",
     "reads_since_armed",
     "resident_bytes",
@@ -33,6 +35,8 @@ class CheckpointFile:
     An open safetensors file with its validated header.
     """
     def __len__(self) -> int: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def bytes_of(self, tensors: collections.abc.Sequence[int]) -> int:
         """
         Bytes of the tensors with these numbers.
@@ -83,6 +87,8 @@ class DeviceTarget:
     An accelerator to load to; page-locking of its ring begins with construction.
     """
     def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def close(self) -> None:
         """
         Gives the ring back, for a target that no loader was made with.
@@ -125,6 +131,8 @@ class Group:
     def __init__(
         self, group: typing.Any, target: DeviceTarget | None, device: str, strategy: Strategy, load: str
     ) -> None: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def agree(self, record: bytes, more: bool) -> list[bytes]:
         """
         The records of all ranks, which must have the same size. The first byte of those that agree is 1.
@@ -189,6 +197,8 @@ class HostLoader:
     def __iter__(self) -> typing_extensions.Self: ...
     def __len__(self) -> int: ...
     def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def close(self) -> None:
         """
         Stops and joins the reading threads and lets go of the files.
@@ -223,6 +233,8 @@ class DeviceLoader:
     def __iter__(self) -> typing_extensions.Self: ...
     def __len__(self) -> int: ...
     def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def close(self) -> None:
         """
         Stops and joins the reading threads and lets go of the files.
@@ -241,6 +253,25 @@ class DeviceLoader:
         bytes of the selected tensors
         """
 
+class Prefetch:
+    """
+    Tensors of a load, each of which is handed out once.
+    """
+    def __init__(
+        self, weights: typing.Any, names: collections.abc.Sequence[str], current_stream: typing.Any
+    ) -> None: ...
+    def __iter__(self) -> typing_extensions.Self: ...
+    def __len__(self) -> int: ...
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
+    def close(self) -> None: ...
+    def names(self) -> list[str]:
+        """
+        All names, taken or not, in the order in which they load.
+        """
+    def take(self, name: str) -> typing.Any: ...
+
 class TensorReader:
     """
     Single tensors of a file, and rows of them, on the CPU.
@@ -248,6 +279,8 @@ class TensorReader:
 
     LEAST_FOR_THREADS: typing.ClassVar[int] = 8388608
     def __init__(self, file: CheckpointFile) -> None: ...
+    def __reduce__(self, *args) -> None: ...
+    def __reduce_ex__(self, *args) -> None: ...
     def can_map(self, tensor: int) -> bool: ...
     def find(self, name: typing.Any) -> int | None:
         """
@@ -284,18 +317,23 @@ class TensorReader:
     @property
     def file(self) -> CheckpointFile: ...
 
-def abandon_groups() -> None:
-    """
-    For the interpreter's exit: stops and joins what finishes loads that were stopped.
-    """
-
 def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0) -> None:
     """
     For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay.
     """
 
 def disarm_fault() -> None: ...
+def finish(self: typing.Any) -> None:
+    """
+    As the __del__ of a class: close(), whose exceptions reach the caller.
+    """
+
 def from_bytes(data: bytes) -> CheckpointFile: ...
+def leave_interpreter() -> None:
+    """
+    The exit hook: from now on no load begins, and those that are under way are stopped and joined.
+    """
+
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
 def reads_since_armed() -> int: ...
 def resident_bytes(path: bytes) -> int | None:

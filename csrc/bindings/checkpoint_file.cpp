@@ -77,9 +77,9 @@ std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
 }  // namespace
 
 void register_checkpoint_file(py::module_& module) {
-  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>>(module, "CheckpointFile",
-                                                              "An open safetensors file with its validated header.")
-      .def_property_readonly("path",
+  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>> made(
+      module, "CheckpointFile", "An open safetensors file with its validated header.");
+  made.def_property_readonly("path",
                              [](const CheckpointFile& file) {
                                const std::string& path = file.path();
                                return py::reinterpret_steal<py::str>(
@@ -100,7 +100,7 @@ void register_checkpoint_file(py::module_& module) {
            "A 64-bit digest of the header as it is in the file; reads it again.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, "Reads every byte once and returns their number.");
-  refuse_uninitialised<CheckpointFile>();
+  refuse_copies(made);
 
   module.def(
       "open_files",

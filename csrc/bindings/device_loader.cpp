@@ -78,7 +78,7 @@ void register_device_loader(py::module_& module) {
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"), py::arg("read"))
       .def("device_counts", &device_counts, "What the ring and the side stream have done so far, beside counts().");
   define_iteration(loader);
-  refuse_uninitialised<PyDeviceLoader>();
+  refuse_copies(loader);
 }
 
 }  // namespace weightload

@@ -10,9 +10,9 @@ namespace py = pybind11;
 namespace weightload {
 
 void register_device_target(py::module_& module) {
-  py::class_<DeviceTarget>(module, "DeviceTarget",
-                           "An accelerator to load to; page-locking of its ring begins with construction.")
-      .def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<ReleaseGil>(), py::arg("device"),
+  py::class_<DeviceTarget> made(module, "DeviceTarget",
+                                "An accelerator to load to; page-locking of its ring begins with construction.");
+  made.def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<ReleaseGil>(), py::arg("device"),
            py::arg("slots"), py::arg("slot_bytes"))
       .def(
           "close",
@@ -21,7 +21,7 @@ void register_device_target(py::module_& module) {
             target.close();
           },
           "Gives the ring back, for a target that no loader was made with.");
-  refuse_uninitialised<DeviceTarget>();
+  refuse_copies(made);
 }
 
 }  // namespace weightload

@@ -87,15 +87,15 @@ void register_group(py::module_& module) {
       .value("broadcast", Strategy::broadcast)
       .value("striped", Strategy::striped);
 
-  py::class_<PyGroup>(module, "Group",
-                      "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.")
-      .def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
+  py::class_<PyGroup> made(
+      module, "Group", "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.");
+  made.def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
            py::arg("load"))
       .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"),
            "The records of all ranks, which must have the same size. The first byte of those that agree is 1.")
       .def("tell", &PyGroup::tell, py::arg("record"), "agree(record), without waiting for the others, then close().")
       .def("close", &PyGroup::close);
-  refuse_uninitialised<PyGroup>();
+  refuse_copies(made);
 }
 
 }  // namespace weightload

@@ -137,9 +137,10 @@ void Prefetch::pull() {
     if (!PyErr_Occurred()) fail(ErrorKind::usage, kClosed);
     py::error_already_set error;
     if (!closed_) {
-      const bool for_all = error.matches(PyExc_Exception);
-      interrupted_ = !for_all;
-      if (for_all) error_ = error.value();
+      // A signal handler's is for the one who was interrupted.
+      const bool of_the_load = error.matches(py::module_::import("weightload.errors").attr("WeightLoadError"));
+      interrupted_ = !of_the_load;
+      if (of_the_load) error_ = error.value();
     }
     throw error;
   }
@@ -223,9 +224,9 @@ void collect_garbage_of(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 void register_prefetch(py::module_& module) {
-  py::class_<Prefetch>(module, "Prefetch", "Tensors of a load, each of which is handed out once.",
-                       py::custom_type_setup(collect_garbage_of))
-      .def(py::init<py::object, const std::vector<std::string>&, py::object>(), py::arg("weights"), py::arg("names"),
+  py::class_<Prefetch> made(module, "Prefetch", "Tensors of a load, each of which is handed out once.",
+                            py::custom_type_setup(collect_garbage_of));
+  made.def(py::init<py::object, const std::vector<std::string>&, py::object>(), py::arg("weights"), py::arg("names"),
            py::arg("current_stream"))
       .def("names", &Prefetch::names, "All names, taken or not, in the order in which they load.")
       .def("__len__", &Prefetch::size)
@@ -233,7 +234,7 @@ void register_prefetch(py::module_& module) {
       .def("__iter__", [](py::object self) { return self; })
       .def("__next__", &Prefetch::next)
       .def("close", &Prefetch::close);
-  refuse_uninitialised<Prefetch>();
+  refuse_copies(made);
 }
 
 }  // namespace weightload

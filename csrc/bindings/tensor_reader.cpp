@@ -117,7 +117,7 @@ void register_tensor_reader(py::module_& module) {
       .def("info", info, py::arg("tensor"), "(dtype, shape, begin, end); bytes count from the file's start.")
       .def("with_parts", with_parts, py::arg("parts"), py::keep_alive<0, 1>(),
            "The file with these (number, rows) only, by offset; rows are (begin, end), or None for all.");
-  refuse_uninitialised<TensorReader>();
+  refuse_copies(reader);
 }
 
 }  // namespace weightload
