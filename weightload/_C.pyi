@@ -24,6 +24,7 @@ __all__: list[str] = [
     "disarm_fault",
     "from_bytes",
     "open_files",
+    "plainly",
     "reads_since_armed",
     "resident_bytes",
 ]
@@ -297,6 +298,11 @@ def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0,
 def disarm_fault() -> None: ...
 def from_bytes(data: bytes) -> CheckpointFile: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
+def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: dict[str, typing.Any]) -> typing.Any:
+    """
+    function(*arguments, **options), with torch as it is in a new thread: without the caller's modes.
+    """
+
 def reads_since_armed() -> int: ...
 def resident_bytes(path: bytes) -> int | None:
     """

@@ -12,6 +12,7 @@ from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError, located
 from weightload.iterator import WeightIterator
+from weightload.plain_torch import empty, plainly
 from weightload.rows import Run
 from weightload.selection import select_all
 
@@ -21,6 +22,7 @@ LEAST_FOR_PIPELINE = 1 << 20
 LEAST_RUN = 1 << 20
 
 
+@plainly
 def fetch(
     reader: _C.TensorReader,
     number: int,
@@ -51,7 +53,7 @@ def fetch(
             tensor: torch.Tensor = next(weights)[1]
             return tensor
     wide = torch_shape(dtype, tuple(shape))[1:]
-    whole = torch.empty((sum(extents), *wide), dtype=TORCH_DTYPES[dtype], device=device)
+    whole = empty((sum(extents), *wide), TORCH_DTYPES[dtype], device)
     with _start(part, list(torch.split(whole, extents)), device, backend) as weights:
         for _ in weights:
             pass

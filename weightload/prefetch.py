@@ -16,6 +16,7 @@ from weightload.dtypes import TORCH_DTYPES
 from weightload.errors import TensorError, WeightLoadError, located
 from weightload.fetch import find
 from weightload.iterator import WeightIterator
+from weightload.plain_torch import plainly
 
 CLOSED = "the prefetch loader is closed"
 
@@ -111,15 +112,14 @@ class PrefetchLoader:
             self._waiting[pulled[0]] = pulled[1], self._stream()
 
     def _stream(self) -> torch.Stream | None:
-        return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device)
+        return None if self._device.type == "cpu" else _current_stream(self._device)
 
     def _hand_out(self, name: str) -> torch.Tensor:
         tensor, ready_on = self._waiting.pop(name)
         del self._left[name]
         now = self._stream()
         if now is not None and ready_on is not None and now != ready_on:
-            now.wait_stream(ready_on)
-            tensor.record_stream(now)
+            _use_on(now, tensor, ready_on)
         return tensor
 
     def close(self) -> None:
@@ -138,6 +138,15 @@ class PrefetchLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+_current_stream = plainly(torch.accelerator.current_stream)
+
+
+@plainly
+def _use_on(stream: torch.Stream, tensor: torch.Tensor, ready_on: torch.Stream) -> None:
+    stream.wait_stream(ready_on)
+    tensor.record_stream(stream)
 
 
 def start_prefetch(

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, module) {
   weightload::register_group(module);
   weightload::register_host_loader(module);
   weightload::register_device_loader(module);
+  weightload::register_plain_torch(module);
   weightload::register_tensor_reader(module);
   weightload::register_fault_hook(module);
 }

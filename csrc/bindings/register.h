@@ -10,6 +10,7 @@ void register_device_target(pybind11::module_& module);
 void register_group(pybind11::module_& module);
 void register_host_loader(pybind11::module_& module);
 void register_device_loader(pybind11::module_& module);
+void register_plain_torch(pybind11::module_& module);
 void register_tensor_reader(pybind11::module_& module);
 void register_fault_hook(pybind11::module_& module);
 
