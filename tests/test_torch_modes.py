@@ -1,4 +1,4 @@
-"""torch's modes, contexts and defaults change nothing in a load, and a load changes nothing in them: every call in each."""
+"""torch's modes, contexts and defaults change nothing in a load, nor a load in them: every call in each of them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("rows", "I64", [3000, 9]),
     ]  # fmt: skip
     large = [*small, ("large", "F32", [LARGE // 4096, 1024])]
-    made = {
+    return {
         "small": write_tensors(folder / "small.safetensors", small),
         "large": write_tensors(folder / "large.safetensors", large),
         "odd": write_tensors(folder / "odd.safetensors", [("byte", "U8", [3]), *large], pad_to=1),
     }
-    return made
 
 
 def iterated(path: Path, **options: Any) -> Tensors:

@@ -79,8 +79,12 @@ def find(reader: _C.TensorReader, name: str) -> int:
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that owns its memory, on a device, with the same bytes: a copy of truth values makes ones of odd ones."""
-    whole = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    """A copy that owns its memory, on a device, with the same bytes.
+
+    A copy of truth values makes ones of odd ones; of packed dtypes torch has no kernel for what deterministic
+    algorithms do with new memory.
+    """
+    whole = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
     return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 

@@ -32,4 +32,6 @@ def plainly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
 @plainly
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``torch.empty``, which contexts of other libraries replace to get tensors on the meta device."""
-    return torch.as_tensor(0, device="cpu").new_empty(tuple(shape), dtype=dtype, device=device)
+    # Deterministic algorithms fill it, for which torch has no kernel for packed dtypes.
+    held = torch.uint8 if dtype.itemsize == 1 else dtype
+    return torch.as_tensor(0, device="cpu").new_empty(tuple(shape), dtype=held, device=device).view(dtype)
