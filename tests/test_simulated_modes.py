@@ -102,12 +102,14 @@ def facts(tensors: Tensors) -> dict[str, Any]:
     return {name: described(tensor) for name, tensor in tensors.items()}
 
 
+def in_mode(mode: str, make: Callable[[], Callable[[Path], Tensors]], path: Path) -> dict[str, Any]:
+    call = make()
+    return facts(MODES[mode](lambda: undisturbed(lambda: call(path))))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_call_in_every_mode(simulated: Any, path: Path, mode: str) -> None:
     with settings.override(**SMALL):
         for name, make in CALLS.items():
-            plain, call = facts(make()(path)), make()
-            within = facts(MODES[mode](lambda: undisturbed(lambda: call(path))))  # noqa: B023
-            assert within == plain, name
-            del call
+            assert in_mode(mode, make, path) == facts(make()(path)), name
             gc.collect()

@@ -359,38 +359,6 @@ def test_a_fake_tensor_has_no_memory_to_load_into(files: dict[str, Path]) -> Non
         weightload.load_into(fake, files["small"], strict=False)
 
 
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_an_index_that_is_not_plain_is_torchs_to_judge(files: dict[str, Path], backend: Any) -> None:
-    """Fake, on the meta device, an inference tensor, of a subclass."""
-    with FakeTensorMode():
-        fake = torch.tensor([1, 2])
-    with torch.inference_mode():
-        inference = torch.tensor([1, 2])
-    whole = safetensors.torch.load_file(files["small"])["matrix"]
-    with weightload.safe_open(files["small"], backend=backend) as file:
-        part = file.get_slice("matrix")
-        for mode in ("no_grad", "FakeTensorMode", "device meta", "inference mode"):
-            for index in (fake, torch.empty(2, dtype=torch.long, device="meta"), (slice(2), fake)):
-                assert MODES[mode](lambda: kind_of(part, index)) == kind_of(whole, index)  # noqa: B023
-            assert described(MODES[mode](lambda: part[inference])) == described(whole[inference])
-            assert described(MODES[mode](lambda: part[OF_A_SUBCLASS])) == described(whole[OF_A_SUBCLASS])
-
-
-def kind_of(indexed: Any, index: Any) -> Any:
-    try:
-        got = indexed[index]
-    except Exception as error:
-        return type(error)
-    return type(got), got.device
-
-
-class Indices(torch.Tensor):
-    """A subclass that does nothing of its own."""
-
-
-OF_A_SUBCLASS = torch.tensor([1, 2]).as_subclass(Indices)
-
-
 @pytest.mark.parametrize("mode", ["function mode that refuses", "inference mode", "device meta", "FakeTensorMode"])
 def test_the_package_is_imported_in_a_mode(files: dict[str, Path], mode: str) -> None:
     script = f"""
