@@ -32,7 +32,8 @@ def load_model(
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
     Bytes are read straight into them, as by ``load_into``. A module that takes part in its own loading (hooks,
-    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``.
+    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``, under
+    the caller's torch modes, which change nothing otherwise.
 
     Of names that share memory within the module, one must be in the file: the others are not missing, and are
     unexpected if the file has them too.
