@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from weightload import _C
 from weightload.errors import GroupError
+from weightload.plain_torch import plainly
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
@@ -102,6 +103,7 @@ def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:
     return f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
 
 
+@plainly
 def node_group(load: str = "") -> ProcessGroup | None:
     """The ranks of this node, as a group; None where torch.distributed is not initialised.
 
@@ -183,6 +185,7 @@ def require_strategy(strategy: str) -> None:
         raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
 
 
+@plainly
 def resolve_group(
     group: ProcessGroup | None, strategy: str, device_type: str, load: str
 ) -> tuple[ProcessGroup | None, str]:

@@ -21,6 +21,7 @@ from weightload.distributed import load_name, require_strategy, resolve_group
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
+from weightload.plain_torch import plainly
 from weightload.selection import Path, open_files
 from weightload.state_dict import Match, Target, match
 
@@ -87,7 +88,7 @@ def load_into(
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         at_load = time.perf_counter()
-        devices_here = dict.fromkeys(place.device for place in matched.places.values())
+        devices_here = devices_of(matched)
         if group is not None:
             devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
         sizes, stats = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
@@ -106,6 +107,7 @@ def load_into(
     )
 
 
+@plainly
 def fill(
     matched: Match,
     to: Iterable[torch.device],
@@ -131,18 +133,25 @@ def fill(
     return sizes, stats
 
 
+@plainly
+def devices_of(matched: Match) -> dict[torch.device, None]:
+    """Where what was matched goes."""
+    return dict.fromkeys(place.device for place in matched.places.values())
+
+
 def _shares(group: ProcessGroup | None, strategy: str) -> bool:
     """Whether bytes travel between ranks, in blocks of the loader's."""
     return group is not None and strategy != "independent"
 
 
+@plainly
 def _first_device(target: Target) -> torch.device:
     tensors: Iterable[object] = ()
     if isinstance(target, torch.nn.Module):
         tensors = target.parameters()
     elif isinstance(target, Mapping):
         tensors = target.values()
-    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), devices.CPU)
 
 
 def _start(
@@ -188,4 +197,9 @@ def _take(
 
 
 def _put(tensor: torch.Tensor, place: torch.Tensor) -> None:
-    place.copy_(tensor.reshape(place.shape))
+    value = tensor.reshape(place.shape)
+    if place.is_inference():  # the caller's inference mode is not on here, and torch insists on it
+        with torch.inference_mode():
+            place.copy_(value)
+    else:
+        place.copy_(value)

@@ -10,8 +10,9 @@ import torch
 from weightload import _C, devices
 from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
-from weightload.into import fill
+from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
+from weightload.plain_torch import plainly
 from weightload.selection import Path, open_files
 from weightload.state_dict import match
 
@@ -31,7 +32,8 @@ def load_model(
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
     Bytes are read straight into them, as by ``load_into``. A module that takes part in its own loading (hooks,
-    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``.
+    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``, under
+    the caller's torch modes, which change nothing otherwise.
 
     Of names that share memory within the module, one must be in the file: the others are not missing, and are
     unexpected if the file has them too.
@@ -71,23 +73,26 @@ def _load(
     from safetensors.torch import _remove_duplicate_names  # not worth every process's time
 
     names = files[0].names()
-    state = model.state_dict()
-    matched = match(model, files, strict=False) if _is_plain(model) else None
+    plain = _is_plain(model)
+    # What takes part is the user's code, and runs in the user's modes.
+    state = plainly(model.state_dict)() if plain else model.state_dict()
+    matched = match(model, files, strict=False) if plain else None
     if matched is not None:
         missing, unexpected = set(state).difference(names), [name for name in names if name not in state]
     else:
         report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
         missing, unexpected = set(report.missing_keys), list(report.unexpected_keys)
-    for others in _remove_duplicate_names(state, preferred_names=names).values():
+    for others in plainly(_remove_duplicate_names)(state, preferred_names=names).values():
         unexpected += [name for name in others if name not in missing]
         missing.difference_update(others)
     if strict and (missing or unexpected):
         raise located(StateDictError(_in_words(model, missing, unexpected)), files[0].path)
     if matched is not None:
-        fill(matched, dict.fromkeys(place.device for place in matched.places.values()), files, paths)
+        fill(matched, devices_of(matched), files, paths)
     return missing, unexpected
 
 
+@plainly
 def _is_plain(model: torch.nn.Module) -> bool:
     """Whether loading the module means no more than copying each tensor to its namesake."""
     for module in model.modules():

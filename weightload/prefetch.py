@@ -16,6 +16,7 @@ from weightload.dtypes import TORCH_DTYPES
 from weightload.errors import TensorError, located
 from weightload.fetch import find
 from weightload.iterator import WeightIterator
+from weightload.plain_torch import plainly
 
 
 class PrefetchLoader(_C.Prefetch):
@@ -50,6 +51,9 @@ class PrefetchLoader(_C.Prefetch):
         self.close()
 
 
+_current_stream = plainly(torch.accelerator.current_stream)
+
+
 def start_prefetch(
     reader: _C.TensorReader,
     plan: Mapping[str, slice | None] | None,
@@ -80,7 +84,7 @@ def start_prefetch(
                 weights = WeightIterator([part], [everything], backend=backend, read_ahead=True)
         else:
             weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=total)
-    current = None if device.type == "cpu" else functools.partial(torch.accelerator.current_stream, device)
+    current = None if device.type == "cpu" else functools.partial(_current_stream, device)
     return PrefetchLoader(weights, names, current)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightload import _C
 from weightload.distributed import global_rank
+from weightload.plain_torch import plainly
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,11 @@ def _bar(total: int, always: bool) -> Any:
     )
 
 
+@plainly
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
 class WeightsWithBar:
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
@@ -71,7 +77,7 @@ class WeightsWithBar:
         except BaseException:  # the end, too
             self._bar.close()
             raise
-        self._bar.update(tensor.nbytes)
+        self._bar.update(_bytes_of(tensor))
         return name, tensor
 
     def __len__(self) -> int:

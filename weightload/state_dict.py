@@ -10,6 +10,7 @@ import torch
 from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
+from weightload.plain_torch import plainly
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -43,18 +44,34 @@ def tensors_of(target: Target) -> dict[str, torch.Tensor]:
         found = dict(target)
     else:
         raise TypeError(f"cannot load into a {type(target).__name__}: must be a module or a mapping of tensors")
+    _require_loadable(found)
+    return found
+
+
+@plainly
+def _require_loadable(found: Mapping[str, object]) -> None:
+    """Raise what ``tensors_of`` does of tensors."""
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
         plain = type(tensor) in PLAIN and tensor.layout is torch.strided
         freed = plain and tensor.nbytes > 0 and tensor.untyped_storage().nbytes() == 0
-        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor) or freed:
+        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor) or freed or _is_fake(tensor):
             raise StateDictError(f"{name!r} has no memory to load into; materialise it first, as Module.to_empty does")
         if tensor.layout is not torch.strided and not tensor.is_mkldnn:
             raise StateDictError(f"cannot load into {name!r}: its layout is {tensor.layout}")
         if plain and _repeats(tensor):
             raise StateDictError(f"cannot load into {name!r}: several of its elements are one in memory (expanded)")
-    return found
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it only claims to be on its device, as tensors of FakeTensorMode do."""
+    if tensor.layout is not torch.strided or tensor.is_mkldnn:
+        return False
+    try:
+        return tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):  # subclasses that have no storage
+        return False
 
 
 def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -79,7 +96,11 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         StateDictError: shapes differ, or names do under ``strict``. All differences are named.
         TensorError: torch lacks the dtype of a tensor that is wanted.
     """
-    tensors = tensors_of(target)
+    return _match(tensors_of(target), type(target).__name__, files, strict)
+
+
+@plainly
+def _match(tensors: dict[str, torch.Tensor], kind: str, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
     tied = _tied(tensors)
     here = {
         name: (dtype, shape, path)
@@ -108,7 +129,7 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         problems.append("unexpected in the checkpoint: " + ", ".join(unexpected))
     if problems:
         source = files[0].path if len(files) == 1 else f"{len(files)} files"
-        what = f"cannot load {source} into {type(target).__name__}"
+        what = f"cannot load {source} into {kind}"
         place = place or (files[0].path if len(files) == 1 else None, None)
         raise located(StateDictError(f"{what}:\n\t" + "\n\t".join(problems)), *place)
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.

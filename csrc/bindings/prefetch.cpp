@@ -9,6 +9,7 @@
 #include "bindings/gil.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
+#include "device/plain_torch.h"
 
 namespace py = pybind11;
 
@@ -104,6 +105,7 @@ bool Prefetch::make_ready(const Tensor& here) {
   if (current_stream_.is_none()) return true;
   const py::object tensor = here.tensor, ready_on = here.ready_on;
   const std::string name = here.name;
+  const PlainTorch plain;
   const py::object now = current_stream_();
   if (!now.equal(ready_on)) {
     now.attr("wait_stream")(ready_on);
