@@ -25,6 +25,7 @@ __all__: list[str] = [
     "from_bytes",
     "open_files",
     "reads_since_armed",
+    "release_memory",
     "resident_bytes",
 ]
 
@@ -298,6 +299,11 @@ def disarm_fault() -> None: ...
 def from_bytes(data: bytes) -> CheckpointFile: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
 def reads_since_armed() -> int: ...
+def release_memory() -> int:
+    """
+    Gives the memory that is kept for later loads back to the system, and returns its bytes.
+    """
+
 def resident_bytes(path: bytes) -> int | None:
     """
     Bytes of the file in the page cache, or None where the kernel does not tell.

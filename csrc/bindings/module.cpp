@@ -9,5 +9,6 @@ PYBIND11_MODULE(_C, module) {
   weightload::register_host_loader(module);
   weightload::register_device_loader(module);
   weightload::register_tensor_reader(module);
+  weightload::register_kept_memory(module);
   weightload::register_fault_hook(module);
 }

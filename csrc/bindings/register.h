@@ -11,6 +11,7 @@ void register_group(pybind11::module_& module);
 void register_host_loader(pybind11::module_& module);
 void register_device_loader(pybind11::module_& module);
 void register_tensor_reader(pybind11::module_& module);
+void register_kept_memory(pybind11::module_& module);
 void register_fault_hook(pybind11::module_& module);
 
 }  // namespace weightload
