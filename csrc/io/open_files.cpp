@@ -28,6 +28,9 @@ constexpr auto kMostForLease = std::chrono::seconds(60);
 // For other threads to end the reads that they are at, where those are all the descriptors there are.
 constexpr auto kMostForOthers = std::chrono::seconds(10);
 
+// What another thread has just opened, or is about to close, is in no list: so long nothing to close means little.
+constexpr auto kMostForUnlisted = std::chrono::milliseconds(200);
+
 constexpr const char* kDeleted = " (deleted)";
 
 bool ends_with(const std::string& text, const std::string& end) {
@@ -123,6 +126,7 @@ Room make_room() {
 
 UniqueFd open(const std::string& name, const std::function<void()>& pause) {
   const Clock::time_point begin = Clock::now();
+  std::optional<Clock::time_point> nothing_since;  // to be closed, for want of a descriptor
   while (true) {
     UniqueFd fd(::open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
     if (fd) return fd;
@@ -132,11 +136,16 @@ UniqueFd open(const std::string& name, const std::function<void()>& pause) {
       pause();
     } else if (error == EMFILE || error == ENFILE) {
       const Room room = make_room();
-      if (room == Room::none || waited > kMostForOthers) return errno = error, UniqueFd();
-      if (room == Room::in_use) {
-        pause();
-        std::this_thread::sleep_for(kBetweenTries);
+      if (room == Room::made) {
+        nothing_since.reset();
+        continue;
       }
+      if (room == Room::in_use) nothing_since.reset();
+      if (room == Room::none && !nothing_since) nothing_since = Clock::now();
+      const bool nothing = nothing_since && Clock::now() - *nothing_since > kMostForUnlisted;
+      if (nothing || waited > kMostForOthers) return errno = error, UniqueFd();
+      pause();
+      std::this_thread::sleep_for(kBetweenTries);
     } else if (error == EAGAIN && waited < kMostForLease) {
       pause();
       std::this_thread::sleep_for(kBetweenTries);

@@ -32,6 +32,14 @@ size_t open_descriptors() {
   return count - 3;  // itself, . and ..
 }
 
+// The undefined-behaviour sanitizer asks with a pipe whether memory can be read: without descriptors it finds that none
+// can.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kNeedsDescriptors = true;
+#else
+constexpr bool kNeedsDescriptors = false;
+#endif
+
 // A soft limit for as long as it lives.
 struct Limit {
   explicit Limit(rlim_t files) {
@@ -106,6 +114,7 @@ TEST(others_descriptors_are_not_needed) {
 }
 
 TEST(one_descriptor_is_enough_for_many_threads) {
+  if (kNeedsDescriptors) return;
   const auto files = make_files(12);
   const Opened opened = open_all(files);
   const Limit limit(256);
@@ -136,6 +145,7 @@ TEST(one_descriptor_is_enough_for_many_threads) {
 }
 
 TEST(no_descriptor_at_all_is_said) {
+  if (kNeedsDescriptors) return;
   const auto files = make_files(1);
   const Limit limit(256);
   std::vector<UniqueFd> others;
