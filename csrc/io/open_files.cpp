@@ -126,7 +126,7 @@ Room make_room() {
 
 UniqueFd open(const std::string& name, const std::function<void()>& pause) {
   const Clock::time_point begin = Clock::now();
-  std::optional<Clock::time_point> nothing_since;  // to be closed, for want of a descriptor
+  Clock::time_point nothing_since = begin;  // could be closed, for want of a descriptor
   while (true) {
     UniqueFd fd(::open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
     if (fd) return fd;
@@ -136,13 +136,9 @@ UniqueFd open(const std::string& name, const std::function<void()>& pause) {
       pause();
     } else if (error == EMFILE || error == ENFILE) {
       const Room room = make_room();
-      if (room == Room::made) {
-        nothing_since.reset();
-        continue;
-      }
-      if (room == Room::in_use) nothing_since.reset();
-      if (room == Room::none && !nothing_since) nothing_since = Clock::now();
-      const bool nothing = nothing_since && Clock::now() - *nothing_since > kMostForUnlisted;
+      if (room != Room::none) nothing_since = Clock::now();
+      if (room == Room::made) continue;
+      const bool nothing = Clock::now() - nothing_since > kMostForUnlisted;
       if (nothing || waited > kMostForOthers) return errno = error, UniqueFd();
       pause();
       std::this_thread::sleep_for(kBetweenTries);
