@@ -28,6 +28,7 @@ __all__: list[str] = [
     "open_files",
     "plainly",
     "reads_since_armed",
+    "release_memory",
     "resident_bytes",
 ]
 
@@ -328,6 +329,11 @@ def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: di
     """
 
 def reads_since_armed() -> int: ...
+def release_memory() -> int:
+    """
+    Gives the memory that is kept for later loads back to the system, and returns its bytes.
+    """
+
 def resident_bytes(path: bytes) -> int | None:
     """
     Bytes of the file in the page cache, or None where the kernel does not tell.

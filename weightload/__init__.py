@@ -18,6 +18,7 @@ from weightload.errors import (  # noqa: E402
 )
 from weightload.into import load_into  # noqa: E402
 from weightload.iterator import safetensors_weights_iterator  # noqa: E402
+from weightload.kept_memory import release_memory  # noqa: E402
 from weightload.load_model import load_model  # noqa: E402
 from weightload.load_report import LoadReport  # noqa: E402
 from weightload.load_stats import LoadStats  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "load_into",
     "load_model",
     "node_group",
+    "release_memory",
     "resolve_safetensors_files",
     "safe_open",
     "safetensors_weights_iterator",

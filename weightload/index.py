@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,11 @@ INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors(\.(?P<before>\w+))?\.index(
 MAX_INDEX_BYTES = 100_000_000
 MAX_PATH_BYTES = 4096  # the kernel's PATH_MAX
 MAX_SHOWN = 100  # characters of a refused name in a message
+
+# Seconds. The kernel breaks another process's lease (Samba, an NFS server) after /proc/sys/fs/lease-break-time, 45 s by
+# default; the opening that began it is answered with EAGAIN until then.
+MOST_FOR_LEASE = 60
+BETWEEN_TRIES = 0.005
 
 
 def is_index(name: str) -> bool:
@@ -86,7 +92,7 @@ def _recognise_other_files(text: bytes, path: Path) -> None:
 def _bytes_of(path: Path) -> bytes:
     """The bytes of a regular file of bounded size, of one state of it: an index is as hostile as a header."""
     _require_regular(path, path.stat())  # opening a device may do something, and a FIFO waits for a writer
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    descriptor = _open(path)
     with open(descriptor, "rb") as file:
         before = os.fstat(descriptor)
         _require_regular(path, before)
@@ -97,6 +103,18 @@ def _bytes_of(path: Path) -> bytes:
     if len(content) != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
         raise _refuse(path, "was changed while it was read")
     return content
+
+
+def _open(path: Path) -> int:
+    """A descriptor for reading. Where another process has a lease on the file, it waits until that has let go."""
+    deadline = time.monotonic() + MOST_FOR_LEASE
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(BETWEEN_TRIES)
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:

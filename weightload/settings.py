@@ -93,7 +93,9 @@ class Settings:
         what="How much private memory, at most, the process keeps for its next loads when no tensor uses it any more: "
         "fresh memory costs as much as the copy into it. The kernel takes it back as soon as anybody needs memory "
         "(MADV_FREE); until then it counts in the process's resident size. 0 keeps none. The process has one limit, "
-        "that of the CPU load begun last; what is kept above it is given up when that load begins.",
+        "that of the CPU load begun last; what is kept above it is given up when that load begins. Nothing is kept "
+        "where address space is limited (ulimit -v, ulimit -d, vm.overcommit_memory=2). weightload.release_memory() "
+        "gives all back at once.",
         change="0 where resident sizes are watched and nothing is loaded twice; larger where larger models take turns.",
     )
     pinned_bytes: int = _knob(

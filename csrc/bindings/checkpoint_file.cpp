@@ -70,7 +70,7 @@ uint64_t bytes_of(const CheckpointFile& file, const std::vector<uint32_t>& tenso
 std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
   const std::string path = encoded_path;
   const ReleaseGil release;
-  const auto file = File::open(path);
+  const auto file = File::open(path, check_signals);
   return cached_bytes(*file, {0, file->size()});
 }
 

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -25,14 +26,17 @@ constexpr uint64_t kBlock = kDirectAlignment;
 
 std::unique_ptr<const DirectFile> DirectFile::open(const File& file, bool anywhere) {
   if (!anywhere && storage_of(file) != Storage::disk) return nullptr;
+  std::optional<open_files::Extra> room = open_files::Extra::take();
+  if (!room) return nullptr;
   // By descriptor, not by name: the name may stand for another file by now.
-  const std::string link = "/proc/self/fd/" + std::to_string(file.fd());
+  const open_files::Lease lease = file.descriptor();
+  const std::string link = "/proc/self/fd/" + std::to_string(lease.get());
   int number;
   do {
     number = ::open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC | O_NOCTTY);
   } while (number < 0 && errno == EINTR);
   if (number < 0) return nullptr;
-  return std::unique_ptr<const DirectFile>(new DirectFile(file, UniqueFd(number)));
+  return std::unique_ptr<const DirectFile>(new DirectFile(file, UniqueFd(number), std::move(*room)));
 }
 
 bool DirectFile::read(ByteRange range, char* destination) const {

@@ -13,7 +13,8 @@ namespace weightload {
 class DirectFile {
  public:
   // Null where the file system cannot, or should not: tmpfs is memory already, and on a network or in user space the
-  // cache is what ranks and processes share. `anywhere` tries those too.
+  // cache is what ranks and processes share. `anywhere` tries those too. Null, too, where descriptors are scarce: files
+  // must be had, this can be done without.
   static std::unique_ptr<const DirectFile> open(const File& file, bool anywhere);
 
   // Reads `range`, whose ends are widened to whole blocks, so that its first byte lands at `destination`: the two agree
@@ -35,9 +36,11 @@ class DirectFile {
   static bool fits(ByteRange range, const char* destination);
 
  private:
-  DirectFile(const File& file, UniqueFd fd) : file_(file), fd_(std::move(fd)) {}
+  DirectFile(const File& file, UniqueFd fd, open_files::Extra room)
+      : file_(file), room_(std::move(room)), fd_(std::move(fd)) {}
 
   const File& file_;
+  open_files::Extra room_;
   UniqueFd fd_;
 };
 

@@ -1,7 +1,6 @@
 #include "io/file_system.h"
 
 #include <linux/magic.h>
-#include <sys/vfs.h>
 
 namespace weightload {
 namespace {
@@ -15,9 +14,8 @@ constexpr unsigned kLustreMagic = 0x0bd00bd0;
 }  // namespace
 
 Storage storage_of(const File& file) {
-  struct statfs status;
-  if (::fstatfs(file.fd(), &status) != 0) return Storage::shared;
-  switch (static_cast<unsigned>(status.f_type)) {
+  switch (file.file_system()) {
+    case 0:  // not known
     case TMPFS_MAGIC:
     case RAMFS_MAGIC:
     case HUGETLBFS_MAGIC: return Storage::memory;

@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,15 +32,11 @@ uint64_t clip(uint64_t pages, ByteRange range) { return std::min(range.size(), p
 
 // mincore answers "all cached" to those who may not know (mm/mincore.c, can_do_mincore).
 bool may_ask_mincore(const File& file) {
+  const open_files::Lease lease = file.descriptor();
   struct stat status;
-  if (::fstat(file.fd(), &status) != 0) return false;
+  if (::fstat(lease.get(), &status) != 0) return false;
   return ::geteuid() == 0 || status.st_uid == ::geteuid() ||
-         ::faccessat(AT_FDCWD, ("/proc/self/fd/" + std::to_string(file.fd())).c_str(), W_OK, AT_EACCESS) == 0;
-}
-
-bool is_overlay(const File& file) {
-  struct statfs status;
-  return ::fstatfs(file.fd(), &status) == 0 && status.f_type == OVERLAYFS_SUPER_MAGIC;
+         ::faccessat(AT_FDCWD, ("/proc/self/fd/" + std::to_string(lease.get())).c_str(), W_OK, AT_EACCESS) == 0;
 }
 
 }  // namespace
@@ -50,9 +45,9 @@ std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange ra
   if (range.empty()) return 0;
   CachestatRange asked{range.begin, range.size()};
   Cachestat answer{};
-  if (::syscall(kCachestat, file.fd(), &asked, &answer, 0) != 0) return std::nullopt;
+  if (::syscall(kCachestat, file.descriptor().get(), &asked, &answer, 0) != 0) return std::nullopt;
   // overlayfs has the pages in the file below, and asks its own file, which has none (seen with Linux 6.18).
-  if (answer.cached == 0 && is_overlay(file)) return std::nullopt;
+  if (answer.cached == 0 && file.file_system() == OVERLAYFS_SUPER_MAGIC) return std::nullopt;
   return clip(answer.cached, range);
 }
 
@@ -64,8 +59,9 @@ std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange rang
   // Piece by piece: the answer is a byte a page, which of a sparse giant would not fit into memory.
   for (uint64_t begin = round_down(range.begin, page_bytes()); begin < range.end; begin += kMincorePiece) {
     const size_t length = static_cast<size_t>(std::min(kMincorePiece, range.end - begin));
-    void* const asked = mapping ? mapping + begin
-                                : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.fd(), static_cast<off_t>(begin));
+    void* const asked =
+        mapping ? mapping + begin
+                : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.descriptor().get(), static_cast<off_t>(begin));
     if (asked == MAP_FAILED) return std::nullopt;
     pages.resize((length + page_bytes() - 1) / page_bytes());
     const bool answered = ::mincore(asked, length, pages.data()) == 0;

@@ -62,6 +62,9 @@ class HostMemoryRef {
   HostMemory* memory_ = nullptr;
 };
 
+// Files that one load maps at most: a process has 65,530 mappings (vm.max_map_count).
+inline constexpr size_t kMostMaps = 16384;
+
 // Maps a whole regular file copy-on-write (MAP_PRIVATE, readable and writable): writes stay in this process
 // and never reach the file. The descriptor may be closed afterwards. `path` serves the message.
 //

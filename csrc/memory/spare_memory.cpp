@@ -1,14 +1,19 @@
 #include "memory/spare_memory.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "base/byte_range.h"
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/unique_fd.h"
 
 namespace weightload::spare_memory {
 namespace {
@@ -32,6 +37,24 @@ struct Spares {
 Spares* spares() {
   static Spares* const all = new Spares;
   return all->generation == fork_generation() ? all : nullptr;
+}
+
+// Whether the process may have so much address space, or memory that is promised to it, and no more: what is kept would
+// be what others lack, and that it is lent to the kernel does not help them. Asked each time: a limit may be set at
+// any.
+bool is_limited() noexcept {
+  for (const auto what : {RLIMIT_AS, RLIMIT_DATA}) {
+    struct rlimit limit;
+    if (::getrlimit(what, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+  }
+  return false;
+}
+
+// The same of the whole machine (vm.overcommit_memory=2).
+bool is_counted_strictly() noexcept {
+  char mode = '0';
+  const UniqueFd file(::open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC));
+  return file && ::read(file.get(), &mode, 1) == 1 && mode == '2';
 }
 
 // With the mutex held, as all below with a Spares&.
@@ -90,6 +113,7 @@ HugeRegion from_kernel(uint64_t size) {
 void set_limit(uint64_t bytes) noexcept {
   Spares* const all = spares();
   if (!all) return;
+  if (bytes > 0 && (is_limited() || is_counted_strictly())) bytes = 0;
   std::lock_guard<std::mutex> lock(all->mutex);
   all->limit = bytes;
   shrink(*all, bytes);
@@ -105,6 +129,11 @@ HugeRegion take(uint64_t size) {
 }
 
 void give(const HugeRegion& region) noexcept {
+  if (is_limited()) {
+    unmap_huge(region);
+    release();
+    return;
+  }
   ::madvise(region.start, region.used, MADV_HUGEPAGE);
   // Lent before anyone else can take it. Locked memory cannot be, and is not kept.
   if (Spares* const all = spares(); all && ::madvise(region.start, region.used, kLendToKernel) == 0) {
@@ -122,16 +151,18 @@ void give(const HugeRegion& region) noexcept {
   unmap_huge(region);
 }
 
-void release() noexcept {
+uint64_t release() noexcept {
   Spares* const all = spares();
-  if (!all) return;
+  if (!all) return 0;
   std::vector<HugeRegion> leaving;
+  uint64_t bytes = 0;
   {
     std::lock_guard<std::mutex> lock(all->mutex);
     leaving.swap(all->regions);
-    all->bytes = 0;
+    std::swap(bytes, all->bytes);
   }
   for (const HugeRegion& region : leaving) unmap_huge(region);
+  return bytes;
 }
 
 uint64_t kept_bytes() noexcept {

@@ -17,8 +17,9 @@ class CheckpointFile {
  public:
   // Opens the file and reads its header. The header is read, not mapped: a file that is truncated meanwhile
   // then gives an error where touching a mapping would end the process. Even 100,000 tensors' 11 MB copy in 2
-  // ms.
-  static std::shared_ptr<const CheckpointFile> open(const std::string& path);
+  // ms. `pause` as in open_files::open.
+  static std::shared_ptr<const CheckpointFile> open(
+      const std::string& path, const std::function<void()>& pause = [] {});
 
   // Opens many, on up to `threads` threads, in the given order. Throws the error of the first file that fails. Calls
   // `pause` now and then in the calling thread; should that throw, no further file is opened.

@@ -89,15 +89,18 @@ void DeviceLoader::open_readers(ReadMode mode) {
   const CheckpointFiles& files = selected_.files();
   maps_.resize(files.size());
   readers_.resize(files.size());
-  for (const SlotTask& task : slots_.tasks) {
+  last_task_of_file_.resize(files.size());
+  for (size_t t = 0; t < slots_.tasks.size(); ++t) {
+    const SlotTask& task = slots_.tasks[t];
+    last_task_of_file_[task.file] = t;
     auto& reader = readers_[task.file];
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
     reader =
         std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file]);
-    if (!reader->wants_mapping()) continue;
+    if (!reader->wants_mapping() || task.file >= kMostMaps) continue;
     try {
-      maps_[task.file] = map_file(file.file()->fd(), file.size(), file.path());
+      maps_[task.file] = map_file(file.file()->descriptor().get(), file.size(), file.path());
       reader->fill_cache_through(maps_[task.file]->data());
     } catch (const Error&) {
       // Not every file system can map. Plain reads do as well, only slower when the file is cold.
@@ -189,6 +192,17 @@ void DeviceLoader::mark_blocks(const SlotTask& task) {
   }
 }
 
+// A reader may have a second descriptor, and a mapping costs page tables.
+void DeviceLoader::let_go_of_passed_files(uint32_t current_file) {
+  while (first_held_file_ < current_file) {
+    const size_t f = first_held_file_;
+    if (pool_ && !pool_->is_done(last_task_of_file_[f])) return;
+    readers_[f] = {};
+    maps_[f] = {};
+    ++first_held_file_;
+  }
+}
+
 DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::milliseconds patience) {
   if (interrupted_) return Step::end;
   if (forked())
@@ -206,6 +220,7 @@ DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::millise
     if (!in_place_[number]) device_->await_block(*blocks_[number]);
     awaited_[number] = true;
   }
+  if (selected_.file_index(next_) > first_held_file_) let_go_of_passed_files(selected_.file_index(next_));
   tensor.file = selected_.file(next_);
   tensor.info = &selected_.info(next_);
   tensor.in_place = in_place_[number];

@@ -94,6 +94,7 @@ class DeviceLoader {
   bool await(uint32_t block, std::chrono::milliseconds patience);
   void await_places();
   DeviceBlockRef empty_block();
+  void let_go_of_passed_files(uint32_t current_file);
 
   const std::shared_ptr<Device> device_;
   const std::shared_ptr<PinnedRing> ring_;
@@ -104,7 +105,9 @@ class DeviceLoader {
   SlotPlan slots_;
   std::vector<HostMemoryRef> maps_;                    // by file; to fill the page cache through
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
-  std::vector<bool> in_place_;                         // by block
+  std::vector<size_t> last_task_of_file_;
+  uint32_t first_held_file_ = 0;  // those before have neither map nor reader any more
+  std::vector<bool> in_place_;    // by block
 
   DeviceBlockRef empty_;  // of no bytes, for the consumer's empty tensors
 

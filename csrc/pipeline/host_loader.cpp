@@ -40,7 +40,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
-  map_files();
+  map_files(options.most_maps);
   find_tasks();
   start(options);
   const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
@@ -69,7 +69,8 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool can_map = options.map && !shared_ && !alone && selected_.file(i)->file() && is_aligned(info);
+    const bool can_map = options.map && selected_.file_index(i) < options.most_maps && !shared_ && !alone &&
+                         selected_.file(i)->file() && is_aligned(info);
     extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map, alone});
   }
   LayoutOptions layout;
@@ -98,15 +99,15 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   spare_memory::set_limit(options.spare_bytes);
 }
 
-void HostLoader::map_files() {
+void HostLoader::map_files(size_t most_maps) {
   maps_.resize(selected_.files().size());
   readers_.resize(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const uint32_t f = selected_.file_index(i);
     const File* file = selected_.file(i)->file();
-    if (maps_[f] || !file) continue;
+    if (maps_[f] || !file || f >= most_maps) continue;
     try {
-      maps_[f] = map_file(file->fd(), file->size(), file->path());
+      maps_[f] = map_file(file->descriptor().get(), file->size(), file->path());
     } catch (const Error&) {
       // A mapping fills the page cache best, through which private memory may be read, but it can do without: under a
       // limit of the address space, or on a file system that cannot map.

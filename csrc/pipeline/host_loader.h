@@ -45,6 +45,10 @@ struct HostLoaderOptions {
 
   // Mapped files: false leaves the reading to page faults.
   bool read_ahead = true;
+
+  // More files than this are not mapped, and their tensors get private memory: a process has 65,530 mappings
+  // (vm.max_map_count), which its other memory needs, too.
+  size_t most_maps = kMostMaps;
 };
 
 // A tensor ready to be used. The pointers into the header are valid while the loader (or its files) lives;
@@ -104,7 +108,7 @@ class HostLoader {
   };
 
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
-  void map_files();
+  void map_files(size_t most_maps);
   void open_readers(ReadMode mode);
   void find_tasks();
   void start(const HostLoaderOptions& options);

@@ -53,7 +53,7 @@ bool TensorReader::can_map(uint32_t tensor) const {
 }
 
 void TensorReader::map() {
-  map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
+  map_ = map_file(file_->file()->descriptor().get(), file_->size(), file_->path());
   given_.clear();
 }
 

@@ -88,6 +88,21 @@ TEST(both_backends_give_the_files_bytes) {
   }
 }
 
+TEST(more_files_than_mappings_get_private_memory) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 2);
+  for (const size_t most : {0u, 1u, 2u}) {
+    HostLoaderOptions options = small_options(true);
+    options.most_maps = most;
+    load_and_check(files, everything(files), options);
+    HostLoader loader(files, everything(files), {}, nullptr, options);
+    HostTensor tensor;
+    while (take(loader, tensor) == HostLoader::Step::tensor) {
+    }
+    for (size_t f = 0; f < files.size(); ++f) CHECK((loader.counts().files[f].mapped_bytes > 0) == (f < most));
+  }
+}
+
 TEST(direct_reads_give_the_files_bytes) {
   const TemporaryFile one(0, {1, 5000, 3'000'001, 0, 70'000, 2'500'000});
   const TemporaryFile other(1, {4'000'000, 777, 4096, 2'100'000, 3});

@@ -1,6 +1,7 @@
 #include "memory/spare_memory.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -125,6 +126,32 @@ TEST(locked_memory_is_not_kept) {
   if (::syscall(SYS_mlock, region.start, region.used) != 0) return;  // no right to; sanitizers ignore mlock()
   spare_memory::give(region);
   CHECK(spare_memory::kept_bytes() == 0);
+}
+
+TEST(nothing_is_kept_where_address_space_is_limited) {
+  for (const auto what : {RLIMIT_AS, RLIMIT_DATA}) {
+    const Limit limit(64 * kMiB);
+    const HugeRegion region = spare_memory::take(2 * kMiB);
+    spare_memory::give(spare_memory::take(4 * kMiB));
+    CHECK(spare_memory::kept_bytes() == 4 * kMiB);
+    struct rlimit before;
+    CHECK(::getrlimit(what, &before) == 0);
+    const struct rlimit finite{rlim_t{1} << 60, before.rlim_max};
+    CHECK(::setrlimit(what, &finite) == 0);
+    spare_memory::give(region);  // what was kept before goes, too
+    CHECK(spare_memory::kept_bytes() == 0);
+    spare_memory::set_limit(64 * kMiB);
+    spare_memory::give(spare_memory::take(2 * kMiB));
+    CHECK(spare_memory::kept_bytes() == 0);
+    CHECK(::setrlimit(what, &before) == 0);
+  }
+}
+
+TEST(release_says_how_much_it_gave_back) {
+  const Limit limit(64 * kMiB);
+  spare_memory::give(spare_memory::take(6 * kMiB));
+  CHECK(spare_memory::release() == 6 * kMiB);
+  CHECK(spare_memory::release() == 0);
 }
 
 TEST(threads_take_and_give_at_once) {

@@ -1,0 +1,15 @@
+#include <pybind11/pybind11.h>
+
+#include "bindings/register.h"
+#include "memory/spare_memory.h"
+
+namespace py = pybind11;
+
+namespace weightload {
+
+void register_kept_memory(py::module_& module) {
+  module.def("release_memory", &spare_memory::release, py::call_guard<py::gil_scoped_release>(),
+             "Gives the memory that is kept for later loads back to the system, and returns its bytes.");
+}
+
+}  // namespace weightload
