@@ -32,8 +32,8 @@ class WeightIterator(_C.HostLoader):
 
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
     with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
-    list for each file. ``places`` has CPU memory for some of the tensors, in their order; the iterator then gives
-    ``(name, None)`` for them.
+    list for each file. ``backend`` is a ``Backend``, or ``"either"``: mapped where the files can be. ``places`` has CPU
+    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class WeightIterator(_C.HostLoader):
                 selection,
                 list(places),
                 core,
-                map=backend == "mmap",
+                map=backend != "pread",
+                must_map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),
                 cold_threads=now.thread_count(cold=True),

@@ -1,6 +1,8 @@
 #pragma once
 #include <sys/stat.h>
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -30,6 +32,9 @@ class File final : public ByteSource {
   int fd() const { return fd_.get(); }
   uint64_t device() const { return device_; }  // number of the file system's device (st_dev)
 
+  // Of io/residency: the ways of asking what is cached that were refused here, and are not tried again for every range.
+  std::atomic<uint8_t>& refusals() const { return refusals_; }
+
  private:
   File(std::string path, UniqueFd fd, const struct stat& status);
 
@@ -38,6 +43,7 @@ class File final : public ByteSource {
   uint64_t size_;
   uint64_t device_;
   struct timespec modified_;
+  mutable std::atomic<uint8_t> refusals_{0};
 };
 
 }  // namespace weightload
