@@ -179,7 +179,8 @@ def safetensors_weights_iterator(
         show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
             second.
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
-            memory, which later changes of the file cannot reach. On an accelerator memory is always private.
+            memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
+            accelerator memory is always private.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time

@@ -115,10 +115,10 @@ std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange rang
 // what is in the page cache. But it reads from it: a read that must not wait (RWF_NOWAIT) gives a byte where the page
 // is there, and EAGAIN where it is not. So some pages are read from.
 //
-// On some kernels (seen with 6.18) such a read begins to bring in the page that was not there. So the first that is
-// missing is the last that is asked for; and no two calls ask for the same pages, or the second would find those that
-// the first has brought in. Who reads a range next to fill the page cache does not ask this way at all, as a page
-// that is there already keeps a huge one from being made of its neighbours (Note [Populate, then read]).
+// On some kernels (seen with 6.18) such a read begins to bring in the page that was not there, and a page that is there
+// keeps a huge one from being made of its neighbours (Note [Populate, then read]). So the first that is missing is the
+// last that is asked for; no two calls ask for the same pages, or the second would find those that the first has brought
+// in; and page_in() does not ask this way.
 //
 // Network, overlay and user-space file systems do not know this flag (EOPNOTSUPP).
 std::optional<bool> seems_cached_by_reads(const File& file, ByteRange range) {
