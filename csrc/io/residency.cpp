@@ -117,8 +117,8 @@ std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange rang
 //
 // On some kernels (seen with 6.18) such a read begins to bring in the page that was not there, and a page that is there
 // keeps a huge one from being made of its neighbours (Note [Populate, then read]). So the first that is missing is the
-// last that is asked for; no two calls ask for the same pages, or the second would find those that the first has brought
-// in; and page_in() does not ask this way.
+// last that is asked for; no two calls ask for the same pages, or the second would find those that the first has
+// brought in; and page_in() does not ask this way.
 //
 // Network, overlay and user-space file systems do not know this flag (EOPNOTSUPP).
 std::optional<bool> seems_cached_by_reads(const File& file, ByteRange range) {
