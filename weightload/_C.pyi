@@ -181,6 +181,7 @@ class HostLoader:
         group: Group | None,
         *,
         map: bool,
+        must_map: bool,
         read_ahead: bool,
         threads: int,
         cold_threads: int,
@@ -286,9 +287,9 @@ class TensorReader:
         """
         (dtype, shape, begin, end); bytes count from the file's start.
         """
-    def is_cached(self, begin: int, end: int) -> bool:
+    def is_at_hand(self, begin: int, end: int) -> bool:
         """
-        Whether these bytes are known to be in the page cache.
+        Whether these bytes can be looked at in the mapping without threads that bring them in.
         """
     def read(self, tensor: int) -> typing.Any:
         """

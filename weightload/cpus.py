@@ -9,7 +9,11 @@ from pathlib import Path
 
 def usable_cpus() -> int:
     """CPUs the process may use, at least 1. A quota of 1.5 CPUs counts as 2; a change of it is not noticed."""
-    count = len(os.sched_getaffinity(0))
+    try:
+        count = len(os.sched_getaffinity(0))
+    # A sandbox that does not allow the question; EINVAL Python takes for too small a mask, which it doubles in vain.
+    except (OSError, OverflowError, MemoryError):
+        count = os.cpu_count() or 1
     quota = _own_quota()
     return max(1, count if quota is None else min(count, -int(-quota // 1)))
 

@@ -75,7 +75,11 @@ def node_of_this_process() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
-    return f"{socket.gethostname()} {boot}"
+    try:
+        name = socket.gethostname()
+    except OSError:  # a sandbox without uname
+        name = ""
+    return f"{name} {boot}"
 
 
 def world_is_one_node() -> bool:

@@ -99,7 +99,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     if file.size < _C.TensorReader.LEAST_FOR_THREADS:
         reader = _C.TensorReader(file)
         # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
-        if backend == "pread" or reader.is_cached(0, file.size):
+        if backend == "pread" or reader.is_at_hand(0, file.size):
             return {name: reader.get(name, backend == "mmap") for name in file.names()}
     memory = meminfo()
     most = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
@@ -108,7 +108,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
         what = f"{file.path}: {file.size} bytes do not fit into the machine's {most}"
         raise located(OutOfMemoryError(what), file.path)
     # A file that does not fit comfortably (MemAvailable: without swapping) is read as it is touched.
-    read_ahead = file.size <= memory.get("MemAvailable", 0) // 2
+    read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"] // 2
     return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
 
 

@@ -171,7 +171,7 @@ def _start(
     elif device.type != "cpu":
         group = None
     if device.type == "cpu":
-        return load_to_host(group, strategy, paths, lambda: list(files), here, backend="mmap", places=places)
+        return load_to_host(group, strategy, paths, lambda: list(files), here, backend="either", places=places)
     most_bytes = sum(file.size for file in files)
     return load_to_device(
         devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places

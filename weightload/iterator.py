@@ -33,8 +33,8 @@ class WeightIterator(_C.HostLoader):
 
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
     with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
-    list for each file. ``places`` has CPU memory for some of the tensors, in their order; the iterator then gives
-    ``(name, None)`` for them.
+    list for each file. ``backend`` is a ``Backend``, or ``"either"``: mapped where the files can be. ``places`` has CPU
+    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class WeightIterator(_C.HostLoader):
                 selection,
                 list(places),
                 core,
-                map=backend == "mmap",
+                map=backend != "pread",
+                must_map=backend == "mmap",
                 read_ahead=read_ahead,
                 threads=now.thread_count(),
                 cold_threads=now.thread_count(cold=True),
@@ -179,7 +180,8 @@ def safetensors_weights_iterator(
         show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
             second.
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
-            memory, which later changes of the file cannot reach. On an accelerator memory is always private.
+            memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
+            accelerator memory is always private.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time

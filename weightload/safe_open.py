@@ -227,4 +227,4 @@ class TensorSlice:
     def _is_at_hand(self, begin: int, end: int) -> bool:
         """Whether page faults are as good as threads for these bytes of the tensor: few, or in the page cache."""
         few = end - begin < _C.TensorReader.LEAST_FOR_THREADS
-        return few or self._reader.is_cached(self._begin + begin, self._begin + end)
+        return few or self._reader.is_at_hand(self._begin + begin, self._begin + end)

@@ -25,11 +25,12 @@ void register_host_loader(py::module_& module) {
 
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");
   loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,
-                         const py::list& places, std::optional<PyGroup*> group, bool map, bool read_ahead,
-                         unsigned threads, unsigned cold_threads, uint64_t window_bytes, uint64_t task_bytes,
-                         uint64_t block_bytes, uint64_t spare_bytes, ReadMode read) {
+                         const py::list& places, std::optional<PyGroup*> group, bool map, bool must_map,
+                         bool read_ahead, unsigned threads, unsigned cold_threads, uint64_t window_bytes,
+                         uint64_t task_bytes, uint64_t block_bytes, uint64_t spare_bytes, ReadMode read) {
                HostLoaderOptions options;
                options.map = map;
+               options.must_map = must_map;
                options.read_ahead = read_ahead;
                options.threads = threads;
                options.cold_threads = cold_threads;
@@ -45,8 +46,9 @@ void register_host_loader(py::module_& module) {
                });
              }),
              py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::kw_only(), py::arg("map"),
-             py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"), py::arg("window_bytes"),
-             py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"), py::arg("read"));
+             py::arg("must_map"), py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"),
+             py::arg("window_bytes"), py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"),
+             py::arg("read"));
   define_iteration(loader);
   refuse_copies(loader);
 }

@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "bindings/gil.h"
 #include "bindings/register.h"
 #include "memory/spare_memory.h"
 
@@ -8,7 +9,7 @@ namespace py = pybind11;
 namespace weightload {
 
 void register_kept_memory(py::module_& module) {
-  module.def("release_memory", &spare_memory::release, py::call_guard<py::gil_scoped_release>(),
+  module.def("release_memory", &spare_memory::release, py::call_guard<ReleaseGil>(),
              "Gives the memory that is kept for later loads back to the system, and returns its bytes.");
 }
 

@@ -10,7 +10,6 @@
 #include "bindings/host_tensor.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
-#include "io/residency.h"
 
 namespace py = pybind11;
 
@@ -53,6 +52,11 @@ py::object read_rows(const TensorReader& reader, uint32_t tensor, const std::vec
   return read(reader, tensor, &ranges);
 }
 
+bool is_at_hand(TensorReader& reader, uint64_t begin, uint64_t end) {
+  const ReleaseGil release;
+  return reader.is_at_hand({begin, end});
+}
+
 // What can be had at once: a view where `map` allows one, private memory for what is small. Otherwise the tensor's
 // number, for threads to load it; None, if there is none of that name.
 py::object get(TensorReader& reader, py::handle name, bool map) {
@@ -61,7 +65,7 @@ py::object get(TensorReader& reader, py::handle name, bool map) {
   const ByteRange bytes = reader.file().header().tensors[*tensor].bytes;
   const bool large = bytes.size() >= kLeastForThreads;
   if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
-  if (large && cached_bytes(*reader.file().file(), bytes) != bytes.size()) return py::int_(*tensor);
+  if (large && !is_at_hand(reader, bytes.begin, bytes.end)) return py::int_(*tensor);
   if (const auto first = reader.first_view(*tensor, nullptr)) return wrap(reader, *first);
   return bytes.size() < kLeastToMapAgain ? read(reader, *tensor, nullptr) : wrap(reader, reader.view_again(*tensor));
 }
@@ -108,12 +112,8 @@ void register_tensor_reader(py::module_& module) {
           py::arg("tensor"), "A tensor in private memory, read in this thread.")
       .def("read_rows", read_rows, py::arg("tensor"), py::arg("rows"),
            "(begin, end) of rows, one behind the other, in private memory, read in this thread.")
-      .def(
-          "is_cached",
-          [](const TensorReader& reader, uint64_t begin, uint64_t end) {
-            return cached_bytes(*reader.file().file(), {begin, end}) == end - begin;
-          },
-          py::arg("begin"), py::arg("end"), "Whether these bytes are known to be in the page cache.")
+      .def("is_at_hand", is_at_hand, py::arg("begin"), py::arg("end"),
+           "Whether these bytes can be looked at in the mapping without threads that bring them in.")
       .def("info", info, py::arg("tensor"), "(dtype, shape, begin, end); bytes count from the file's start.")
       .def("with_parts", with_parts, py::arg("parts"), py::keep_alive<0, 1>(),
            "The file with these (number, rows) only, by offset; rows are (begin, end), or None for all.");

@@ -49,8 +49,9 @@ bool DirectFile::read(ByteRange range, char* destination) const {
                                           static_cast<off_t>(position));
     if (got < 0) {
       if (errno == EINTR) continue;
-      // EFAULT: memory that the kernel can write to but not hand to the disk.
-      const bool refused = errno == EINVAL || errno == EOPNOTSUPP || errno == EFAULT;
+      // EINVAL of a file system that cannot, EFAULT of memory that the kernel can write to but not hand to the disk,
+      // anything of a sandbox or a driver in user space. What is lost is so in the page cache, too, which says it then.
+      const bool refused = errno != EIO;
       if (refused && position == begin) return false;
       if (refused) break;
       throw Error(ErrorKind::read, "cannot read " + std::to_string(end - position) + " bytes",

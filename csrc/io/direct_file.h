@@ -21,8 +21,7 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // False when the file system, or the memory, refuses after all (EINVAL, EFAULT): nothing has been read. Otherwise as
-  // File::read.
+  // False when it is refused after all (any error but EIO): nothing has been read. Otherwise as File::read.
   bool read(ByteRange range, char* destination) const;
 
   // The same, and writes nothing but the range; for those that fits().

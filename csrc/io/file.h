@@ -1,6 +1,8 @@
 #pragma once
 #include <sys/stat.h>
 
+#include <atomic>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -44,6 +46,9 @@ class File final : public ByteSource {
   uint64_t device() const { return device_; }            // number of the file system's device (st_dev)
   uint64_t file_system() const { return file_system_; }  // number of its type, as in linux/magic.h; 0: unknown
 
+  // Of io/residency: the ways of asking what is cached that were refused here, and are not tried again for every range.
+  std::atomic<uint8_t>& refusals() const { return refusals_; }
+
  private:
   File(std::string path, UniqueFd fd, const struct stat& status, uint64_t file_system);
 
@@ -53,6 +58,7 @@ class File final : public ByteSource {
   uint64_t file_system_;
   ChangeWatch watch_;
   mutable open_files::Kept kept_;
+  mutable std::atomic<uint8_t> refusals_{0};
 };
 
 }  // namespace weightload

@@ -3,8 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <memory>
+#include <optional>
 
 #include "base/error.h"
 #include "base/pages.h"
@@ -37,25 +37,34 @@ void read_and_drop(const File& file, ByteRange range) {
 // buffer makes the reading threads take those faults, in parallel, at the price of memory bandwidth that a
 // disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
 // csrc/README.md, "Cold pages".
+//
+// Where the kernel does not say what is cached, as of other users' files, that is seen by the way: pages that were
+// there cost no major fault, and are not read again.
 void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables) {
-  const bool was_cached = cached_bytes(file, range, mapping) == range.size();
+  const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
   const ByteRange pages = pages_around(range);
   char* const begin = mapping + pages.begin;
   char* const end = mapping + pages.end;
-  const int error_number = was_cached ? tables.map_cached(begin, end) : PageTables::populate(begin, end);
-  if (was_cached && error_number == 0) return;
+  bool was_read = cached != range.size();
+  const int error_number = !cached    ? tables.map_unknown(begin, end, was_read)
+                           : was_read ? PageTables::populate(begin, end)
+                                      : tables.map_cached(begin, end);
+  if (!was_read && error_number == 0) return;
 
-  // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
+  // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where. Where populating is
+  // refused (kernels before 5.14, sandboxes) it shows that the bytes can be read; the consumer takes the page faults.
   read_and_drop(file, range);
-  // EINVAL: a kernel before 5.14. The consumer takes the page faults.
-  if (error_number != 0 && error_number != EINVAL)
+  if (error_number != 0 && !PageTables::is_refusal(error_number))
     throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, range.begin, error_number});
 }
 
 void fill_page_cache(const File& file, char* mapping, ByteRange range) {
-  if (cached_bytes(file, range, mapping) == range.size()) return;
+  const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
+  if (cached == range.size()) return;
   const ByteRange pages = pages_around(range);
-  PageTables::populate(mapping + pages.begin, mapping + pages.end);
+  char* const begin = mapping + pages.begin;
+  char* const end = mapping + pages.end;
+  if (cached || PageTables::has_to_read(begin, end)) PageTables::populate(begin, end);
   // Nobody will use these page table entries. Those at the ends may be of pages that also hold bytes of a mapped
   // tensor: if its owner has written to it, that page is a copy, and would be lost.
   const ByteRange unused = pages_within(range);

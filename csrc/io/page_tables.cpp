@@ -1,11 +1,13 @@
 #include "io/page_tables.h"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <optional>
 
 #include "base/pages.h"
 #include "io/fault_hook.h"
@@ -32,6 +34,23 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
   while (first < count && is_mapped(entries[first]) != mapped) ++first;
   return first;
 }
+
+// Counts the pages that this thread has waited for since (major faults): none, if all it asked for were there. A system
+// call populates on behalf of its thread, and its faults are counted like any.
+class MajorFaults {
+ public:
+  // Whether there were any, or might have been where the count is refused.
+  bool any() const { return !before_ || count() != before_; }
+
+ private:
+  static std::optional<long> count() {
+    struct rusage usage;
+    if (::getrusage(RUSAGE_THREAD, &usage) != 0) return std::nullopt;
+    return usage.ru_majflt;
+  }
+
+  const std::optional<long> before_ = count();
+};
 
 int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
   int result;
@@ -74,6 +93,45 @@ int PageTables::map_cached(char* begin, char* end) const {
   return 0;
 }
 
+int PageTables::map_unknown(char* begin, char* end, bool& was_read) const {
+  const uint64_t page = page_bytes();
+  const MajorFaults faults;
+  auto ask = fault_hook::populate;
+  while (begin < end) {
+    char* const window_end = begin + std::min<uint64_t>(to_next(begin, kWindow), static_cast<uint64_t>(end - begin));
+    if (const int error_number = retry_interrupted(ask, begin, page)) return error_number;
+    ask = fault_hook::populate_on;  // all windows together are one read
+    was_read = faults.any();
+    if (was_read) return retry_interrupted(ask, begin, static_cast<uint64_t>(end - begin));
+    if (const int error_number = map_window(begin, window_end, window_end == end)) return error_number;
+    begin = window_end;
+  }
+  was_read = faults.any();
+  return 0;
+}
+
+bool PageTables::has_to_read(char* begin, char* end) {
+  const uint64_t page = page_bytes();
+  const MajorFaults faults;
+  for (char* const at : {begin, begin + round_down(static_cast<uint64_t>(end - begin) / 2, page), end - page}) {
+    if (retry_interrupted(fault_hook::populate_on, at, page) != 0 || faults.any()) return true;
+  }
+  return false;
+}
+
+// A sandbox answers whatever it was told to: what counts is what is none. EIO is for the fault hook, the kernel says
+// EFAULT; ENOMEM is a real lack of memory, where going on would end in the process being killed.
+bool PageTables::is_refusal(int error_number) {
+  switch (error_number) {
+    case 0:
+    case EFAULT:
+    case EIO:
+    case EHWPOISON:
+    case ENOMEM: return false;
+    default: return true;
+  }
+}
+
 // The rest of a window whose first page is mapped.
 int PageTables::map_window(char* begin, char* end, bool last) const {
   const uint64_t page = page_bytes();
@@ -106,6 +164,7 @@ int PageTables::map_window(char* begin, char* end, bool last) const {
 }
 
 bool PageTables::look_up(const char* begin, size_t pages, Entries& entries) const {
+  if (!pagemap_ || page_bytes() >= kFaultAround) return false;
   const size_t bytes = pages * sizeof(entries[0]);
   const auto position = static_cast<off_t>(address_of(begin) / page_bytes() * sizeof(entries[0]));
   return ::pread(pagemap_.get(), entries.data(), bytes, position) == static_cast<ssize_t>(bytes);

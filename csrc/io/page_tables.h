@@ -11,7 +11,7 @@ namespace weightload {
 // where a touch would end the process with SIGBUS.
 //
 // All ranges begin and end at pages; what is returned is 0 or an errno: EFAULT where pages are beyond the end of the
-// file or cannot be read, EINVAL from a kernel before 5.14.
+// file or cannot be read, EINVAL from a kernel before 5.14, anything from a sandbox.
 class PageTables {
  public:
   // Opens the descriptor that map_cached() asks; without /proc that works as populate().
@@ -22,6 +22,15 @@ class PageTables {
 
   // The same, in half the time where the pages are in the page cache.
   int map_cached(char* begin, char* end) const;
+
+  // The same where nobody knows whether they are there. `was_read`: whether some were not, or might not have been.
+  int map_unknown(char* begin, char* end, bool& was_read) const;
+
+  // Asks for three pages of the range: whether one of them had to be read, or might have been.
+  static bool has_to_read(char* begin, char* end);
+
+  // Whether an error of these is no more than a refusal, and says nothing of the bytes.
+  static bool is_refusal(int error_number);
 
  private:
   // What one entry of the page directory maps, with pages of 4 KiB.

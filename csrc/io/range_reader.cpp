@@ -11,17 +11,17 @@ namespace {
 // Residency is asked of three samples: asking of every page costs 34 ns a page, a tenth of reading it.
 constexpr uint64_t kSample = 64 << 10;
 
-// Whether most of the range is in the page cache; nothing where the kernel does not say, as of files of other users.
+// Whether most of the range is in the page cache; nothing where that cannot be told.
 std::optional<bool> is_cached(const File& file, ByteRange range, char* mapping) {
   if (range.size() <= 3 * kSample) {
     const auto cached = cached_bytes(file, range, mapping);
-    if (!cached) return std::nullopt;
+    if (!cached) return seems_cached(file, range, mapping);
     return *cached * 2 >= range.size();
   }
   int samples = 0;
   for (uint64_t begin : {range.begin, range.begin + (range.size() - kSample) / 2, range.end - kSample}) {
     const auto cached = cached_bytes(file, {begin, begin + kSample}, mapping);
-    if (!cached) return std::nullopt;
+    if (!cached) return seems_cached(file, range, mapping);
     if (*cached * 2 >= kSample) ++samples;
   }
   return samples >= 2;

@@ -5,12 +5,17 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <string>
 #include <vector>
 
 #include "base/pages.h"
+#include "io/file_system.h"
 
 namespace weightload {
 namespace {
@@ -18,6 +23,20 @@ namespace {
 constexpr long kCachestat = 451;  // the system call's number on every architecture; absent from older headers
 
 constexpr uint64_t kMincorePiece = 1ull << 30;
+
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 8  // Linux 4.14
+#endif
+
+// Of seems_cached_by_reads: one page of each so many bytes, 0.4 us a page.
+constexpr uint64_t kReadEvery = 1 << 20;
+constexpr uint64_t kMostReads = 32;
+
+// Bits of File::refusals().
+constexpr uint8_t kNoCachestat = 1, kNoMincore = 2, kNoReads = 4, kInMemory = 8;
+
+bool refused(const File& file, uint8_t way) { return (file.refusals().load(std::memory_order_relaxed) & way) != 0; }
+void refuse(const File& file, uint8_t way) { file.refusals().fetch_or(way, std::memory_order_relaxed); }
 
 struct CachestatRange {
   uint64_t offset;
@@ -39,43 +58,99 @@ bool may_ask_mincore(const File& file) {
          ::faccessat(AT_FDCWD, ("/proc/self/fd/" + std::to_string(lease.get())).c_str(), W_OK, AT_EACCESS) == 0;
 }
 
+bool may_be_overlay(const File& file) {
+  return file.file_system() == 0 || file.file_system() == OVERLAYFS_SUPER_MAGIC;  // 0: not known
+}
+
+// A place in each stride, another one at each call. With a good hash's constant (the golden ratio) calls after each
+// other lie well apart.
+uint64_t next_place(uint64_t stride) {
+  static std::atomic<uint64_t> calls{0};
+  return (calls.fetch_add(1, std::memory_order_relaxed) * 0x9e3779b97f4a7c15u >> 20) % stride;
+}
+
 }  // namespace
 
 std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange range) {
   if (range.empty()) return 0;
   CachestatRange asked{range.begin, range.size()};
   Cachestat answer{};
-  if (::syscall(kCachestat, file.descriptor().get(), &asked, &answer, 0) != 0) return std::nullopt;
+  const bool answered = ::syscall(kCachestat, file.descriptor().get(), &asked, &answer, 0) == 0;
   // overlayfs has the pages in the file below, and asks its own file, which has none (seen with Linux 6.18).
-  if (answer.cached == 0 && file.file_system() == OVERLAYFS_SUPER_MAGIC) return std::nullopt;
-  return clip(answer.cached, range);
+  if (answered && (answer.cached > 0 || !may_be_overlay(file))) return clip(answer.cached, range);
+  refuse(file, kNoCachestat);
+  return std::nullopt;
 }
 
 std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range, char* mapping) {
   if (range.empty()) return 0;
-  if (!may_ask_mincore(file)) return std::nullopt;
-  std::vector<unsigned char> pages;
-  uint64_t cached = 0;
-  // Piece by piece: the answer is a byte a page, which of a sparse giant would not fit into memory.
-  for (uint64_t begin = round_down(range.begin, page_bytes()); begin < range.end; begin += kMincorePiece) {
-    const size_t length = static_cast<size_t>(std::min(kMincorePiece, range.end - begin));
-    void* const asked =
-        mapping ? mapping + begin
-                : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.descriptor().get(), static_cast<off_t>(begin));
-    if (asked == MAP_FAILED) return std::nullopt;
-    pages.resize((length + page_bytes() - 1) / page_bytes());
-    const bool answered = ::mincore(asked, length, pages.data()) == 0;
-    if (!mapping) ::munmap(asked, length);
-    if (!answered) return std::nullopt;
-    const auto here = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
-    cached += static_cast<uint64_t>(here);
+  const auto count = [&]() -> std::optional<uint64_t> {
+    if (!may_ask_mincore(file)) return std::nullopt;
+    std::vector<unsigned char> pages;
+    uint64_t cached = 0;
+    // Piece by piece: the answer is a byte a page, which of a sparse giant would not fit into memory.
+    for (uint64_t begin = round_down(range.begin, page_bytes()); begin < range.end; begin += kMincorePiece) {
+      const size_t length = static_cast<size_t>(std::min(kMincorePiece, range.end - begin));
+      void* const asked =
+          mapping ? mapping + begin
+                  : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file.descriptor().get(), static_cast<off_t>(begin));
+      if (asked == MAP_FAILED) return std::nullopt;
+      pages.resize((length + page_bytes() - 1) / page_bytes());
+      const bool answered = ::mincore(asked, length, pages.data()) == 0;
+      if (!mapping) ::munmap(asked, length);
+      if (!answered) return std::nullopt;
+      const auto here = std::count_if(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+      cached += static_cast<uint64_t>(here);
+    }
+    return clip(cached, range);
+  };
+  const auto cached = count();
+  if (!cached) refuse(file, kNoMincore);
+  return cached;
+}
+
+// Note [Files of others]
+// The normal case of a model cache: root filled it, a service user loads from it. Of such files the kernel does not say
+// what is in the page cache. But it reads from it: a read that must not wait (RWF_NOWAIT) gives a byte where the page
+// is there, and EAGAIN where it is not. So some pages are read from.
+//
+// On some kernels (seen with 6.18) such a read begins to bring in the page that was not there, and a page that is there
+// keeps a huge one from being made of its neighbours (Note [Populate, then read]). So the first that is missing is the
+// last that is asked for; no two calls ask for the same pages, or the second would find those that the first has
+// brought in; and page_in() does not ask this way.
+//
+// Network, overlay and user-space file systems do not know this flag (EOPNOTSUPP).
+std::optional<bool> seems_cached_by_reads(const File& file, ByteRange range) {
+  if (range.empty()) return true;
+  const uint64_t count = std::clamp<uint64_t>(range.size() / kReadEvery, 2, kMostReads);
+  const uint64_t stride = std::max<uint64_t>(1, range.size() / count);
+  for (uint64_t begin = range.begin; begin < range.end; begin += stride) {
+    char byte;
+    struct iovec place{&byte, 1};
+    const uint64_t at = begin + next_place(std::min(stride, range.end - begin));
+    const ssize_t got = ::preadv2(file.descriptor().get(), &place, 1, static_cast<off_t>(at), RWF_NOWAIT);
+    if (got == 1) continue;
+    if (got == 0 || errno == EAGAIN || errno == EINTR) return false;
+    return std::nullopt;
   }
-  return clip(cached, range);
+  return true;
 }
 
 std::optional<uint64_t> cached_bytes(const File& file, ByteRange range, char* mapping) {
-  const auto answer = cached_bytes_by_cachestat(file, range);
-  return answer ? answer : cached_bytes_by_mincore(file, range, mapping);
+  if (!refused(file, kNoCachestat)) {
+    if (const auto answer = cached_bytes_by_cachestat(file, range)) return answer;
+  }
+  return refused(file, kNoMincore) ? std::nullopt : cached_bytes_by_mincore(file, range, mapping);
+}
+
+std::optional<bool> seems_cached(const File& file, ByteRange range, char* mapping) {
+  if (const auto cached = cached_bytes(file, range, mapping)) return *cached == range.size();
+  if (!refused(file, kNoReads)) {
+    if (const auto seems = seems_cached_by_reads(file, range)) return seems;
+    refuse(file, kNoReads);
+    if (storage_of(file) == Storage::memory) refuse(file, kInMemory);
+  }
+  return refused(file, kInMemory) ? std::optional<bool>(true) : std::nullopt;
 }
 
 }  // namespace weightload

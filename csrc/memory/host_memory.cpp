@@ -52,8 +52,10 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path) {
   if (size == 0) return HostMemoryRef::adopt(new MappedFile(nullptr, 0));
   void* address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) {
-    const ErrorKind kind = errno == ENOMEM ? ErrorKind::memory : ErrorKind::open;
-    throw Error(kind, "cannot map the file", {path, {}, {}, errno});
+    if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, errno});
+    // Some file systems cannot (ENODEV: FUSE with direct I/O, some network disks), and some sandboxes do not allow it.
+    throw Error(ErrorKind::read, "cannot map the file (backend=\"pread\" reads it into memory of its own instead)",
+                {path, {}, {}, errno});
   }
   // See Note [Populate, then read] in io/page_in.cpp. Advice only.
   ::madvise(address, size, MADV_HUGEPAGE);

@@ -66,7 +66,8 @@ class HostMemoryRef {
 inline constexpr size_t kMostMaps = 16384;
 
 // Maps a whole regular file copy-on-write (MAP_PRIVATE, readable and writable): writes stay in this process
-// and never reach the file. The descriptor may be closed afterwards. `path` serves the message.
+// and never reach the file. The descriptor may be closed afterwards. `path` serves the message. Throws Error{memory}
+// where address space is short, else Error{read}.
 //
 // What the kernel does, and we cannot prevent: pages not yet written show later changes of the file, and
 // touching a page beyond the end of a file that was truncated ends the process with SIGBUS.

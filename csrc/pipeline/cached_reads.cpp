@@ -13,20 +13,22 @@ constexpr size_t kMostRangesToAskOf = 256;
 constexpr size_t kSamples = 16;
 constexpr uint64_t kSampleBytes = 64 << 10;
 
-bool is_cached(const CheckpointFile& file, const HostMemoryRef& map, ByteRange range) {
-  return file.file() && cached_bytes(*file.file(), range, map ? map->data() : nullptr) == range.size();
-}
+char* mapping_of(const HostMemoryRef& map) { return map ? map->data() : nullptr; }
 
 }  // namespace
 
-bool all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps, const ReadPlan& plan) {
+std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps,
+                               const ReadPlan& plan) {
   const CheckpointFiles& files = selected.files();
-  if (plan.tasks.size() <= kMostRangesToAskOf) {
-    return std::all_of(plan.tasks.begin(), plan.tasks.end(),
-                       [&](const ReadTask& task) { return is_cached(*files[task.file], maps[task.file], task.bytes); });
-  }
-  for (size_t f = 0; f < files.size(); ++f) {
-    if (!is_cached(*files[f], maps[f], {0, files[f]->size()})) return false;
+  const bool by_task = plan.tasks.size() <= kMostRangesToAskOf;
+  const size_t count = by_task ? plan.tasks.size() : files.size();
+  for (size_t i = 0; i < count; ++i) {
+    const size_t f = by_task ? plan.tasks[i].file : i;
+    const ByteRange range = by_task ? plan.tasks[i].bytes : ByteRange{0, files[f]->size()};
+    if (!files[f]->file()) return false;
+    const std::optional<uint64_t> cached = cached_bytes(*files[f]->file(), range, mapping_of(maps[f]));
+    if (!cached) return std::nullopt;
+    if (*cached != range.size()) return false;
   }
   return true;
 }
@@ -36,7 +38,8 @@ bool looks_cached(const SelectedTensors& selected, const std::vector<HostMemoryR
   for (size_t t = 0; t < plan.tasks.size(); t += step) {
     const ReadTask& task = plan.tasks[t];
     const ByteRange sample{task.bytes.begin, std::min(task.bytes.end, task.bytes.begin + kSampleBytes)};
-    if (!is_cached(*selected.files()[task.file], maps[task.file], sample)) return false;
+    const File* const file = selected.files()[task.file]->file();
+    if (!file || !seems_cached(*file, sample, mapping_of(maps[task.file])).value_or(false)) return false;
   }
   return true;
 }

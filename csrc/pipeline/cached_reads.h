@@ -1,4 +1,5 @@
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "memory/host_memory.h"
@@ -7,12 +8,13 @@
 
 namespace weightload {
 
-// Whether what a load will read is in the page cache; not, where the kernel does not say. `maps` are of its files,
-// where they are mapped.
+// Whether what a load will read is in the page cache. `maps` are of its files, where they are mapped.
 
-bool all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps, const ReadPlan& plan);
+// All of it; nothing where the kernel does not say.
+std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps,
+                               const ReadPlan& plan);
 
-// By some samples: asking of every page costs 34 ns a page, a tenth of reading it.
+// By some samples: asking of every page costs 34 ns a page, a tenth of reading it. Not, where it cannot be told.
 bool looks_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps, const ReadPlan& plan);
 
 }  // namespace weightload

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/pages.h"
 #include "base/stopwatch.h"
 #include "io/page_in.h"
 #include "memory/spare_memory.h"
@@ -39,6 +40,9 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       readiness_(selected_.size()),
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
       fork_generation_(fork_generation()) {
+  maps_.resize(selected_.files().size());
+  map_tried_.resize(selected_.files().size());
+  readers_.resize(selected_.files().size());
   plan(std::move(places), options);
   map_files(options.most_maps);
   find_tasks();
@@ -69,9 +73,10 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool can_map = options.map && selected_.file_index(i) < options.most_maps && !shared_ && !alone &&
-                         selected_.file(i)->file() && is_aligned(info);
-    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), can_map, alone});
+    const bool mapped = options.map && selected_.file_index(i) < options.most_maps && !shared_ && !alone &&
+                        selected_.file(i)->file() && is_aligned(info) &&
+                        (options.must_map || can_map(selected_.file_index(i)));
+    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), mapped, alone});
   }
   LayoutOptions layout;
   layout.block_bytes = options.block_bytes;
@@ -99,20 +104,29 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   spare_memory::set_limit(options.spare_bytes);
 }
 
+// Maps a file unless that is done, or was tried in vain.
+bool HostLoader::can_map(uint32_t f) {
+  const File& file = *selected_.files()[f]->file();
+  if (!maps_[f] && !map_tried_[f]) {
+    map_tried_[f] = true;
+    try {
+      maps_[f] = map_file(file.descriptor().get(), file.size(), file.path());
+    } catch (const Error&) {
+      return false;
+    }
+  }
+  return static_cast<bool>(maps_[f]);
+}
+
 void HostLoader::map_files(size_t most_maps) {
-  maps_.resize(selected_.files().size());
-  readers_.resize(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const uint32_t f = selected_.file_index(i);
     const File* file = selected_.file(i)->file();
-    if (maps_[f] || !file || f >= most_maps) continue;
-    try {
-      maps_[f] = map_file(file->descriptor().get(), file->size(), file->path());
-    } catch (const Error&) {
-      // A mapping fills the page cache best, through which private memory may be read, but it can do without: under a
-      // limit of the address space, or on a file system that cannot map.
-      if (layout_.blocks[layout_.places[i].block].mapped) throw;
-    }
+    if (!file || f >= most_maps) continue;
+    // A mapping fills the page cache best, through which private memory may be read, but it can do without: under a
+    // limit of the address space, or on a file system that cannot map.
+    if (can_map(f) || !layout_.blocks[layout_.places[i].block].mapped) continue;
+    maps_[f] = map_file(file->descriptor().get(), file->size(), file->path());
   }
 }
 
@@ -154,8 +168,12 @@ void HostLoader::start(const HostLoaderOptions& options) {
   bool any_private = false;
   bool any_mapped = false;
   for (const Block& block : layout_.blocks) (block.mapped ? any_mapped : any_private) = true;
-  page_in_ = options.read_ahead &&
-             (any_private || total_bytes() >= kLeastCachedBytes || !all_cached(selected_, maps_, reads_));
+  page_in_ = options.read_ahead;
+  if (page_in_ && !any_private && total_bytes() < kLeastCachedBytes) {
+    const std::optional<bool> cached = all_cached(selected_, maps_, reads_);
+    // What seems to be in the page cache is mapped in this thread, for the same reason.
+    page_in_ = !cached.value_or(!cached && looks_cached(selected_, maps_, reads_) && map_here());
+  }
   for (size_t i = 0; i < selected_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
     readiness_[i].wait = !selected_.info(i).bytes.empty() && (!mapped || page_in_);
@@ -173,6 +191,17 @@ void HostLoader::start(const HostLoaderOptions& options) {
   pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
                                         [this](size_t task) { work(task); });
   counts_.threads = pool_->thread_count();
+}
+
+// Whether all pages that will be read could be mapped; if not the threads find out what is wrong.
+bool HostLoader::map_here() {
+  const PageTables tables;
+  return std::all_of(reads_.tasks.begin(), reads_.tasks.end(), [&](const ReadTask& read) {
+    const ByteRange pages = pages_around(read.bytes);
+    char* const mapping = maps_[read.file]->data();
+    bool was_read;
+    return tables.map_unknown(mapping + pages.begin, mapping + pages.end, was_read) == 0;
+  });
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.

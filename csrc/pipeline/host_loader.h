@@ -25,6 +25,9 @@ struct HostLoaderOptions {
   // file, always get private memory.
   bool map = true;
 
+  // Whether a file that cannot be mapped is an error. If not its tensors get private memory: for those who copy them.
+  bool must_map = true;
+
   // Of files in the page cache, and of those that are not all there: more than there are CPUs then, so that some wait
   // for the storage while others copy.
   unsigned threads = 2;
@@ -108,7 +111,9 @@ class HostLoader {
   };
 
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
+  bool can_map(uint32_t file);
   void map_files(size_t most_maps);
+  bool map_here();
   void open_readers(ReadMode mode);
   void find_tasks();
   void start(const HostLoaderOptions& options);
@@ -125,6 +130,7 @@ class HostLoader {
   SelectedTensors selected_;
   LoadCounts counts_;
   std::vector<HostMemoryRef> maps_;                    // by file; empty for those that need no mapping
+  std::vector<bool> map_tried_;                        // by file
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; of those with private blocks
   std::vector<uint32_t> last_task_of_file_;            // by file; meaningful where tensors of it were selected
   std::vector<Readiness> readiness_;                   // by tensor

@@ -7,6 +7,9 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/pages.h"
+#include "io/page_tables.h"
+#include "io/residency.h"
 
 namespace weightload {
 namespace {
@@ -95,6 +98,22 @@ std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const Ro
   if (!claim(info.bytes)) return std::nullopt;
   char* const data = map_->data() + info.bytes.begin;
   return TensorInMemory{std::move(info), data, map_};
+}
+
+bool TensorReader::is_at_hand(ByteRange bytes) {
+  if (bytes.empty()) return true;
+  const File* const file = file_->file();
+  if (const auto cached = cached_bytes(*file, bytes)) return *cached == bytes.size();
+  if (!seems_cached(*file, bytes).value_or(false)) return false;
+  HostMemoryRef mapping;
+  {
+    std::lock_guard<std::mutex> lock(mapping_);
+    if (!map_) map();
+    mapping = map_;
+  }
+  const ByteRange pages = pages_around(bytes);
+  bool was_read;
+  return PageTables().map_unknown(mapping->data() + pages.begin, mapping->data() + pages.end, was_read) == 0;
 }
 
 TensorInMemory TensorReader::view_again(uint32_t tensor) {

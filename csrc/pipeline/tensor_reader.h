@@ -46,7 +46,12 @@ class TensorReader {
   // copy-on-write, and what one holder of a view writes must not be what the next is given.
   std::optional<TensorInMemory> first_view(uint32_t tensor, const RowRange* rows);
 
-  // The same where it has been given, in a new mapping of the file. Mappings are limited (vm.max_map_count).
+  // Whether these bytes may be looked at in the mapping without threads that bring them in: they are in the page cache,
+  // or, where the kernel does not say so, seem to be there and could be mapped.
+  bool is_at_hand(ByteRange bytes);
+
+  // The same as first_view where it has been given, in a new mapping of the file. Mappings are limited
+  // (vm.max_map_count).
   TensorInMemory view_again(uint32_t tensor);
 
   // Reads whole rows, one range behind the other, into private memory; without ranges all of the tensor. Calls `pause`
