@@ -46,6 +46,7 @@ class PyLoader {
       pybind11::gil_scoped_release release;
       lock.lock();
     }
+    if (inside_) throw Error(ErrorKind::usage, "next() was called while it runs, by what interrupted it");
     try {
       Item item;
       if (take(item)) {
@@ -68,6 +69,7 @@ class PyLoader {
       loader_->interrupt();  // a call of next() in another thread returns soon
       lock.lock();
     }
+    if (inside_) return;  // a signal's handler, while next() does the threads' work: it ends by itself now
     shut();
   }
 
@@ -87,6 +89,7 @@ class PyLoader {
     while (step == Loader::Step::not_ready) {
       check_signals();
       pybind11::gil_scoped_release release;
+      const Inside inside(inside_);
       step = loader_->next(item, kSignalInterval);
     }
     return step == Loader::Step::tensor;
@@ -112,10 +115,17 @@ class PyLoader {
     python_files_ = pybind11::list();
   }
 
+  struct Inside {
+    explicit Inside(bool& flag) : inside(flag) { inside = true; }
+    ~Inside() { inside = false; }
+    bool& inside;
+  };
+
   pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
   // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
   // the iterator it interrupted.
   std::recursive_mutex mutex_;
+  bool inside_ = false;  // next() of the loader runs, in the thread that has mutex_; guarded by it
   std::unique_ptr<Loader> loader_;
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;

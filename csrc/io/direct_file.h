@@ -20,12 +20,12 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // False when the file system, or the memory, refuses after all (EINVAL, EFAULT): nothing has been read. Otherwise as
+  // In pieces, with a look before each. False when the file system, or the memory, refuses after all (EINVAL, EFAULT): nothing has been read. Otherwise as
   // File::read.
-  bool read(ByteRange range, char* destination) const;
+  bool read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // The same, and writes nothing but the range; for those that fits().
-  bool read_within(ByteRange range, char* destination) const;
+  bool read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // Whether the disk may write into memory that the process may fork, or has lent to the kernel (MADV_FREE), meanwhile.
   // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.5.
@@ -36,6 +36,9 @@ class DirectFile {
 
  private:
   DirectFile(const File& file, UniqueFd fd) : file_(file), fd_(std::move(fd)) {}
+
+  enum class Outcome : uint8_t { all, ended, refused };
+  Outcome read_blocks(ByteRange blocks, char* destination, uint64_t wanted_from, uint64_t& got) const;
 
   const File& file_;
   UniqueFd fd_;

@@ -76,6 +76,12 @@ void File::read(uint64_t offset, void* destination, size_t count) const {
   }
 }
 
+void File::read_on(bool wanted) const {
+  if (reads_on_.load(std::memory_order_relaxed) == wanted) return;
+  if (reads_on_.exchange(wanted) != wanted)
+    ::posix_fadvise(fd_.get(), 0, 0, wanted ? POSIX_FADV_NORMAL : POSIX_FADV_RANDOM);
+}
+
 // Note [Changed files]
 // A file that is overwritten in place cannot be kept as it was; but it can be noticed. The kernel stamps a file with
 // the time of a write before it copies the bytes, so whoever reads a new byte and then asks for the stamp sees a new

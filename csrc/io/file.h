@@ -1,6 +1,7 @@
 #pragma once
 #include <sys/stat.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -22,6 +23,8 @@ class File final : public ByteSource {
   // early end of the file throw Error{read} with the offset.
   void read(uint64_t offset, void* destination, size_t count) const override;
 
+  void read_on(bool wanted) const override;
+
   // See Note [Changed files] in file.cpp. One system call.
   void require_unchanged(uint64_t offset) const override;
 
@@ -38,6 +41,7 @@ class File final : public ByteSource {
   uint64_t size_;
   uint64_t device_;
   struct timespec modified_;
+  mutable std::atomic<bool> reads_on_{true};
 };
 
 }  // namespace weightload

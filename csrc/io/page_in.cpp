@@ -15,6 +15,15 @@ namespace {
 
 constexpr size_t kScratchBytes = 256 << 10;  // fits the second-level cache, so that the copy stays cheap
 
+// What a page of a mapping that asks for huge pages is read with: twice as much, as one.
+constexpr uint64_t kLeastToPopulate = 4 << 20;
+
+// The kernel, or a sandbox, will not do it: the consumer takes the page faults. EINVAL is a kernel before 5.14.
+bool is_refusal(int error_number) {
+  return error_number == EINVAL || error_number == ENOSYS || error_number == EPERM || error_number == EACCES ||
+         error_number == EAGAIN || error_number == ENODEV;
+}
+
 // Reads the range and drops the bytes.
 void read_and_drop(const File& file, ByteRange range) {
   const std::unique_ptr<char[]> scratch(new char[kScratchBytes]);
@@ -23,6 +32,10 @@ void read_and_drop(const File& file, ByteRange range) {
     file.read(position, scratch.get(), count);
     position += count;
   }
+}
+
+[[noreturn]] void fail_mapping(const File& file, uint64_t offset, int error_number) {
+  throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, offset, error_number});
 }
 
 }  // namespace
@@ -37,29 +50,34 @@ void read_and_drop(const File& file, ByteRange range) {
 // buffer makes the reading threads take those faults, in parallel, at the price of memory bandwidth that a
 // disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
 // csrc/README.md, "Cold pages".
-void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables) {
-  const bool was_cached = cached_bytes(file, range, mapping) == range.size();
-  const ByteRange pages = pages_around(range);
-  char* const begin = mapping + pages.begin;
-  char* const end = mapping + pages.end;
-  const int error_number = was_cached ? tables.map_cached(begin, end) : PageTables::populate(begin, end);
-  if (was_cached && error_number == 0) return;
-
-  // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
-  read_and_drop(file, range);
-  // EINVAL: a kernel before 5.14. The consumer takes the page faults.
-  if (error_number != 0 && error_number != EINVAL)
-    throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, range.begin, error_number});
+//
+// On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
+// read in small pieces, into the page cache only.
+void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look) {
+  pace.in_pieces(range, look, [&](ByteRange piece) {
+    int error_number = 0;
+    const bool populate = pace.allows(kLeastToPopulate);
+    if (populate) {
+      const ByteRange pages = pages_around(piece);
+      error_number = PageTables::populate(mapping + pages.begin, mapping + pages.end);
+    } else {
+      file.read_on(pace.allows(Pace::kReadOn));
+    }
+    // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
+    read_and_drop(file, piece);
+    if (error_number != 0 && !is_refusal(error_number)) fail_mapping(file, piece.begin, error_number);
+  });
 }
 
-void fill_page_cache(const File& file, char* mapping, ByteRange range) {
-  if (cached_bytes(file, range, mapping) == range.size()) return;
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look) {
   const ByteRange pages = pages_around(range);
-  PageTables::populate(mapping + pages.begin, mapping + pages.end);
-  // Nobody will use these page table entries. Those at the ends may be of pages that also hold bytes of a mapped
-  // tensor: if its owner has written to it, that page is a copy, and would be lost.
-  const ByteRange unused = pages_within(range);
-  if (!unused.empty()) ::madvise(mapping + unused.begin, unused.size(), MADV_DONTNEED);
+  const auto map_cached = [&] { return tables.map_cached(mapping + pages.begin, mapping + pages.end); };
+  if (cached_bytes(file, range, mapping) == range.size() && map_cached() == 0) return;
+  const bool populates = pace.allows(range.size()) && pace.allows(kLeastToPopulate);
+  page_in_from_storage(file, mapping, range, pace, look);
+  if (populates) return;  // all of it, in one piece
+  const int error_number = map_cached();
+  if (error_number != 0 && !is_refusal(error_number)) fail_mapping(file, range.begin, error_number);
 }
 
 }  // namespace weightload

@@ -48,12 +48,14 @@ class HugeBlock final : public HostMemory {
 
 }  // namespace
 
-HostMemoryRef map_file(int fd, uint64_t size, const std::string& path) {
+HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access access) {
   if (size == 0) return HostMemoryRef::adopt(new MappedFile(nullptr, 0));
-  void* address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
+  const int protection = access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* address = ::mmap(nullptr, size, protection, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) {
-    const ErrorKind kind = errno == ENOMEM ? ErrorKind::memory : ErrorKind::open;
-    throw Error(kind, "cannot map the file", {path, {}, {}, errno});
+    if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, ENOMEM});
+    throw Error(ErrorKind::open, "cannot map the file; backend=\"pread\" reads it into private memory instead",
+                {path, {}, {}, errno});
   }
   // See Note [Populate, then read] in io/page_in.cpp. Advice only.
   ::madvise(address, size, MADV_HUGEPAGE);

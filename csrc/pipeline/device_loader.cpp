@@ -1,5 +1,6 @@
 #include "pipeline/device_loader.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -28,6 +29,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
       shared_(std::move(exchange)),
       selected_(std::move(files), selection),
       counts_(selected_.files().size()),
+      pace_(std::max(options.threads, 1u)),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
@@ -87,21 +89,13 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
 
 void DeviceLoader::open_readers(ReadMode mode) {
   const CheckpointFiles& files = selected_.files();
-  maps_.resize(files.size());
   readers_.resize(files.size());
   for (const SlotTask& task : slots_.tasks) {
     auto& reader = readers_[task.file];
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
-    reader =
-        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file]);
-    if (!reader->wants_mapping()) continue;
-    try {
-      maps_[task.file] = map_file(file.file()->fd(), file.size(), file.path());
-      reader->fill_cache_through(maps_[task.file]->data());
-    } catch (const Error&) {
-      // Not every file system can map. Plain reads do as well, only slower when the file is cold.
-    }
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file],
+                                           pace_, filler_);
   }
 }
 
@@ -114,12 +108,14 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, window, [this](size_t task) { work(task); });
+  pool_ = std::make_unique<OrderedPool>(
+      std::move(ends), options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
+      options.pause);
   counts_.threads = pool_->thread_count();
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
-void DeviceLoader::work(size_t number) {
+void DeviceLoader::work(size_t number, const Look& look) {
   const SlotTask& task = slots_.tasks[number];
   const auto copies = [&](auto&& use) {
     for (uint32_t c = task.first_copy; c < task.last_copy; ++c) use(slots_.copies[c]);
@@ -131,7 +127,7 @@ void DeviceLoader::work(size_t number) {
   PinnedRing::Lease slot = ring_->acquire();
   {
     const LoadCounts::Read watch(counts_, task.file);
-    fill(task, *slot);
+    fill(task, *slot, look);
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
   copies([&](const SlotCopy& copy) { block(copy.block); });
@@ -147,17 +143,17 @@ void DeviceLoader::work(size_t number) {
 }
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
-void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot) {
+void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& look) {
   RangeReader& reader = *readers_[task.file];
   char* const image = slot.data() + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
-  RangeReader::Attempt attempt = reader.begin(task.bytes, slot.pinned() || DirectFile::suits_private_memory());
+  RangeReader::Attempt attempt = reader.begin(task.bytes, look, slot.pinned() || DirectFile::suits_private_memory());
   if (reader.direct(attempt, image)) {
     spread(image, task.bytes.begin, first, last);
   } else {
     for (const SlotPiece* piece = first; piece != last; ++piece)
-      reader.buffered(piece->bytes, image + piece->image_offset);
+      reader.buffered(attempt, piece->bytes, image + piece->image_offset);
   }
   reader.end(attempt);
   selected_.files()[task.file]->source().require_unchanged(task.bytes.begin);
@@ -261,6 +257,7 @@ void DeviceLoader::interrupt() noexcept {
   interrupted_ = true;
   if (forked()) return;
   if (pool_) pool_->stop();
+  pace_.stop();
   ring_->stop();
 }
 
@@ -282,7 +279,6 @@ void DeviceLoader::close() noexcept {
   empty_ = nullptr;
   ring_->close();
   readers_.clear();
-  maps_.clear();
   selected_.close();
 }
 

@@ -7,7 +7,10 @@
 #include <optional>
 #include <vector>
 
+#include "base/look.h"
+#include "io/cache_filler.h"
 #include "io/ordered_pool.h"
+#include "io/pace.h"
 #include "io/page_tables.h"
 #include "io/range_reader.h"
 #include "memory/block_cache.h"
@@ -45,6 +48,9 @@ struct HostLoaderOptions {
 
   // Mapped files: false leaves the reading to page faults.
   bool read_ahead = true;
+
+  // Called now and then where the consumer has to do the threads' work; may throw.
+  Look pause = no_look;
 };
 
 // A tensor ready to be used. The pointers into the header are valid while the loader (or its files) lives;
@@ -65,9 +71,9 @@ struct HostTensor {
 class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
-  // occur twice, on files that cannot be mapped, and when no thread can be started.
+  // occur twice, and on files that cannot be mapped.
   // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
-  // the loader's choice. `exchange`, if not null, is an agreement with other ranks to share the reading; memory is then
+  // the loader's choice, which is to be copied from only, and needs no file that can be mapped. `exchange`, if not null, is an agreement with other ranks to share the reading; memory is then
   // private, and places are not supported.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
              std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
@@ -103,13 +109,14 @@ class HostLoader {
     bool wait = true;        // false: nothing is read ahead
   };
 
+  void map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options);
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
-  void map_files();
   void open_readers(ReadMode mode);
   void find_tasks();
   void start(const HostLoaderOptions& options);
-  void work(size_t task);
-  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers);
+  void work(size_t task, const Look& look);
+  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look);
+  HostMemoryRef allocate(uint64_t bytes);
   void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
@@ -138,6 +145,8 @@ class HostLoader {
   uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
+  Pace pace_;
+  CacheFiller filler_;
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};

@@ -7,11 +7,25 @@
 #include <utility>
 
 #include "base/error.h"
+#include "io/page_in.h"
 
 namespace weightload {
 namespace {
 
 constexpr auto kBetweenPauses = std::chrono::milliseconds(100);
+
+// Pieces of private memory: nothing tells in advance where the page cache ends and slow storage begins.
+constexpr uint64_t kMostRead = 512 << 10;
+
+// Calls `pause` where the last call was a while ago: taking Python's lock for every small tensor would show.
+Look now_and_then(const Look& pause) {
+  return [&pause, paused = std::chrono::steady_clock::now()]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - paused < kBetweenPauses) return;
+    pause();
+    paused = now;
+  };
+}
 
 [[noreturn]] void fail_rows(const CheckpointFile& file, const TensorInfo& info, const std::string& what) {
   throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
@@ -27,6 +41,9 @@ Error of_tensor(const Error& error, const CheckpointFile& file, const TensorInfo
 uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4 && info.shape.size() == 1 ? 2 : 1; }
 
 }  // namespace
+
+TensorReader::TensorReader(std::shared_ptr<const CheckpointFile> file)
+    : file_(std::move(file)), reading_(Pace::kAnyNumber, kMostRead) {}
 
 std::optional<uint32_t> TensorReader::find(std::string_view name) const {
   const auto& tensors = file_->header().tensors;
@@ -49,12 +66,37 @@ std::optional<uint32_t> TensorReader::find(std::string_view name) const {
 
 bool TensorReader::can_map(uint32_t tensor) const {
   const TensorInfo& info = file_->header().tensors.at(tensor);
-  return file_->file() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
+  return file_->can_map() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
 }
 
 void TensorReader::map() {
   map_ = map_file(file_->file()->fd(), file_->size(), file_->path());
   given_.clear();
+}
+
+bool TensorReader::is_at_hand(ByteRange bytes) {
+  std::lock_guard<std::mutex> lock(mapping_);
+  return bytes.empty() || known_.contains(*file_->file(), bytes);
+}
+
+void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) {
+  HostMemoryRef map;
+  {
+    std::lock_guard<std::mutex> lock(mapping_);
+    if (!map_) this->map();
+    map = map_;
+  }
+  const Look look = now_and_then(pause);
+  const auto bring = [&](ByteRange bytes) {
+    if (!is_at_hand(bytes)) page_in_from_storage(*file_->file(), map->data(), bytes, mapping_in_, look);
+  };
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  try {
+    if (!rows) return bring(info.bytes);
+    for (const RowRange& range : *rows) bring(narrowed(tensor, range).bytes);
+  } catch (const Error& error) {
+    throw of_tensor(error, *file_, info);
+  }
 }
 
 // False if any of these bytes have been given. Neighbours become one range: a file that is read in order takes one.
@@ -124,7 +166,7 @@ TensorInfo TensorReader::narrowed(uint32_t tensor, RowRange rows) const {
 }
 
 TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows,
-                                  const std::function<void()>& pause) const {
+                                  const Look& pause) const {
   const TensorInfo& whole = file_->header().tensors.at(tensor);
   TensorInMemory result{whole, nullptr, {}};
   std::vector<ByteRange> ranges{whole.bytes};
@@ -145,14 +187,10 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     result.memory = allocate_block(result.info.bytes.size());
     result.data = result.memory->data();
     char* to = result.data;
-    auto paused = std::chrono::steady_clock::now();
+    const Look look = now_and_then(pause);
     for (const ByteRange& range : ranges) {
-      file_->source().read(range.begin, to, range.size());
+      read_in_pieces(file_->source(), range, to, reading_, look);
       to += range.size();
-      const auto now = std::chrono::steady_clock::now();
-      if (now - paused < kBetweenPauses) continue;
-      pause();
-      paused = now;
     }
     file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {

@@ -1,0 +1,32 @@
+#include "io/cache_filler.h"
+
+#include <sys/mman.h>
+
+#include <mutex>
+
+#include "base/pages.h"
+#include "io/page_tables.h"
+
+namespace weightload {
+
+bool CacheFiller::fill(const File& file, ByteRange range) {
+  const std::shared_lock<std::shared_mutex> lock(filling_);
+  if (given_up_) return false;
+  const ByteRange pages = pages_around(range);
+  const auto length = static_cast<size_t>(pages.size());
+  void* const mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, file.fd(),
+                               static_cast<off_t>(pages.begin));
+  if (mapping == MAP_FAILED) return false;
+  char* const begin = static_cast<char*>(mapping);
+  ::madvise(begin, length, MADV_HUGEPAGE);
+  const int error_number = PageTables::populate(begin, begin + length);
+  ::munmap(begin, length);
+  return error_number == 0;
+}
+
+void CacheFiller::give_up() {
+  const std::unique_lock<std::shared_mutex> lock(filling_);
+  given_up_ = true;
+}
+
+}  // namespace weightload
