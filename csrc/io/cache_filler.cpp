@@ -14,8 +14,8 @@ bool CacheFiller::fill(const File& file, ByteRange range) {
   if (given_up_) return false;
   const ByteRange pages = pages_around(range);
   const auto length = static_cast<size_t>(pages.size());
-  void* const mapping = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, file.fd(),
-                               static_cast<off_t>(pages.begin));
+  void* const mapping =
+      ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, file.fd(), static_cast<off_t>(pages.begin));
   if (mapping == MAP_FAILED) return false;
   char* const begin = static_cast<char*>(mapping);
   ::madvise(begin, length, MADV_HUGEPAGE);

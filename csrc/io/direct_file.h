@@ -20,8 +20,8 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // In pieces, with a look before each. False when the file system, or the memory, refuses after all (EINVAL, EFAULT): nothing has been read. Otherwise as
-  // File::read.
+  // In pieces, with a look before each. False when the file system, or the memory, refuses after all (EINVAL, EFAULT):
+  // nothing has been read. Otherwise as File::read.
   bool read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // The same, and writes nothing but the range; for those that fits().

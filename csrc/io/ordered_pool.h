@@ -26,12 +26,13 @@ namespace weightload {
 // Where the system gives no thread at all, the consumer works through the tasks when it waits for them.
 class OrderedPool {
  public:
-  // `look` throws when nobody needs the task any more: the load was stopped, or an earlier task has failed. To be called
-  // now and then by what takes long.
+  // `look` throws when nobody needs the task any more: the load was stopped, or an earlier task has failed. To be
+  // called now and then by what takes long.
   using Work = std::function<void(size_t task, const Look& look)>;
 
-  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads, fewer when the system
-  // gives no more. `pause` is called, too, where the consumer does the work and looks; it may throw, which ends wait().
+  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads, fewer when the
+  // system gives no more. `pause` is called, too, where the consumer does the work and looks; it may throw, which ends
+  // wait().
   OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work, Look pause = no_look);
   ~OrderedPool();  // stops and joins
 
@@ -76,11 +77,11 @@ class OrderedPool {
   size_t awaited_ = SIZE_MAX;         // guarded by mutex_; what the consumer waits for, if it does
   std::atomic<bool> stopped_{false};  // written with mutex_ held, as the next
   std::atomic<size_t> failed_task_{SIZE_MAX};
-  std::exception_ptr failure_;        // guarded by mutex_
-  std::atomic<size_t> needed_{0};     // of advance(); written by the consumer with mutex_ held
-  std::atomic<size_t> done_{0};       // tasks 0 .. done_-1 are done; written with mutex_ held
+  std::exception_ptr failure_;     // guarded by mutex_
+  std::atomic<size_t> needed_{0};  // of advance(); written by the consumer with mutex_ held
+  std::atomic<size_t> done_{0};    // tasks 0 .. done_-1 are done; written with mutex_ held
 
-  bool working_here_ = false;         // the consumer's alone
+  bool working_here_ = false;  // the consumer's alone
 
   std::vector<std::thread> threads_;  // last: they use everything above
 };

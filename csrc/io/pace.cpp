@@ -10,8 +10,8 @@ using std::chrono::nanoseconds;
 
 constexpr uint64_t kFirst = 64 << 10;
 constexpr uint64_t kLeast = 16 << 10;
-constexpr uint64_t kUnit = 16 << 10;      // pieces are multiples of it
-constexpr uint64_t kMost = 1ull << 40;    // more than any read
+constexpr uint64_t kUnit = 16 << 10;    // pieces are multiples of it
+constexpr uint64_t kMost = 1ull << 40;  // more than any read
 
 // Pieces from which on there is nothing to hold back: a task.
 constexpr uint64_t kFast = 8 << 20;
@@ -20,13 +20,16 @@ constexpr uint64_t kFast = 8 << 20;
 constexpr milliseconds kShort{30};
 
 // What one answer may multiply the size by.
-constexpr int64_t kMostGrowth = 16;
+constexpr int64_t kMostGrowth = 4;
 
-// Below, a piece that took long has one reader's storage behind it, not many readers' share of a disk.
+// Below, a piece that took long has slow storage behind it, not many readers' share of a disk.
 constexpr uint64_t kSmall = 1 << 20;
 
-// Trials: smaller pieces must take less than that part of the time, twice as large ones no more, as much again for twice
-// as many threads.
+// So much within kShort is not the answer of what happened to be at hand.
+constexpr uint64_t kConvincing = 4 << 20;
+
+// Trials: smaller pieces must take less than that part of the time, twice as large ones no more, as much again for
+// twice as many threads.
 constexpr double kSmallerGain = 0.75, kLargerCost = 1.5, kMoreCost = 1.4;
 
 uint64_t in_units(uint64_t bytes) { return std::max(kLeast, bytes / kUnit * kUnit); }
@@ -116,23 +119,26 @@ void Pace::judge(uint64_t bytes, nanoseconds took, uint64_t epoch, bool full) {
   gathered_ = {};
 
   const int64_t growth = std::min<int64_t>(kMostGrowth, took.count() == 0 ? kMostGrowth : nanoseconds(kLong) / took);
-  if (growth >= 2 && trial_ != Trial::more) {
+  const bool convincing = took <= kShort && piece >= std::min(kConvincing, most_);
+  if (trial_ != Trial::more && (convincing || (growth >= 2 && piece < std::min(kFast, most_)))) {
     trial_ = Trial::none;
-    if (took <= kShort) {
+    if (convincing) {
       least_ = kLeast;
       largest_ = std::numeric_limits<uint64_t>::max();
       useful_ = readers_;
     }
-    set(piece * static_cast<uint64_t>(growth), took <= kShort ? readers_ : allowed_);
+    set(piece * static_cast<uint64_t>(growth), convincing ? readers_ : allowed_);
     return;
   }
   if (trial_ != Trial::none) {
     if (trial_ != Trial::more || full) finish_trial(took);
     return;
   }
-  if (took > kLong && piece > least_) {
+  if (took > kLong && piece <= kSmall && allowed_ > std::max(proven_, 1u) && readers_ != kAnyNumber) {
+    set(in_units(piece / 4), std::max(proven_, 1u));
+  } else if (took > kLong && piece > least_) {
     begin_trial(Trial::smaller, took);
-  } else if (took <= kLong && piece < std::min(largest_, most_)) {
+  } else if ((took <= kLong || piece <= least_) && piece > kLeast && piece < std::min(largest_, most_)) {
     begin_trial(Trial::larger, took);
   } else if (allowed_ < useful_) {
     begin_trial(Trial::more, took);
@@ -147,8 +153,8 @@ void Pace::begin_trial(Trial trial, nanoseconds took) {
   const uint64_t piece = piece_;
   switch (trial) {
     case Trial::smaller:
-      set(std::max(least_, std::min(in_units(piece / 2), in_units(static_cast<uint64_t>(
-                                                             static_cast<double>(piece) * (kLong / 2) / took)))),
+      set(std::max(least_, std::min(in_units(piece / 2),
+                                    in_units(static_cast<uint64_t>(static_cast<double>(piece) * (kLong / 2) / took)))),
           allowed_);
       break;
     case Trial::larger: set(piece * 2, allowed_); break;
@@ -167,11 +173,17 @@ void Pace::finish_trial(nanoseconds took) {
       least_ = piece_before_;
       break;
     case Trial::larger:
-      if (times <= kLargerCost) return;
+      if (times <= kLargerCost) {
+        if (took > kLong) least_ = piece_;  // it is the answer that takes long
+        return;
+      }
       largest_ = piece_before_;
       break;
     case Trial::more:
-      if (times <= kMoreCost) return;
+      if (times <= kMoreCost) {
+        proven_ = allowed_;
+        return;
+      }
       useful_ = allowed_before_;
       break;
     case Trial::none: return;

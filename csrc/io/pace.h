@@ -17,7 +17,7 @@ namespace weightload {
 //
 // Note [Pieces]
 // A piece should take no longer than a quarter of a second. The first is small, and read by one thread. Healthy storage
-// answers within milliseconds: then all threads read, and two pieces later each reads what it has to in one call. On
+// answers within milliseconds: after four pieces all threads read, each what it has to in one call. On
 // storage that is slower the pieces grow while they stay below the quarter second, or while larger ones cost no more
 // (where it is the answer that takes long, not the bytes), and threads are added while a piece takes no longer for it.
 // A piece that does take longer makes the next ones smaller, unless smaller ones have turned out to take as long.
@@ -107,8 +107,8 @@ class Pace {
 
   const unsigned readers_;
   const uint64_t most_;
-  std::atomic<uint64_t> piece_;     // written with mutex_ held
-  std::atomic<bool> fast_{false};   // nobody waits, and nobody is counted; written with mutex_ held
+  std::atomic<uint64_t> piece_;    // written with mutex_ held
+  std::atomic<bool> fast_{false};  // nobody waits, and nobody is counted; written with mutex_ held
 
   std::mutex mutex_;  // guards all below
   std::condition_variable turns_;
@@ -122,9 +122,10 @@ class Pace {
   uint64_t piece_before_ = 0;
   unsigned allowed_before_ = 0;
   std::chrono::nanoseconds took_before_{0};
-  uint64_t least_;                                            // smaller pieces take as long
+  uint64_t least_;                                           // smaller pieces take as long
   uint64_t largest_ = std::numeric_limits<uint64_t>::max();  // larger ones cost time in proportion
-  unsigned useful_;                                           // more threads do
+  unsigned useful_;                                          // more threads do
+  unsigned proven_ = 0;                                      // so many read more than half of them would
 };
 
 }  // namespace weightload

@@ -32,13 +32,7 @@ std::optional<bool> is_cached(const File& file, ByteRange range) {
 
 RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
                          Pace& pace, CacheFiller& filler)
-    : source_(source),
-      file_(file),
-      mode_(mode),
-      memory_(memory),
-      counts_(counts),
-      pace_(pace),
-      filler_(filler) {
+    : source_(source), file_(file), mode_(mode), memory_(memory), counts_(counts), pace_(pace), filler_(filler) {
   if (file) storage_ = storage_of(*file);
 }
 

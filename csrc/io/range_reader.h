@@ -28,24 +28,24 @@ enum class ReadMode : uint8_t {
 // either past it or through it, as ReadRates have it. Many threads.
 //
 // Reading a cold file through the page cache by several threads at once is slow (they disturb each other's readahead),
-// so the cache is filled through a mapping first, see CacheFiller. Not on file systems in user space: there a mapping may
-// have to read anew what was read already, and on slow storage nothing would end the filling.
+// so the cache is filled through a mapping first, see CacheFiller. Not on file systems in user space: there a mapping
+// may have to read anew what was read already, and on slow storage nothing would end the filling.
 class RangeReader {
  public:
   // How one range is being read.
   struct Attempt {
     ByteRange range;
-    const Look& look;      // between pieces
-    bool timed = false;    // to be recorded: ReadRates were asked
-    bool direct = false;   // to be read with direct()
-    bool cached = false;   // should be in the page cache
+    const Look& look;     // between pieces
+    bool timed = false;   // to be recorded: ReadRates were asked
+    bool direct = false;  // to be read with direct()
+    bool cached = false;  // should be in the page cache
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
   // `file` is null for bytes in memory. `memory`: where what is read directly will go. `pace` and `filler` are the
   // load's.
-  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts, Pace& pace,
-              CacheFiller& filler);
+  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
+              Pace& pace, CacheFiller& filler);
 
   // Decides, and prepares the page cache where the range will be read through it. `may_be_direct` is false where the
   // memory it will go to does not allow that. `look` outlives the attempt.

@@ -54,7 +54,7 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access ac
   void* address = ::mmap(nullptr, size, protection, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) {
     if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, ENOMEM});
-    throw Error(ErrorKind::open, "cannot map the file; backend=\"pread\" reads it into private memory instead",
+    throw Error(ErrorKind::read, "cannot map the file; backend=\"pread\" reads it into private memory instead",
                 {path, {}, {}, errno});
   }
   // See Note [Populate, then read] in io/page_in.cpp. Advice only.

@@ -68,7 +68,8 @@ class HostMemoryRef {
 // What the kernel does, and we cannot prevent: pages not yet written show later changes of the file, and
 // touching a page beyond the end of a file that was truncated ends the process with SIGBUS.
 //
-// `Access::read`: what is mapped cannot be written to, and takes no memory of its own where all of a process's is locked.
+// `Access::read`: what is mapped cannot be written to, and takes no memory of its own where all of a process's is
+// locked.
 enum class Access : uint8_t { read, write };
 HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access access = Access::write);
 

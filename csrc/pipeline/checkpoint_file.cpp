@@ -66,8 +66,7 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& pa
   return opened;
 }
 
-CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, unsigned threads,
-                                         const Look& pause) {
+CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, unsigned threads, const Look& pause) {
   CheckpointFiles files(paths.size());
   if (paths.size() == 1 || threads <= 1) {
     for (size_t i = 0; i < paths.size(); ++i) {

@@ -24,8 +24,8 @@ class CheckpointFile {
 
   // Opens many, on up to `threads` threads, in the given order. Throws the error of the first file that fails. Calls
   // `pause` now and then in the calling thread; should that throw, no further file is opened.
-  static std::vector<std::shared_ptr<const CheckpointFile>> open_all(
-      const std::vector<std::string>& paths, unsigned threads, const Look& pause = no_look);
+  static std::vector<std::shared_ptr<const CheckpointFile>> open_all(const std::vector<std::string>& paths,
+                                                                     unsigned threads, const Look& pause = no_look);
 
   // Takes bytes that the caller keeps alive and unchanged.
   static std::shared_ptr<const CheckpointFile> from_memory(const void* data, uint64_t size);

@@ -6,8 +6,8 @@
 #include <mutex>
 #include <vector>
 
-#include "device/device.h"
 #include "base/look.h"
+#include "device/device.h"
 #include "io/cache_filler.h"
 #include "io/ordered_pool.h"
 #include "io/pace.h"

@@ -171,8 +171,9 @@ void HostLoader::start(const HostLoaderOptions& options) {
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
   const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
-                                        [this](size_t task, const Look& look) { work(task, look); }, options.pause);
+  pool_ = std::make_unique<OrderedPool>(
+      std::move(ends), threads, shared_.own_part(options.window_bytes),
+      [this](size_t task, const Look& look) { work(task, look); }, options.pause);
   counts_.threads = pool_->thread_count();
 }
 
@@ -193,8 +194,7 @@ void HostLoader::work(size_t task, const Look& look) {
   file.source().require_unchanged(read.bytes.begin);
 }
 
-void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers,
-                              const Look& look) {
+void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look) {
   // The caller's memory is mostly in single pages, which make large direct reads slow.
   const bool in_place = DirectFile::fits(range, destination) && !(callers && range.size() >= kHugePage);
   const bool bounced = !in_place && range.size() >= kHugePage && range.size() <= kMostBounced;

@@ -73,8 +73,8 @@ class HostLoader {
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, and on files that cannot be mapped.
   // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
-  // the loader's choice, which is to be copied from only, and needs no file that can be mapped. `exchange`, if not null, is an agreement with other ranks to share the reading; memory is then
-  // private, and places are not supported.
+  // the loader's choice, which is to be copied from only, and needs no file that can be mapped. `exchange`, if not
+  // null, is an agreement with other ranks to share the reading; memory is then private, and places are not supported.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
              std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
              const HostLoaderOptions& options);

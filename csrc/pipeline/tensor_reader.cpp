@@ -75,8 +75,10 @@ void TensorReader::map() {
 }
 
 bool TensorReader::is_at_hand(ByteRange bytes) {
+  if (bytes.empty() || !file_->can_map()) return bytes.empty();
   std::lock_guard<std::mutex> lock(mapping_);
-  return bytes.empty() || known_.contains(*file_->file(), bytes);
+  if (!map_) map();
+  return known_.contains(*file_->file(), map_->data(), bytes);
 }
 
 void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) {
@@ -165,8 +167,7 @@ TensorInfo TensorReader::narrowed(uint32_t tensor, RowRange rows) const {
   return info;
 }
 
-TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows,
-                                  const Look& pause) const {
+TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) const {
   const TensorInfo& whole = file_->header().tensors.at(tensor);
   TensorInMemory result{whole, nullptr, {}};
   std::vector<ByteRange> ranges{whole.bytes};

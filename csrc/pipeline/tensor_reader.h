@@ -32,8 +32,8 @@ struct RowRange {
 // Hands out single tensors of a file, in the calling thread: views of the mapped file, or private memory. Safe to use
 // from several threads.
 //
-// A view may be handed out of bytes that are at hand, or have been brought in: one that cannot be read is then an error,
-// and not a SIGBUS where it is touched.
+// A view may be handed out of bytes that are at hand, or have been brought in: one that cannot be read is then an
+// error, and not a SIGBUS where it is touched.
 class TensorReader {
  public:
   explicit TensorReader(std::shared_ptr<const CheckpointFile> file);
