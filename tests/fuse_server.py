@@ -1,7 +1,8 @@
 """A read-only file system in user space that misbehaves on purpose, over the kernel's /dev/fuse protocol itself.
 
-Serves the files of one folder: slowly, with short answers, with errors at an offset, past the page cache, and counts the
-bytes it has served. Root and /dev/fuse are needed, and no package. Run as a program by ``mounted`` below, which tests use.
+Serves the files of one folder: slowly, with short answers, with errors at an offset, past the page cache, and counts
+the bytes it has served. Root and /dev/fuse are needed, and no package. ``mounted`` below, which tests use, runs it as a
+program.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Operations and flags of linux/fuse.h.
-LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR = 1, 2, 3, 14, 15, 17, 18, 26, 27, 28, 29
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR = (
+    1,
+    2,
+    3,
+    14,
+    15,
+    17,
+    18,
+    26,
+    27,
+    28,
+    29,
+)
 INTERRUPT, BATCH_FORGET = 36, 42
 ASYNC_READ, FOPEN_DIRECT_IO = 1, 1
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")
@@ -193,5 +206,6 @@ def served(mount: Path) -> int:
 
 if __name__ == "__main__":
     here = Server(sys.argv[1], sys.argv[2], Faults(**json.loads(sys.argv[3])))
-    print("mounted", flush=True)
+    sys.stdout.write("mounted\n")
+    sys.stdout.flush()
     here.run()

@@ -25,6 +25,7 @@ __all__: list[str] = [
     "from_bytes",
     "open_files",
     "reads_since_armed",
+    "refuse_threads",
     "resident_bytes",
 ]
 
@@ -253,9 +254,11 @@ class TensorReader:
         """
         A tensor's number, or None.
         """
-    def first_view(self, tensor: int, rows: tuple[int, int] | None) -> typing.Any:
+    def first_view(
+        self, tensor: int, rows: tuple[int, int] | None, needed: collections.abc.Sequence[tuple[int, int]] | None = None
+    ) -> typing.Any:
         """
-        A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it.
+        A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it. `needed`: (begin, end) of the rows that will be looked at, where they are not all.
         """
     def get(self, name: typing.Any, map: bool) -> typing.Any:
         """
@@ -298,6 +301,11 @@ def disarm_fault() -> None: ...
 def from_bytes(data: bytes) -> CheckpointFile: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
 def reads_since_armed() -> int: ...
+def refuse_threads(refuse: bool) -> None:
+    """
+    For tests: as if the system had no thread to give.
+    """
+
 def resident_bytes(path: bytes) -> int | None:
     """
     Bytes of the file in the page cache, or None where the kernel does not tell.

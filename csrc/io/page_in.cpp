@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/pages.h"
+#include "io/cached_runs.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -54,7 +55,10 @@ void read_and_drop(const File& file, ByteRange range) {
 // On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
 // read in small pieces, into the page cache only.
 void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look) {
-  pace.in_pieces(range, look, [&](ByteRange piece) {
+  const auto from_cache = [&](ByteRange run) {
+    pace.in_cached_pieces(run, look, [&](ByteRange piece) { read_and_drop(file, piece); });
+  };
+  const auto read = [&](ByteRange piece) {
     int error_number = 0;
     const bool populate = pace.allows(kLeastToPopulate);
     if (populate) {
@@ -66,7 +70,13 @@ void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace
     // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
     read_and_drop(file, piece);
     if (error_number != 0 && !is_refusal(error_number)) fail_mapping(file, piece.begin, error_number);
-  });
+  };
+  const auto from_storage = [&](ByteRange run) { pace.in_pieces(run, look, read); };
+  if (pace.allows(kLeastToPopulate)) {
+    from_storage(range);
+  } else {
+    by_residency(file, range, from_cache, from_storage);
+  }
 }
 
 void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look) {

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "io/cached_runs.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -87,12 +88,19 @@ bool RangeReader::was_direct(Attempt& attempt, bool read) {
 }
 
 void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destination) {
-  if (attempt.cached) {
-    pace_.in_cached_pieces(part, attempt.look, [&](ByteRange piece) {
-      source_.read(piece.begin, destination + (piece.begin - part.begin), static_cast<size_t>(piece.size()));
+  const auto place_of = [&](ByteRange piece) { return destination + (piece.begin - part.begin); };
+  const auto from_cache = [&](ByteRange run) {
+    pace_.in_cached_pieces(run, attempt.look, [&](ByteRange piece) {
+      source_.read(piece.begin, place_of(piece), static_cast<size_t>(piece.size()));
     });
+  };
+  const auto from_storage = [&](ByteRange run) { read_in_pieces(source_, run, place_of(run), pace_, attempt.look); };
+  if (attempt.cached) {
+    from_cache(part);
+  } else if (pace_.allows(part.size()) || !file_) {
+    from_storage(part);
   } else {
-    read_in_pieces(source_, part, destination, pace_, attempt.look);
+    by_residency(*file_, part, from_cache, from_storage);
   }
   counts_.buffered_bytes += part.size();
 }

@@ -1,6 +1,7 @@
 // How pieces grow on healthy storage and shrink on slow one. Storage is simulated by sleeping, in generous proportions.
 #include "io/pace.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <thread>
@@ -111,20 +112,26 @@ TEST(who_waits_for_a_turn_is_let_go_by_stop) {
 TEST(threads_are_added_where_they_are_of_use) {
   for (const bool queue : {false, true}) {
     Pace pace(4, 64 << 10);
-    std::mutex one;
+    std::mutex mutex;
+    auto free = Pace::Clock::now();  // guarded by mutex: when the queue's last answer will have been given
     std::atomic<int> inside{0}, most{0};
     const auto read = [&](ByteRange) {
       const int now = ++inside;
       int seen = most;
       while (seen < now && !most.compare_exchange_weak(seen, now)) {
       }
-      std::unique_lock<std::mutex> lock(one, std::defer_lock);
-      if (queue) lock.lock();
-      std::this_thread::sleep_for(milliseconds(120));
+      auto answer = Pace::Clock::now();
+      if (queue) {
+        std::lock_guard<std::mutex> lock(mutex);
+        answer = free = std::max(answer, free) + milliseconds(180);
+      } else {
+        answer += milliseconds(180);
+      }
+      std::this_thread::sleep_until(answer);
       --inside;
     };
     std::vector<std::thread> threads;
-    for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, 2 * kMiB}, no_look, read); });
+    for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, kMiB / 2}, no_look, read); });
     for (std::thread& thread : threads) thread.join();
     CHECK(queue ? most <= 2 : most == 4);
   }
