@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -46,6 +47,7 @@ DeviceLoader::~DeviceLoader() {
     // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
     shared_.forget();
     static_cast<void>(pool_.release());
+    new (&pace_) Pace;  // in place of one whose condition variable the parent's threads may wait on
     new std::vector<DeviceBlockRef>(std::move(blocks_));
     new std::shared_ptr<Device>(device_);
     return;

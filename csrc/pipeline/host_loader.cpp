@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -55,7 +56,10 @@ HostLoader::~HostLoader() {
   close();
   // In a forked child the threads do not exist and the pool's mutex may be held for ever by one of them:
   // neither joining nor destroying is possible. The child keeps the few kilobytes.
-  if (forked()) static_cast<void>(pool_.release());
+  if (!forked()) return;
+  static_cast<void>(pool_.release());
+  // Nor can a condition variable that the parent's threads wait on be destroyed: a new one takes its place.
+  new (&pace_) Pace;
 }
 
 bool HostLoader::needs_others() const {
