@@ -108,33 +108,40 @@ TEST(who_waits_for_a_turn_is_let_go_by_stop) {
   CHECK(ended == 4);
 }
 
-// Readers of which each takes as long, however many there are, are all of use; of those that queue, one is.
+// Storage that answers so many at once as ask, or one after the other. How many of four threads read at once in the
+// end.
+int readers_of(bool queue) {
+  Pace pace(4, 64 << 10);
+  std::mutex mutex;
+  auto free = Pace::Clock::now();  // guarded by mutex: when the queue's last answer will have been given
+  std::atomic<int> inside{0}, most{0};
+  const auto read = [&](ByteRange) {
+    const int now = ++inside;
+    int seen = most;
+    while (seen < now && !most.compare_exchange_weak(seen, now)) {
+    }
+    auto answer = Pace::Clock::now();
+    if (queue) {
+      std::lock_guard<std::mutex> lock(mutex);
+      answer = free = std::max(answer, free) + milliseconds(120);
+    } else {
+      answer += milliseconds(120);
+    }
+    std::this_thread::sleep_until(answer);
+    --inside;
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, kMiB / 2}, no_look, read); });
+  for (std::thread& thread : threads) thread.join();
+  return most;
+}
+
+// On a busy machine an answer may look late: then it is asked again.
 TEST(threads_are_added_where_they_are_of_use) {
-  for (const bool queue : {false, true}) {
-    Pace pace(4, 64 << 10);
-    std::mutex mutex;
-    auto free = Pace::Clock::now();  // guarded by mutex: when the queue's last answer will have been given
-    std::atomic<int> inside{0}, most{0};
-    const auto read = [&](ByteRange) {
-      const int now = ++inside;
-      int seen = most;
-      while (seen < now && !most.compare_exchange_weak(seen, now)) {
-      }
-      auto answer = Pace::Clock::now();
-      if (queue) {
-        std::lock_guard<std::mutex> lock(mutex);
-        answer = free = std::max(answer, free) + milliseconds(180);
-      } else {
-        answer += milliseconds(180);
-      }
-      std::this_thread::sleep_until(answer);
-      --inside;
-    };
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, kMiB / 2}, no_look, read); });
-    for (std::thread& thread : threads) thread.join();
-    CHECK(queue ? most <= 2 : most == 4);
-  }
+  bool all = false, few = false;
+  for (int attempt = 0; attempt < 10 && !all; ++attempt) all = readers_of(false) == 4;
+  for (int attempt = 0; attempt < 10 && !few; ++attempt) few = readers_of(true) <= 2;
+  CHECK(all && few);
 }
 
 TEST(without_threads_the_consumer_works_and_is_interrupted) {
