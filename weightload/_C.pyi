@@ -275,9 +275,11 @@ class TensorReader:
         """
         A tensor's number, or None.
         """
-    def first_view(self, tensor: int, rows: tuple[int, int] | None) -> typing.Any:
+    def first_view(
+        self, tensor: int, rows: tuple[int, int] | None, needed: collections.abc.Sequence[tuple[int, int]] | None = None
+    ) -> typing.Any:
         """
-        A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it.
+        A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it. `needed`: (begin, end) of the rows that will be looked at, where they are not all.
         """
     def get(self, name: typing.Any, map: bool) -> typing.Any:
         """

@@ -107,8 +107,9 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     if most and file.size > most and _private_bytes(file, backend) > most:
         what = f"{file.path}: {file.size} bytes do not fit into the machine's {most}"
         raise located(OutOfMemoryError(what), file.path)
-    # A file that does not fit comfortably (MemAvailable: without swapping) is read as it is touched.
-    read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"] // 2
+    # What does not fit into the page cache (MemAvailable: without swapping) is read as it is touched. That is the one
+    # case in which bytes that cannot be read end the process: all of them cannot be in memory before anyone looks.
+    read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"]
     return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
 
 

@@ -214,7 +214,7 @@ class TensorSlice:
         one = runs[0] if runs and len(runs) == 1 else None
         begin, end = (one[0] * wide, one[1] * wide) if one else (0, size)
         if lazy and ((runs and not one) or self._is_at_hand(begin, end)):
-            view: torch.Tensor | None = self._reader.first_view(self._number, one)
+            view: torch.Tensor | None = self._reader.first_view(self._number, one, None if one else runs)
             if view is not None:
                 return view[within if one else index]
         rows = fetch(self._reader, self._number, self._device, "mmap" if lazy else "pread", runs)
@@ -225,6 +225,6 @@ class TensorSlice:
         return copied(picked, self._device)  # not for a few of the bytes to keep all of them
 
     def _is_at_hand(self, begin: int, end: int) -> bool:
-        """Whether page faults are as good as threads for these bytes of the tensor: few, or in the page cache."""
+        """Whether threads are of no use for these bytes of the tensor: few, or in the page cache."""
         few = end - begin < _C.TensorReader.LEAST_FOR_THREADS
         return few or self._reader.is_at_hand(self._begin + begin, self._begin + end)

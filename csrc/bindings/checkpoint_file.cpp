@@ -40,15 +40,16 @@ py::list tensors(const CheckpointFile& file) {
   return list;
 }
 
-// Reads everything once, to learn whether every byte can be read. Ctrl-C is felt in between.
+// Reads everything once, to learn whether every byte can be read.
 uint64_t read_all(const CheckpointFile& file) {
-  constexpr uint64_t kPiece = 1 << 20;
-  const std::unique_ptr<char[]> scratch(new char[kPiece]);
-  for (uint64_t at = 0; at < file.size(); at += kPiece) {
-    const ReleaseGil release;
-    file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
-    check_signals();
-  }
+  constexpr uint64_t kMost = 1 << 20;
+  const std::unique_ptr<char[]> scratch(new char[kMost]);
+  Pace pace(Pace::kAnyNumber, kMost);
+  const ReleaseGil release;
+  pace.in_pieces({0, file.size()}, check_signals, [&](ByteRange piece) {
+    file.source().read_on(pace.allows(Pace::kReadOn));
+    file.source().read(piece.begin, scratch.get(), static_cast<size_t>(piece.size()));
+  });
   file.source().require_unchanged(0);
   return file.size();
 }
@@ -56,7 +57,8 @@ uint64_t read_all(const CheckpointFile& file) {
 // Of the header's text. All ranks that compare it run the same build of the same standard library (Murmur, in GNU's).
 uint64_t header_digest(const CheckpointFile& file) {
   std::string text(file.header().data_begin, '\0');
-  file.source().read(0, text.data(), text.size());
+  Pace pace;
+  read_in_pieces(file.source(), {0, text.size()}, text.data(), pace, check_signals);
   file.source().require_unchanged(0);
   return std::hash<std::string>()(text);
 }

@@ -66,6 +66,7 @@ void register_device_loader(py::module_& module) {
              options.block_bytes = block_bytes;
              options.window_bytes = window_bytes;
              options.read = read;
+             options.pause = check_signals;
              return std::make_unique<PyDeviceLoader>(
                  files,
                  [&, blocks = adopt_places<DeviceBlockRef>(places, device_place)](CheckpointFiles opened) mutable {

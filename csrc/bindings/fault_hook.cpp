@@ -3,6 +3,7 @@
 #include <map>
 #include <string>
 
+#include "base/start_thread.h"
 #include "bindings/register.h"
 
 namespace py = pybind11;
@@ -32,6 +33,9 @@ void register_fault_hook(py::module_& module) {
              "error, interrupt, short_read, end_of_file or delay.");
   module.def("disarm_fault", &fault_hook::disarm);
   module.def("reads_since_armed", &fault_hook::calls_since_armed);
+  module.def(
+      "refuse_threads", [](bool refuse) { threads_refused() = refuse; }, py::arg("refuse"),
+      "For tests: as if the system had no thread to give.");
 }
 
 }  // namespace weightload

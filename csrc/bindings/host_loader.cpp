@@ -39,6 +39,7 @@ void register_host_loader(py::module_& module) {
                options.block_bytes = block_bytes;
                options.spare_bytes = spare_bytes;
                options.read = read;
+               options.pause = check_signals;
                auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
                return std::make_unique<PyHostLoader>(files, [&](CheckpointFiles opened) {
                  return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory),

@@ -75,6 +75,7 @@ class PyLoader {
       const ReleaseGil release;
       lock.lock();
     }
+    if (running_) throw Error(ErrorKind::usage, "next() was called while it runs, by what interrupted it");
     try {
       run_signal_handlers();  // or, while a load is drained that never waits, Ctrl-C would be felt at its end
       Item item;
@@ -102,6 +103,7 @@ class PyLoader {
       load_->interrupt();  // a call of next() in another thread returns soon
       lock.lock();
     }
+    if (running_) return;  // a signal's handler, while next() does the threads' work: it ends by itself now
     shut();
   }
 
@@ -121,6 +123,7 @@ class PyLoader {
     while (step == Loader::Step::not_ready) {
       check_signals();
       const ReleaseGil release;
+      const Running running(running_);
       step = loader().next(item, kSignalInterval);
     }
     return step == Loader::Step::tensor;
@@ -146,8 +149,15 @@ class PyLoader {
     python_files_ = pybind11::list();
   }
 
+  struct Running {
+    explicit Running(bool& flag) : running(flag) { running = true; }
+    ~Running() { running = false; }
+    bool& running;
+  };
+
   pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
   std::shared_ptr<LoadOfPython<Loader>> load_;
+  bool running_ = false;  // next() of the loader runs, in the thread that has the mutex; guarded by it
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;
 };

@@ -37,6 +37,12 @@ std::optional<uint32_t> find(const TensorReader& reader, py::handle name) {
   return std::nullopt;
 }
 
+std::vector<RowRange> ranges_of(const std::vector<RowTuple>& rows) {
+  std::vector<RowRange> ranges;
+  for (const auto& [begin, end] : rows) ranges.push_back({begin, end});
+  return ranges;
+}
+
 py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<RowRange>* rows) {
   TensorInMemory part;
   {
@@ -47,14 +53,20 @@ py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<R
 }
 
 py::object read_rows(const TensorReader& reader, uint32_t tensor, const std::vector<RowTuple>& rows) {
-  std::vector<RowRange> ranges;
-  for (const auto& [begin, end] : rows) ranges.push_back({begin, end});
+  const std::vector<RowRange> ranges = ranges_of(rows);
   return read(reader, tensor, &ranges);
 }
 
-bool is_at_hand(TensorReader& reader, uint64_t begin, uint64_t end) {
+// Small ones are mostly answered from memory.
+bool is_at_hand(TensorReader& reader, ByteRange bytes) {
+  if (bytes.size() < kLeastToMapAgain) return reader.is_at_hand(bytes);
   const ReleaseGil release;
-  return reader.is_at_hand({begin, end});
+  return reader.is_at_hand(bytes);
+}
+
+void bring_in(TensorReader& reader, uint32_t tensor, const std::vector<RowRange>* rows) {
+  const ReleaseGil release;
+  reader.bring_in(tensor, rows, check_signals);
 }
 
 // What can be had at once: a view where `map` allows one, private memory for what is small. Otherwise the tensor's
@@ -65,7 +77,10 @@ py::object get(TensorReader& reader, py::handle name, bool map) {
   const ByteRange bytes = reader.file().header().tensors[*tensor].bytes;
   const bool large = bytes.size() >= kLeastForThreads;
   if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
-  if (large && !is_at_hand(reader, bytes.begin, bytes.end)) return py::int_(*tensor);
+  if (!is_at_hand(reader, bytes)) {
+    if (large) return py::int_(*tensor);
+    bring_in(reader, *tensor, nullptr);
+  }
   if (const auto first = reader.first_view(*tensor, nullptr)) return wrap(reader, *first);
   return bytes.size() < kLeastToMapAgain ? read(reader, *tensor, nullptr) : wrap(reader, reader.view_again(*tensor));
 }
@@ -100,20 +115,32 @@ void register_tensor_reader(py::module_& module) {
       .def("can_map", &TensorReader::can_map, py::arg("tensor"))
       .def(
           "first_view",
-          [](TensorReader& reader, uint32_t tensor, const std::optional<RowTuple>& rows) {
+          [](TensorReader& reader, uint32_t tensor, const std::optional<RowTuple>& rows,
+             const std::optional<std::vector<RowTuple>>& needed) {
             const RowRange range = rows ? RowRange{std::get<0>(*rows), std::get<1>(*rows)} : RowRange{};
+            const TensorInfo info = rows ? reader.narrowed(tensor, range) : reader.file().header().tensors.at(tensor);
+            if (!reader.is_at_hand(info.bytes)) {
+              const auto ranges = needed ? ranges_of(*needed) : std::vector<RowRange>{range};
+              bring_in(reader, tensor, needed || rows ? &ranges : nullptr);
+            }
             const auto view = reader.first_view(tensor, rows ? &range : nullptr);
             return view ? wrap(reader, *view) : py::none();
           },
-          py::arg("tensor"), py::arg("rows"),
-          "A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it.")
+          py::arg("tensor"), py::arg("rows"), py::arg("needed") = py::none(),
+          "A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it. "
+          "`needed`: (begin, end) of the rows that will be looked at, where they are not all.")
       .def(
           "read", [](const TensorReader& reader, uint32_t tensor) { return read(reader, tensor, nullptr); },
           py::arg("tensor"), "A tensor in private memory, read in this thread.")
       .def("read_rows", read_rows, py::arg("tensor"), py::arg("rows"),
            "(begin, end) of rows, one behind the other, in private memory, read in this thread.")
-      .def("is_at_hand", is_at_hand, py::arg("begin"), py::arg("end"),
-           "Whether these bytes can be looked at in the mapping without threads that bring them in.")
+      .def(
+          "is_at_hand",
+          [](TensorReader& reader, uint64_t begin, uint64_t end) {
+            return reader.file().file() && is_at_hand(reader, {begin, end});
+          },
+          py::arg("begin"), py::arg("end"),
+          "Whether these bytes can be looked at in the mapping without being brought in first.")
       .def("info", info, py::arg("tensor"), "(dtype, shape, begin, end); bytes count from the file's start.")
       .def("with_parts", with_parts, py::arg("parts"), py::keep_alive<0, 1>(),
            "The file with these (number, rows) only, by offset; rows are (begin, end), or None for all.");

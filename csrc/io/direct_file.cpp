@@ -39,32 +39,43 @@ std::unique_ptr<const DirectFile> DirectFile::open(const File& file, bool anywhe
   return std::unique_ptr<const DirectFile>(new DirectFile(file, UniqueFd(number), std::move(*room)));
 }
 
-bool DirectFile::read(ByteRange range, char* destination) const {
-  const uint64_t begin = round_down(range.begin, kBlock);
-  const uint64_t end = std::min(round_up(range.end, kBlock), round_down(file_.size(), kBlock));
-  char* const base = destination - (range.begin - begin);
-  uint64_t position = begin;
-  while (position < end) {
-    const ssize_t got = fault_hook::pread(fd_.get(), base + (position - begin), static_cast<size_t>(end - position),
-                                          static_cast<off_t>(position));
-    if (got < 0) {
+// Adds what was read to `got`. `wanted_from` serves the message.
+DirectFile::Outcome DirectFile::read_blocks(ByteRange blocks, char* destination, uint64_t wanted_from,
+                                            uint64_t& got) const {
+  for (uint64_t position = blocks.begin; position < blocks.end;) {
+    const auto left = static_cast<size_t>(blocks.end - position);
+    const ssize_t now =
+        fault_hook::pread(fd_.get(), destination + (position - blocks.begin), left, static_cast<off_t>(position));
+    if (now < 0) {
       if (errno == EINTR) continue;
       // EINVAL of a file system that cannot, EFAULT of memory that the kernel can write to but not hand to the disk,
       // anything of a sandbox or a driver in user space. What is lost is so in the page cache, too, which says it then.
-      const bool refused = errno != EIO;
-      if (refused && position == begin) return false;
-      if (refused) break;
-      throw Error(ErrorKind::read, "cannot read " + std::to_string(end - position) + " bytes",
-                  {file_.path(), {}, std::max(position, range.begin), errno});
+      if (errno != EIO) return Outcome::refused;
+      throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes",
+                  {file_.path(), {}, std::max(position, wanted_from), errno});
     }
+    position += static_cast<uint64_t>(now);
+    got += static_cast<uint64_t>(now);
     // A short read that is not a whole number of blocks is the end of the file, or a disk that was interrupted: what
     // is left of the range cannot be read directly from there.
-    position += static_cast<uint64_t>(got);
-    if (got == 0 || static_cast<uint64_t>(got) % kBlock != 0) break;
+    if (now == 0 || static_cast<uint64_t>(now) % kBlock != 0) return Outcome::ended;
   }
+  return Outcome::all;
+}
+
+bool DirectFile::read(ByteRange range, char* destination, Pace& pace, const Look& look) const {
+  const uint64_t begin = round_down(range.begin, kBlock);
+  const uint64_t end = std::min(round_up(range.end, kBlock), round_down(file_.size(), kBlock));
+  char* const base = destination - (range.begin - begin);
+  uint64_t got = 0;
+  auto outcome = Outcome::all;
+  pace.in_pieces({begin, std::max(begin, end)}, look, [&](ByteRange piece) {
+    if (outcome == Outcome::all) outcome = read_blocks(piece, base + (piece.begin - begin), range.begin, got);
+  });
+  if (outcome == Outcome::refused && got == 0) return false;
   // The last, partial block, and whatever a short read or a refusal left.
-  const uint64_t from = std::max(position, range.begin);
-  if (from < range.end) file_.read(from, base + (from - begin), static_cast<size_t>(range.end - from));
+  const uint64_t from = std::max(begin + got, range.begin);
+  if (from < range.end) read_in_pieces(file_, {from, range.end}, base + (from - begin), pace, look);
   return true;
 }
 
@@ -83,15 +94,15 @@ bool DirectFile::fits(ByteRange range, const char* destination) {
          round_up(range.begin, kBlock) < round_down(range.end, kBlock);
 }
 
-bool DirectFile::read_within(ByteRange range, char* destination) const {
+bool DirectFile::read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const {
   const ByteRange whole{round_up(range.begin, kBlock), round_down(range.end, kBlock)};
-  if (!read(whole, destination + (whole.begin - range.begin))) return false;
+  if (!read(whole, destination + (whole.begin - range.begin), pace, look)) return false;
   // The blocks at the ends hold bytes of others: by way of a block that is nobody's.
   alignas(kBlock) char block[kBlock];
   for (const ByteRange end : {ByteRange{range.begin, whole.begin}, ByteRange{whole.end, range.end}}) {
     if (end.empty()) continue;
     char* const part = block + end.begin % kBlock;
-    if (!read(end, part)) file_.read(end.begin, part, static_cast<size_t>(end.size()));
+    if (!read(end, part, pace, look)) file_.read(end.begin, part, static_cast<size_t>(end.size()));
     std::memcpy(destination + (end.begin - range.begin), part, static_cast<size_t>(end.size()));
   }
   return true;

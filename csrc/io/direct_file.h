@@ -21,11 +21,12 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // False when it is refused after all (any error but EIO): nothing has been read. Otherwise as File::read.
-  bool read(ByteRange range, char* destination) const;
+  // In pieces, with a look before each. False when it is refused after all (any error but EIO): nothing has been read.
+  // Otherwise as File::read.
+  bool read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // The same, and writes nothing but the range; for those that fits().
-  bool read_within(ByteRange range, char* destination) const;
+  bool read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // Whether the disk may write into memory that the process may fork, or has lent to the kernel (MADV_FREE), meanwhile.
   // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.5.
@@ -37,6 +38,9 @@ class DirectFile {
  private:
   DirectFile(const File& file, UniqueFd fd, open_files::Extra room)
       : file_(file), room_(std::move(room)), fd_(std::move(fd)) {}
+
+  enum class Outcome : uint8_t { all, ended, refused };
+  Outcome read_blocks(ByteRange blocks, char* destination, uint64_t wanted_from, uint64_t& got) const;
 
   const File& file_;
   open_files::Extra room_;

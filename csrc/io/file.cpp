@@ -1,5 +1,6 @@
 #include "io/file.h"
 
+#include <fcntl.h>
 #include <sys/vfs.h>
 
 #include <cerrno>
@@ -86,6 +87,12 @@ void File::read(uint64_t offset, void* destination, size_t count) const {
     offset += static_cast<uint64_t>(got);
     left -= static_cast<size_t>(got);
   }
+}
+
+void File::read_on(bool wanted) const {
+  if (reads_on_.load(std::memory_order_relaxed) == wanted) return;
+  if (reads_on_.exchange(wanted) != wanted)
+    ::posix_fadvise(descriptor().get(), 0, 0, wanted ? POSIX_FADV_NORMAL : POSIX_FADV_RANDOM);
 }
 
 void File::require_unchanged(uint64_t offset) const { watch_.require_unchanged(descriptor().get(), path_, offset); }

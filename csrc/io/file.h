@@ -29,6 +29,8 @@ class File final : public ByteSource {
   // early end of the file throw Error{read} with the offset.
   void read(uint64_t offset, void* destination, size_t count) const override;
 
+  void read_on(bool wanted) const override;
+
   // See Note [Changed files] in change_watch.cpp. One system call.
   void require_unchanged(uint64_t offset) const override;
 
@@ -59,6 +61,7 @@ class File final : public ByteSource {
   ChangeWatch watch_;
   mutable open_files::Kept kept_;
   mutable std::atomic<uint8_t> refusals_{0};
+  mutable std::atomic<bool> reads_on_{true};
 };
 
 }  // namespace weightload

@@ -2,6 +2,8 @@
 
 #include <linux/magic.h>
 
+#include "io/residency.h"
+
 namespace weightload {
 namespace {
 
@@ -15,22 +17,28 @@ constexpr unsigned kLustreMagic = 0x0bd00bd0;
 
 Storage storage_of(const File& file) {
   switch (file.file_system()) {
-    case 0:  // not known
     case TMPFS_MAGIC:
     case RAMFS_MAGIC:
     case HUGETLBFS_MAGIC: return Storage::memory;
+    case 0:  // not known
     case NFS_SUPER_MAGIC:
     case SMB_SUPER_MAGIC:
     case V9FS_MAGIC:
     case AFS_SUPER_MAGIC:
-    case FUSE_SUPER_MAGIC:
     case OVERLAYFS_SUPER_MAGIC:
     case kCephMagic:
     case kCifsMagic:
     case kSmb2Magic:
     case kLustreMagic: return Storage::shared;
+    case FUSE_SUPER_MAGIC: return Storage::user_space;
     default: return Storage::disk;
   }
+}
+
+bool bypasses_page_cache(const File& file) {
+  if (file.size() == 0 || storage_of(file) != Storage::user_space) return false;
+  const auto cached = cached_bytes(file, {0, 1});
+  return cached && *cached == 0;
 }
 
 }  // namespace weightload

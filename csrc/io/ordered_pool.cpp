@@ -1,27 +1,26 @@
 #include "io/ordered_pool.h"
 
 #include <algorithm>
-#include <new>
-#include <system_error>
 #include <utility>
 
 #include "base/error.h"
+#include "base/start_thread.h"
 #include "base/thread_name.h"
 
 namespace weightload {
 
-OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work)
-    : ends_(std::move(ends)), window_bytes_(window_bytes), work_(std::move(work)), ended_(ends_.size(), false) {
+OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work, Look pause)
+    : ends_(std::move(ends)),
+      window_bytes_(window_bytes),
+      work_(std::move(work)),
+      pause_(std::move(pause)),
+      ended_(ends_.size(), false) {
   const size_t count = std::min<size_t>(std::max(threads, 1u), ends_.size());
   threads_.reserve(count);
-  try {
-    for (size_t i = 0; i < count; ++i) threads_.emplace_back([this] { run(); });
-  } catch (const std::system_error& error) {
-    // The system is out of threads. Those that started are enough, unless there are none.
-    if (threads_.empty())
-      throw Error(ErrorKind::usage, "cannot start a thread to read with", {{}, {}, {}, error.code().value()});
-  } catch (const std::bad_alloc&) {
-    if (threads_.empty()) throw;
+  for (size_t i = 0; i < count; ++i) {
+    std::thread thread = start_thread([this] { run(); });
+    if (!thread.joinable()) break;  // those that started are enough; without any the consumer works
+    threads_.push_back(std::move(thread));
   }
 }
 
@@ -38,6 +37,7 @@ void OrderedPool::advance(size_t task) {
 
 bool OrderedPool::wait(size_t task, std::chrono::milliseconds patience) {
   if (is_done(task)) return true;
+  if (threads_.empty()) return work_here(task, patience);
   std::unique_lock<std::mutex> lock(mutex_);
   // An error counts once everything before it is done, so that the lowest one is the one that is thrown.
   const auto failed = [&] { return failure_ && failed_task_ <= task && done_.load() == failed_task_; };
@@ -47,6 +47,41 @@ bool OrderedPool::wait(size_t task, std::chrono::milliseconds patience) {
   if (is_done(task)) return true;
   if (failed()) std::rethrow_exception(failure_);
   return false;
+}
+
+// A signal's handler, which `pause` may have called, could come back here in the middle of a task.
+bool OrderedPool::work_here(size_t task, std::chrono::milliseconds patience) {
+  if (working_here_) throw Error(ErrorKind::usage, "the load is being continued by whom this interrupts");
+  const auto until = std::chrono::steady_clock::now() + patience;
+  working_here_ = true;
+  const struct AtEnd {
+    bool& working;
+    ~AtEnd() { working = false; }
+  } at_end{working_here_};
+  while (!is_done(task)) {
+    if (stopped_ || next_ == ends_.size()) return false;
+    if (failure_) std::rethrow_exception(failure_);
+    if (std::chrono::steady_clock::now() >= until) return false;
+    const size_t mine = next_;
+    try {
+      work_(mine, [this, mine] {
+        look(mine);
+        pause_();
+        look(mine);
+      });
+    } catch (...) {
+      if (stopped_) return false;
+      failed_task_ = mine;
+      failure_ = std::current_exception();
+      throw;
+    }
+    done_.store(++next_, std::memory_order_release);
+  }
+  return true;
+}
+
+void OrderedPool::look(size_t task) const {
+  if (stopped_ || failed_task_ < task) throw Error(ErrorKind::usage, "the load was stopped");
 }
 
 void OrderedPool::stop() noexcept {
@@ -82,13 +117,13 @@ void OrderedPool::run() {
     lock.unlock();
     std::exception_ptr failure;
     try {
-      work_(task);
+      work_(task, [this, task] { look(task); });
     } catch (...) {
       failure = std::current_exception();
     }
     lock.lock();
     if (failure) {
-      if (task < failed_task_) {
+      if (task < failed_task_ && !stopped_) {
         failed_task_ = task;
         failure_ = std::move(failure);
       }

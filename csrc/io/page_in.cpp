@@ -8,12 +8,17 @@
 
 #include "base/error.h"
 #include "base/pages.h"
+#include "io/cached_runs.h"
+#include "io/page_tables.h"
 #include "io/residency.h"
 
 namespace weightload {
 namespace {
 
 constexpr size_t kScratchBytes = 256 << 10;  // fits the second-level cache, so that the copy stays cheap
+
+// What a page of a mapping that asks for huge pages is read with: twice as much, as one.
+constexpr uint64_t kLeastToPopulate = 4 << 20;
 
 // Reads the range and drops the bytes.
 void read_and_drop(const File& file, ByteRange range) {
@@ -23,6 +28,10 @@ void read_and_drop(const File& file, ByteRange range) {
     file.read(position, scratch.get(), count);
     position += count;
   }
+}
+
+[[noreturn]] void fail_mapping(const File& file, uint64_t offset, int error_number) {
+  throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, offset, error_number});
 }
 
 }  // namespace
@@ -38,37 +47,58 @@ void read_and_drop(const File& file, ByteRange range) {
 // disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
 // csrc/README.md, "Cold pages".
 //
-// Where the kernel does not say what is cached, as of other users' files, that is seen by the way: pages that were
-// there cost no major fault, and are not read again.
-void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables) {
-  const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
-  const ByteRange pages = pages_around(range);
-  char* const begin = mapping + pages.begin;
-  char* const end = mapping + pages.end;
-  bool was_read = cached != range.size();
-  const int error_number = !cached    ? tables.map_unknown(begin, end, was_read)
-                           : was_read ? PageTables::populate(begin, end)
-                                      : tables.map_cached(begin, end);
-  if (!was_read && error_number == 0) return;
-
-  // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where. Where populating is
-  // refused (kernels before 5.14, sandboxes) it shows that the bytes can be read; the consumer takes the page faults.
-  read_and_drop(file, range);
-  if (error_number != 0 && !PageTables::is_refusal(error_number))
-    throw Error(ErrorKind::read, "cannot map pages of the file", {file.path(), {}, range.begin, error_number});
+// On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
+// read in small pieces, into the page cache only.
+void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look) {
+  const auto from_cache = [&](ByteRange run) {
+    pace.in_cached_pieces(run, look, [&](ByteRange piece) { read_and_drop(file, piece); });
+  };
+  const auto read = [&](ByteRange piece) {
+    int error_number = 0;
+    const bool populate = pace.allows(kLeastToPopulate);
+    if (populate) {
+      const ByteRange pages = pages_around(piece);
+      error_number = PageTables::populate(mapping + pages.begin, mapping + pages.end);
+    } else {
+      file.read_on(pace.allows(Pace::kReadOn));
+    }
+    // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
+    read_and_drop(file, piece);
+    if (error_number != 0 && !PageTables::is_refusal(error_number)) fail_mapping(file, piece.begin, error_number);
+  };
+  const auto from_storage = [&](ByteRange run) { pace.in_pieces(run, look, read); };
+  if (pace.allows(kLeastToPopulate)) {
+    from_storage(range);
+  } else {
+    by_residency(file, range, from_cache, from_storage);
+  }
 }
 
-void fill_page_cache(const File& file, char* mapping, ByteRange range) {
-  const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
-  if (cached == range.size()) return;
+// Where the kernel does not say what is cached, as of other users' files. That is seen by the way: pages that were
+// there cost no major fault, and are not read again.
+static void page_in_unknown(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace,
+                            const Look& look) {
+  pace.in_cached_pieces(range, look, [&](ByteRange piece) {
+    const ByteRange pages = pages_around(piece);
+    bool was_read = false;
+    const int error_number = tables.map_unknown(mapping + pages.begin, mapping + pages.end, was_read);
+    if (!was_read && error_number == 0) return;
+    read_and_drop(file, piece);
+    if (error_number != 0 && !PageTables::is_refusal(error_number)) fail_mapping(file, piece.begin, error_number);
+  });
+}
+
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look) {
   const ByteRange pages = pages_around(range);
-  char* const begin = mapping + pages.begin;
-  char* const end = mapping + pages.end;
-  if (cached || PageTables::has_to_read(begin, end)) PageTables::populate(begin, end);
-  // Nobody will use these page table entries. Those at the ends may be of pages that also hold bytes of a mapped
-  // tensor: if its owner has written to it, that page is a copy, and would be lost.
-  const ByteRange unused = pages_within(range);
-  if (!unused.empty()) ::madvise(mapping + unused.begin, unused.size(), MADV_DONTNEED);
+  const auto map_cached = [&] { return tables.map_cached(mapping + pages.begin, mapping + pages.end); };
+  const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
+  if (!cached) return page_in_unknown(file, mapping, range, tables, pace, look);
+  if (*cached == range.size() && map_cached() == 0) return;
+  const bool populates = pace.allows(range.size()) && pace.allows(kLeastToPopulate);
+  page_in_from_storage(file, mapping, range, pace, look);
+  if (populates) return;  // all of it, in one piece
+  const int error_number = map_cached();
+  if (error_number != 0 && !PageTables::is_refusal(error_number)) fail_mapping(file, range.begin, error_number);
 }
 
 }  // namespace weightload

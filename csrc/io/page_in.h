@@ -1,6 +1,8 @@
 #pragma once
 #include "base/byte_range.h"
+#include "base/look.h"
 #include "io/file.h"
+#include "io/pace.h"
 #include "io/page_tables.h"
 
 namespace weightload {
@@ -10,11 +12,10 @@ namespace weightload {
 //
 // Throws Error{read} with offset and errno when the bytes cannot be read or are not there any more. A thread
 // never touches the mapping itself: a file that shrank would end the process with SIGBUS, a system call
-// returns an error.
-void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables);
+// returns an error. What comes from storage is read in pieces.
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look);
 
-// Brings `range` into the page cache only, for a pread that follows; `mapping` as above, of which nobody may use pages
-// that hold nothing but bytes of the range. Best effort: what cannot be read is left to that pread to find.
-void fill_page_cache(const File& file, char* mapping, ByteRange range);
+// The same for bytes that are not all in the page cache, and not always into the page table.
+void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look);
 
 }  // namespace weightload

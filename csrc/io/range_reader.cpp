@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "io/page_in.h"
+#include "io/cached_runs.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -11,17 +11,19 @@ namespace {
 // Residency is asked of three samples: asking of every page costs 34 ns a page, a tenth of reading it.
 constexpr uint64_t kSample = 64 << 10;
 
+constexpr uint64_t kLeastToFill = 4 << 20;
+
 // Whether most of the range is in the page cache; nothing where that cannot be told.
-std::optional<bool> is_cached(const File& file, ByteRange range, char* mapping) {
+std::optional<bool> is_cached(const File& file, ByteRange range) {
   if (range.size() <= 3 * kSample) {
-    const auto cached = cached_bytes(file, range, mapping);
-    if (!cached) return seems_cached(file, range, mapping);
+    const auto cached = cached_bytes(file, range);
+    if (!cached) return seems_cached(file, range);
     return *cached * 2 >= range.size();
   }
   int samples = 0;
   for (uint64_t begin : {range.begin, range.begin + (range.size() - kSample) / 2, range.end - kSample}) {
-    const auto cached = cached_bytes(file, {begin, begin + kSample}, mapping);
-    if (!cached) return seems_cached(file, range, mapping);
+    const auto cached = cached_bytes(file, {begin, begin + kSample});
+    if (!cached) return seems_cached(file, range);
     if (*cached * 2 >= kSample) ++samples;
   }
   return samples >= 2;
@@ -29,8 +31,9 @@ std::optional<bool> is_cached(const File& file, ByteRange range, char* mapping) 
 
 }  // namespace
 
-RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts)
-    : source_(source), file_(file), mode_(mode), memory_(memory), counts_(counts) {
+RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
+                         Pace& pace, CacheFiller& filler)
+    : source_(source), file_(file), mode_(mode), memory_(memory), counts_(counts), pace_(pace), filler_(filler) {
   if (file) storage_ = storage_of(*file);
 }
 
@@ -44,25 +47,35 @@ bool RangeReader::can_be_direct() {
   return direct_works_.load(std::memory_order_relaxed);
 }
 
-RangeReader::Attempt RangeReader::begin(ByteRange range, bool may_be_direct) {
-  Attempt attempt{range, false, false, std::chrono::steady_clock::now()};
+// A page's fault reads twice a huge page.
+bool RangeReader::may_fill() const { return storage_ != Storage::user_space && pace_.allows(kLeastToFill); }
+
+RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool may_be_direct) {
+  Attempt attempt{range, look};
   may_be_direct = may_be_direct && can_be_direct();
   attempt.direct = mode_ == ReadMode::direct && may_be_direct;
-  if (attempt.direct || !file_ || storage_ == Storage::memory) return attempt;
-  const std::optional<bool> cached = is_cached(*file_, range, mapping_);
-  attempt.timed = cached == false && may_be_direct;
-  attempt.direct = attempt.timed && rates_->choose_direct();
+  attempt.cached = !file_ || storage_ == Storage::memory;
+  if (attempt.direct || attempt.cached) return attempt;
+  const std::optional<bool> cached = is_cached(*file_, range);
+  attempt.cached = cached == true;
+  // Not while storage is got to know in small pieces.
+  attempt.timed = cached == false && may_be_direct && pace_.allows(range.size());
+  attempt.direct = cached == false && may_be_direct && rates_->choose_direct();
   // Where nobody knows, going past what may be in memory would be the dearer mistake.
-  if (cached != true && !attempt.direct && mapping_) fill_page_cache(*file_, mapping_, range);
+  if (attempt.cached || attempt.direct || !may_fill()) return attempt;
+  attempt.cached = true;
+  pace_.in_pieces(range, look, [&](ByteRange piece) {
+    attempt.cached &= may_fill() && filler_.fill(*file_, piece, cached.has_value());
+  });
   return attempt;
 }
 
 bool RangeReader::direct(Attempt& attempt, char* destination) {
-  return attempt.direct && was_direct(attempt, direct_->read(attempt.range, destination));
+  return attempt.direct && was_direct(attempt, direct_->read(attempt.range, destination, pace_, attempt.look));
 }
 
 bool RangeReader::direct_within(Attempt& attempt, char* destination) {
-  return attempt.direct && was_direct(attempt, direct_->read_within(attempt.range, destination));
+  return attempt.direct && was_direct(attempt, direct_->read_within(attempt.range, destination, pace_, attempt.look));
 }
 
 bool RangeReader::was_direct(Attempt& attempt, bool read) {
@@ -76,8 +89,21 @@ bool RangeReader::was_direct(Attempt& attempt, bool read) {
   return read;
 }
 
-void RangeReader::buffered(ByteRange part, char* destination) {
-  source_.read(part.begin, destination, static_cast<size_t>(part.size()));
+void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destination) {
+  const auto place_of = [&](ByteRange piece) { return destination + (piece.begin - part.begin); };
+  const auto from_cache = [&](ByteRange run) {
+    pace_.in_cached_pieces(run, attempt.look, [&](ByteRange piece) {
+      source_.read(piece.begin, place_of(piece), static_cast<size_t>(piece.size()));
+    });
+  };
+  const auto from_storage = [&](ByteRange run) { read_in_pieces(source_, run, place_of(run), pace_, attempt.look); };
+  if (attempt.cached) {
+    from_cache(part);
+  } else if (pace_.allows(part.size()) || !file_) {
+    from_storage(part);
+  } else {
+    by_residency(*file_, part, from_cache, from_storage);
+  }
   counts_.buffered_bytes += part.size();
 }
 

@@ -6,11 +6,14 @@
 #include <mutex>
 
 #include "base/byte_range.h"
+#include "base/look.h"
 #include "io/byte_source.h"
+#include "io/cache_filler.h"
 #include "io/direct_file.h"
 #include "io/file.h"
 #include "io/file_counts.h"
 #include "io/file_system.h"
+#include "io/pace.h"
 #include "io/read_rates.h"
 
 namespace weightload {
@@ -25,29 +28,28 @@ enum class ReadMode : uint8_t {
 // either past it or through it, as ReadRates have it. Many threads.
 //
 // Reading a cold file through the page cache by several threads at once is slow (they disturb each other's readahead),
-// so the cache is filled through a mapping first, see Note [Populate, then read].
+// so the cache is filled through a mapping first, see CacheFiller. Not on file systems in user space: there a mapping
+// may have to read anew what was read already, and on slow storage nothing would end the filling.
 class RangeReader {
  public:
   // How one range is being read.
   struct Attempt {
     ByteRange range;
+    const Look& look;     // between pieces
     bool timed = false;   // to be recorded: ReadRates were asked
     bool direct = false;  // to be read with direct()
-    std::chrono::steady_clock::time_point begin;
+    bool cached = false;  // should be in the page cache
+    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
-  // `file` is null for bytes in memory. `memory`: where what is read directly will go.
-  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts);
-
-  // Whether ranges may be read through the page cache, which is then better filled through a mapping.
-  bool wants_mapping() const { return file_ && mode_ != ReadMode::direct && storage_ != Storage::memory; }
-
-  // The address of the file's byte 0 in a mapping that outlives the reader. Before the first read.
-  void fill_cache_through(char* mapping) { mapping_ = mapping; }
+  // `file` is null for bytes in memory. `memory`: where what is read directly will go. `pace` and `filler` are the
+  // load's.
+  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
+              Pace& pace, CacheFiller& filler);
 
   // Decides, and prepares the page cache where the range will be read through it. `may_be_direct` is false where the
-  // memory it will go to does not allow that.
-  Attempt begin(ByteRange range, bool may_be_direct = true);
+  // memory it will go to does not allow that. `look` outlives the attempt.
+  Attempt begin(ByteRange range, const Look& look, bool may_be_direct = true);
 
   // As DirectFile::read. False: the attempt is no longer direct, read the range with buffered().
   bool direct(Attempt& attempt, char* destination);
@@ -56,7 +58,7 @@ class RangeReader {
   bool direct_within(Attempt& attempt, char* destination);
 
   // Reads a part of the range, or all of it, to `destination`, at any alignment.
-  void buffered(ByteRange part, char* destination);
+  void buffered(const Attempt& attempt, ByteRange part, char* destination);
 
   // All bytes are there.
   void end(const Attempt& attempt);
@@ -64,14 +66,16 @@ class RangeReader {
  private:
   bool can_be_direct();
   bool was_direct(Attempt& attempt, bool read);
+  bool may_fill() const;
 
   const ByteSource& source_;
   const File* file_;
   const ReadMode mode_;
   const ReadInto memory_;
   FileCounts& counts_;
+  Pace& pace_;
+  CacheFiller& filler_;
   Storage storage_ = Storage::memory;
-  char* mapping_ = nullptr;
   std::once_flag opened_;  // direct_, by the first range: a load may have more files than it can open twice
   std::unique_ptr<const DirectFile> direct_;
   std::atomic<bool> direct_works_{false};

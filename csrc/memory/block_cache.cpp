@@ -66,10 +66,17 @@ void BlockCache::take_back(const HugeRegion& region) noexcept {
 
 void BlockCache::close() noexcept {
   if (forked()) return;
-  std::vector<HugeRegion> all;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     open_ = false;
+  }
+  release();
+}
+
+void BlockCache::release() noexcept {
+  std::vector<HugeRegion> all;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
     all.swap(kept_);
     kept_bytes_ = 0;
   }

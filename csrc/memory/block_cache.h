@@ -23,6 +23,9 @@ class BlockCache : public std::enable_shared_from_this<BlockCache> {
   // Like allocate_block().
   HostMemoryRef allocate(uint64_t size);
 
+  // Gives what is kept to the next load, but goes on keeping.
+  void release() noexcept;
+
   // Gives what is kept to the next load of the process, now and from now on. Blocks in use stay valid.
   void close() noexcept;
 

@@ -48,13 +48,13 @@ class HugeBlock final : public HostMemory {
 
 }  // namespace
 
-HostMemoryRef map_file(int fd, uint64_t size, const std::string& path) {
+HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access access) {
   if (size == 0) return HostMemoryRef::adopt(new MappedFile(nullptr, 0));
-  void* address = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
+  const int protection = access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* address = ::mmap(nullptr, size, protection, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) {
-    if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, errno});
-    // Some file systems cannot (ENODEV: FUSE with direct I/O, some network disks), and some sandboxes do not allow it.
-    throw Error(ErrorKind::read, "cannot map the file (backend=\"pread\" reads it into memory of its own instead)",
+    if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, ENOMEM});
+    throw Error(ErrorKind::read, "cannot map the file; backend=\"pread\" reads it into private memory instead",
                 {path, {}, {}, errno});
   }
   // See Note [Populate, then read] in io/page_in.cpp. Advice only.

@@ -71,7 +71,11 @@ inline constexpr size_t kMostMaps = 16384;
 //
 // What the kernel does, and we cannot prevent: pages not yet written show later changes of the file, and
 // touching a page beyond the end of a file that was truncated ends the process with SIGBUS.
-HostMemoryRef map_file(int fd, uint64_t size, const std::string& path);
+//
+// `Access::read`: what is mapped cannot be written to, and takes no memory of its own where all of a process's is
+// locked.
+enum class Access : uint8_t { read, write };
+HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access access = Access::write);
 
 // Private memory, not initialised by us (the kernel's zeros), aligned to 64 bytes at least. Blocks of 2 MiB
 // and more are aligned to and sized in huge pages and advise them: first touch then costs a fault per 2 MiB,

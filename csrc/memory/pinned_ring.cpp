@@ -1,11 +1,11 @@
 #include "memory/pinned_ring.h"
 
 #include <chrono>
-#include <system_error>
 #include <utility>
 
 #include "base/error.h"
 #include "base/fork_generation.h"
+#include "base/start_thread.h"
 #include "base/stopwatch.h"
 #include "base/thread_name.h"
 
@@ -21,11 +21,7 @@ constexpr std::chrono::microseconds kPollInterval{200};
 PinnedRing::PinnedRing(size_t slots, Allocate allocate)
     : allocate_(std::move(allocate)), wanted_(slots), capacity_(slots), fork_generation_(fork_generation()) {
   idle_.reserve(slots);
-  try {
-    filler_ = std::thread([this] { fill(); });
-  } catch (const std::system_error&) {
-    // Out of threads: acquire() makes the slots.
-  }
+  filler_ = start_thread([this] { fill(); });  // without one acquire() makes the slots
 }
 
 std::shared_ptr<PinnedRing> PinnedRing::make(size_t slots, Allocate allocate) {

@@ -17,6 +17,7 @@ char* mapping_of(const HostMemoryRef& map) { return map ? map->data() : nullptr;
 
 }  // namespace
 
+// Asked of mincore: to cachestat a page that could not be read is as good as any other, and touching it is a SIGBUS.
 std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps,
                                const ReadPlan& plan) {
   const CheckpointFiles& files = selected.files();
@@ -25,8 +26,8 @@ std::optional<bool> all_cached(const SelectedTensors& selected, const std::vecto
   for (size_t i = 0; i < count; ++i) {
     const size_t f = by_task ? plan.tasks[i].file : i;
     const ByteRange range = by_task ? plan.tasks[i].bytes : ByteRange{0, files[f]->size()};
-    if (!files[f]->file()) return false;
-    const std::optional<uint64_t> cached = cached_bytes(*files[f]->file(), range, mapping_of(maps[f]));
+    if (!maps[f]) return false;
+    const std::optional<uint64_t> cached = cached_bytes_by_mincore(*files[f]->file(), range, maps[f]->data());
     if (!cached) return std::nullopt;
     if (*cached != range.size()) return false;
   }

@@ -1,6 +1,8 @@
 #include "pipeline/device_loader.h"
 
+#include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -28,6 +30,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
       shared_(std::move(exchange)),
       selected_(std::move(files), selection),
       counts_(selected_.files().size()),
+      pace_(std::max(options.threads, 1u)),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
@@ -44,6 +47,7 @@ DeviceLoader::~DeviceLoader() {
     // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
     shared_.forget();
     static_cast<void>(pool_.release());
+    new (&pace_) Pace;  // in place of one whose condition variable the parent's threads may wait on
     new std::vector<DeviceBlockRef>(std::move(blocks_));
     new std::shared_ptr<Device>(device_);
     return;
@@ -87,7 +91,6 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
 
 void DeviceLoader::open_readers(ReadMode mode) {
   const CheckpointFiles& files = selected_.files();
-  maps_.resize(files.size());
   readers_.resize(files.size());
   last_task_of_file_.resize(files.size());
   for (size_t t = 0; t < slots_.tasks.size(); ++t) {
@@ -96,15 +99,8 @@ void DeviceLoader::open_readers(ReadMode mode) {
     auto& reader = readers_[task.file];
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
-    reader =
-        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file]);
-    if (!reader->wants_mapping() || task.file >= kMostMaps) continue;
-    try {
-      maps_[task.file] = map_file(file.file()->descriptor().get(), file.size(), file.path());
-      reader->fill_cache_through(maps_[task.file]->data());
-    } catch (const Error&) {
-      // Not every file system can map. Plain reads do as well, only slower when the file is cold.
-    }
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file],
+                                           pace_, filler_);
   }
 }
 
@@ -117,12 +113,14 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), options.threads, window, [this](size_t task) { work(task); });
+  pool_ = std::make_unique<OrderedPool>(
+      std::move(ends), options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
+      options.pause);
   counts_.threads = pool_->thread_count();
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
-void DeviceLoader::work(size_t number) {
+void DeviceLoader::work(size_t number, const Look& look) {
   const SlotTask& task = slots_.tasks[number];
   const auto copies = [&](auto&& use) {
     for (uint32_t c = task.first_copy; c < task.last_copy; ++c) use(slots_.copies[c]);
@@ -134,7 +132,7 @@ void DeviceLoader::work(size_t number) {
   PinnedRing::Lease slot = ring_->acquire();
   {
     const LoadCounts::Read watch(counts_, task.file);
-    fill(task, *slot);
+    fill(task, *slot, look);
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
   copies([&](const SlotCopy& copy) { block(copy.block); });
@@ -150,17 +148,17 @@ void DeviceLoader::work(size_t number) {
 }
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
-void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot) {
+void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& look) {
   RangeReader& reader = *readers_[task.file];
   char* const image = slot.data() + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
-  RangeReader::Attempt attempt = reader.begin(task.bytes, slot.pinned() || DirectFile::suits_private_memory());
+  RangeReader::Attempt attempt = reader.begin(task.bytes, look, slot.pinned() || DirectFile::suits_private_memory());
   if (reader.direct(attempt, image)) {
     spread(image, task.bytes.begin, first, last);
   } else {
     for (const SlotPiece* piece = first; piece != last; ++piece)
-      reader.buffered(piece->bytes, image + piece->image_offset);
+      reader.buffered(attempt, piece->bytes, image + piece->image_offset);
   }
   reader.end(attempt);
   selected_.files()[task.file]->source().require_unchanged(task.bytes.begin);
@@ -192,13 +190,12 @@ void DeviceLoader::mark_blocks(const SlotTask& task) {
   }
 }
 
-// A reader may have a second descriptor, and a mapping costs page tables.
+// A reader may have a second descriptor.
 void DeviceLoader::let_go_of_passed_files(uint32_t current_file) {
   while (first_held_file_ < current_file) {
     const size_t f = first_held_file_;
     if (pool_ && !pool_->is_done(last_task_of_file_[f])) return;
     readers_[f] = {};
-    maps_[f] = {};
     ++first_held_file_;
   }
 }
@@ -276,6 +273,7 @@ void DeviceLoader::interrupt() noexcept {
   interrupted_ = true;
   if (forked()) return;
   if (pool_) pool_->stop();
+  pace_.stop();
   ring_->stop();
 }
 
@@ -297,7 +295,6 @@ void DeviceLoader::close() noexcept {
   empty_ = nullptr;
   ring_->close();
   readers_.clear();
-  maps_.clear();
   selected_.close();
 }
 

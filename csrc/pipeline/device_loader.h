@@ -6,10 +6,12 @@
 #include <mutex>
 #include <vector>
 
+#include "base/look.h"
 #include "device/device.h"
+#include "io/cache_filler.h"
 #include "io/ordered_pool.h"
+#include "io/pace.h"
 #include "io/range_reader.h"
-#include "memory/host_memory.h"
 #include "memory/pinned_ring.h"
 #include "pipeline/load_counts.h"
 #include "pipeline/selected_tensors.h"
@@ -28,6 +30,9 @@ struct DeviceLoaderOptions {
   // looked at where ranks share the reading.
   uint64_t window_bytes = 128ull << 20;
   ReadMode read = ReadMode::automatic;
+
+  // Called now and then where the consumer has to do the threads' work; may throw.
+  Look pause = no_look;
 };
 
 // A tensor on the device, which the calling thread's current stream may use at once. The pointers into the header are
@@ -86,8 +91,8 @@ class DeviceLoader {
   void plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options);
   void open_readers(ReadMode mode);
   void start(const DeviceLoaderOptions& options);
-  void work(size_t task);
-  void fill(const SlotTask& task, const HostSlot& slot);
+  void work(size_t task, const Look& look);
+  void fill(const SlotTask& task, const HostSlot& slot, const Look& look);
   DeviceBlock& block(uint32_t block);
   void mark_blocks(const SlotTask& task);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
@@ -103,7 +108,8 @@ class DeviceLoader {
   LoadCounts counts_;
   Layout layout_;
   SlotPlan slots_;
-  std::vector<HostMemoryRef> maps_;                    // by file; to fill the page cache through
+  Pace pace_;
+  CacheFiller filler_;
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
   std::vector<size_t> last_task_of_file_;
   uint32_t first_held_file_ = 0;  // those before have neither map nor reader any more

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "base/fork_generation.h"
+#include "base/start_thread.h"
 #include "base/thread_name.h"
 
 namespace weightload::group_registry {
@@ -22,7 +23,7 @@ struct Farewell {
   std::shared_ptr<GroupExchange> exchange;
   const void* group = nullptr;
   bool done = false;
-  std::thread thread;
+  std::thread thread;  // none where the system had none to give: who next needs the group says it
 };
 
 struct Registry {
@@ -49,7 +50,7 @@ void reap(Registry& all) {
       ++it;
       continue;
     }
-    it->thread.join();  // it has let go of the mutex for the last time
+    if (it->thread.joinable()) it->thread.join();  // it has let go of the mutex for the last time
     it = all.farewells.erase(it);
   }
 }
@@ -98,20 +99,18 @@ void leave(const std::shared_ptr<GroupExchange>& exchange) noexcept {
     Farewell& farewell = all.farewells.emplace_back();
     farewell.exchange = exchange;
     farewell.group = group == all.active.end() ? nullptr : group->first;
-    try {
-      farewell.thread = std::thread([&all, &farewell] { say_farewell(all, farewell); });
-    } catch (...) {
-      all.farewells.pop_back();
-      throw;
-    }
+    farewell.thread = start_thread([&all, &farewell] { say_farewell(all, farewell); });
   } catch (const std::exception&) {
-    // No thread to be had: the others run into the group's timeout.
+    // No memory to be had: the others run into the group's timeout.
   }
 }
 
 bool settled(const void* group, std::chrono::milliseconds patience) {
   Registry& all = registry();
   std::unique_lock<std::mutex> lock(all.mutex);
+  for (Farewell& one : all.farewells) {
+    if (one.group == group && !one.thread.joinable() && !one.done) one.done = one.exchange->leave(patience);
+  }
   const bool none = all.changed.wait_for(lock, patience, [&] {
     return std::none_of(all.farewells.begin(), all.farewells.end(),
                         [&](const Farewell& one) { return one.group == group && !one.done; });
@@ -128,7 +127,13 @@ void abandon() noexcept {
     all.stopping = true;
     left.splice(left.begin(), all.farewells);
   }
-  for (Farewell& one : left) one.thread.join();
+  for (Farewell& one : left) {
+    if (one.thread.joinable()) {
+      one.thread.join();
+    } else if (!one.done) {
+      one.exchange->leave(kGoodbye);
+    }
+  }
   std::lock_guard<std::mutex> lock(all.mutex);
   all.stopping = false;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -39,12 +40,10 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       counts_(selected_.files().size()),
       readiness_(selected_.size()),
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
+      pace_(std::max({options.threads, options.cold_threads, 1u})),
       fork_generation_(fork_generation()) {
-  maps_.resize(selected_.files().size());
-  map_tried_.resize(selected_.files().size());
-  readers_.resize(selected_.files().size());
+  map_files(places, options);
   plan(std::move(places), options);
-  map_files(options.most_maps);
   find_tasks();
   start(options);
   const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
@@ -58,7 +57,10 @@ HostLoader::~HostLoader() {
   close();
   // In a forked child the threads do not exist and the pool's mutex may be held for ever by one of them:
   // neither joining nor destroying is possible. The child keeps the few kilobytes.
-  if (forked()) static_cast<void>(pool_.release());
+  if (!forked()) return;
+  static_cast<void>(pool_.release());
+  // Nor can a condition variable that the parent's threads wait on be destroyed: a new one takes its place.
+  new (&pace_) Pace;
 }
 
 bool HostLoader::needs_others() const {
@@ -73,9 +75,7 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool mapped = options.map && selected_.file_index(i) < options.most_maps && !shared_ && !alone &&
-                        selected_.file(i)->file() && is_aligned(info) &&
-                        (options.must_map || can_map(selected_.file_index(i)));
+    const bool mapped = maps_[selected_.file_index(i)] && !alone && is_aligned(info);
     extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), mapped, alone});
   }
   LayoutOptions layout;
@@ -104,29 +104,23 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   spare_memory::set_limit(options.spare_bytes);
 }
 
-// Maps a file unless that is done, or was tried in vain.
-bool HostLoader::can_map(uint32_t f) {
-  const File& file = *selected_.files()[f]->file();
-  if (!maps_[f] && !map_tried_[f]) {
-    map_tried_[f] = true;
-    try {
-      maps_[f] = map_file(file.descriptor().get(), file.size(), file.path());
-    } catch (const Error&) {
-      return false;
-    }
-  }
-  return static_cast<bool>(maps_[f]);
-}
-
-void HostLoader::map_files(size_t most_maps) {
+void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options) {
+  maps_.resize(selected_.files().size());
+  readers_.resize(selected_.files().size());
+  if (!options.map || shared_) return;
+  std::vector<bool> tried(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const uint32_t f = selected_.file_index(i);
-    const File* file = selected_.file(i)->file();
-    if (!file || f >= most_maps) continue;
-    // A mapping fills the page cache best, through which private memory may be read, but it can do without: under a
-    // limit of the address space, or on a file system that cannot map.
-    if (can_map(f) || !layout_.blocks[layout_.places[i].block].mapped) continue;
-    maps_[f] = map_file(file->descriptor().get(), file->size(), file->path());
+    const CheckpointFile& file = *selected_.file(i);
+    const bool alone = !places.empty() && places.at(i);
+    if (tried[f] || f >= options.most_maps || alone || !file.can_map() || !is_aligned(selected_.info(i))) continue;
+    tried[f] = true;
+    try {
+      maps_[f] = map_file(file.file()->descriptor().get(), file.size(), file.path(),
+                          places.empty() ? Access::write : Access::read);
+    } catch (const Error&) {
+      if (options.must_map) throw;
+    }
   }
 }
 
@@ -135,9 +129,8 @@ void HostLoader::open_readers(ReadMode mode) {
     auto& reader = readers_[task.file];
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
-    reader =
-        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable, counts_.files[task.file]);
-    if (maps_[task.file]) reader->fill_cache_through(maps_[task.file]->data());
+    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable,
+                                           counts_.files[task.file], pace_, filler_);
   }
 }
 
@@ -188,8 +181,9 @@ void HostLoader::start(const HostLoaderOptions& options) {
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
   const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
-  pool_ = std::make_unique<OrderedPool>(std::move(ends), threads, shared_.own_part(options.window_bytes),
-                                        [this](size_t task) { work(task); });
+  pool_ = std::make_unique<OrderedPool>(
+      std::move(ends), threads, shared_.own_part(options.window_bytes),
+      [this](size_t task, const Look& look) { work(task, look); }, options.pause);
   counts_.threads = pool_->thread_count();
 }
 
@@ -205,34 +199,33 @@ bool HostLoader::map_here() {
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
-void HostLoader::work(size_t task) {
+void HostLoader::work(size_t task, const Look& look) {
   const ReadTask& read = reads_.tasks[task];
   const CheckpointFile& file = *selected_.files()[read.file];
-  char* const mapping = maps_[read.file] ? maps_[read.file]->data() : nullptr;
   if (layout_.blocks[read.block].mapped && !page_in_) return;
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    page_in(*file.file(), mapping, read.bytes, *page_tables_);
+    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, look);
     file.source().require_unchanged(read.bytes.begin);
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     return;
   }
   char* const destination = block_memory(read.block)->data() + read.block_offset;
-  read_private(*readers_[read.file], read.bytes, destination, in_place_[read.block]);
+  read_private(*readers_[read.file], read.bytes, destination, in_place_[read.block], look);
   file.source().require_unchanged(read.bytes.begin);
 }
 
-void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers) {
+void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look) {
   // The caller's memory is mostly in single pages, which make large direct reads slow.
   const bool in_place = DirectFile::fits(range, destination) && !(callers && range.size() >= kHugePage);
   const bool bounced = !in_place && range.size() >= kHugePage && range.size() <= kMostBounced;
-  RangeReader::Attempt attempt = reader.begin(range, in_place || bounced);
+  RangeReader::Attempt attempt = reader.begin(range, look, in_place || bounced);
   if (in_place) {
     reader.direct_within(attempt, destination);
   } else if (attempt.direct) {
     read_bounced(reader, attempt, destination);
   }
-  if (!attempt.direct) reader.buffered(range, destination);
+  if (!attempt.direct) reader.buffered(attempt, range, destination);
   reader.end(attempt);
 }
 
@@ -250,12 +243,24 @@ void HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt
   if (reader.direct(attempt, image)) std::memcpy(destination, image, static_cast<size_t>(attempt.range.size()));
 }
 
+// What only helps the reading is given up before memory for tensors is refused.
+HostMemoryRef HostLoader::allocate(uint64_t bytes) {
+  try {
+    return block_cache_->allocate(bytes);
+  } catch (const Error&) {
+    filler_.give_up();
+    block_cache_->release();
+    spare_memory::release();
+  }
+  return block_cache_->allocate(bytes);
+}
+
 HostMemoryRef HostLoader::block_memory(uint32_t block) {
   std::lock_guard<std::mutex> lock(allocating_);
   HostMemoryRef& memory = blocks_[block];
   if (!memory) {
     try {
-      memory = block_cache_->allocate(shared_.buffer(layout_.blocks[block].bytes));
+      memory = allocate(shared_.buffer(layout_.blocks[block].bytes));
     } catch (const Error& error) {
       throw selected_.for_tensor(error, layout_.blocks[block].first_tensor);
     }
@@ -358,11 +363,13 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
 
 void HostLoader::interrupt() noexcept {
   interrupted_ = true;
-  if (pool_ && !forked()) pool_->stop();
+  if (forked()) return;
+  if (pool_) pool_->stop();
+  pace_.stop();
 }
 
 void HostLoader::close() noexcept {
-  interrupted_ = true;
+  interrupt();
   if (forked()) shared_.forget();
   if (pool_ && !forked()) pool_->join();
   shared_.leave();

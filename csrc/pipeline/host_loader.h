@@ -7,7 +7,10 @@
 #include <optional>
 #include <vector>
 
+#include "base/look.h"
+#include "io/cache_filler.h"
 #include "io/ordered_pool.h"
+#include "io/pace.h"
 #include "io/page_tables.h"
 #include "io/range_reader.h"
 #include "memory/block_cache.h"
@@ -52,6 +55,9 @@ struct HostLoaderOptions {
   // More files than this are not mapped, and their tensors get private memory: a process has 65,530 mappings
   // (vm.max_map_count), which its other memory needs, too.
   size_t most_maps = kMostMaps;
+
+  // Called now and then where the consumer has to do the threads' work; may throw.
+  Look pause = no_look;
 };
 
 // A tensor ready to be used. The pointers into the header are valid while the loader (or its files) lives;
@@ -72,10 +78,10 @@ struct HostTensor {
 class HostLoader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
-  // occur twice, on files that cannot be mapped, and when no thread can be started.
+  // occur twice, and on files that cannot be mapped.
   // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
-  // the loader's choice. `exchange`, if not null, is an agreement with other ranks to share the reading; memory is then
-  // private, and places are not supported.
+  // the loader's choice, which is to be copied from only, and needs no file that can be mapped. `exchange`, if not
+  // null, is an agreement with other ranks to share the reading; memory is then private, and places are not supported.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
              std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
              const HostLoaderOptions& options);
@@ -110,15 +116,15 @@ class HostLoader {
     bool wait = true;        // false: nothing is read ahead
   };
 
+  void map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options);
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
-  bool can_map(uint32_t file);
-  void map_files(size_t most_maps);
   bool map_here();
   void open_readers(ReadMode mode);
   void find_tasks();
   void start(const HostLoaderOptions& options);
-  void work(size_t task);
-  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers);
+  void work(size_t task, const Look& look);
+  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look);
+  HostMemoryRef allocate(uint64_t bytes);
   void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
@@ -148,6 +154,8 @@ class HostLoader {
   uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
+  Pace pace_;
+  CacheFiller filler_;
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};

@@ -7,14 +7,25 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/pages.h"
-#include "io/page_tables.h"
-#include "io/residency.h"
+#include "io/page_in.h"
 
 namespace weightload {
 namespace {
 
 constexpr auto kBetweenPauses = std::chrono::milliseconds(100);
+
+// Pieces of private memory: nothing tells in advance where the page cache ends and slow storage begins.
+constexpr uint64_t kMostRead = 512 << 10;
+
+// Calls `pause` where the last call was a while ago: taking Python's lock for every small tensor would show.
+Look now_and_then(const Look& pause) {
+  return [&pause, paused = std::chrono::steady_clock::now()]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - paused < kBetweenPauses) return;
+    pause();
+    paused = now;
+  };
+}
 
 [[noreturn]] void fail_rows(const CheckpointFile& file, const TensorInfo& info, const std::string& what) {
   throw Error(ErrorKind::tensor, what, {file.path(), info.name, {}, 0});
@@ -30,6 +41,9 @@ Error of_tensor(const Error& error, const CheckpointFile& file, const TensorInfo
 uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4 && info.shape.size() == 1 ? 2 : 1; }
 
 }  // namespace
+
+TensorReader::TensorReader(std::shared_ptr<const CheckpointFile> file)
+    : file_(std::move(file)), reading_(Pace::kAnyNumber, kMostRead) {}
 
 std::optional<uint32_t> TensorReader::find(std::string_view name) const {
   const auto& tensors = file_->header().tensors;
@@ -52,12 +66,39 @@ std::optional<uint32_t> TensorReader::find(std::string_view name) const {
 
 bool TensorReader::can_map(uint32_t tensor) const {
   const TensorInfo& info = file_->header().tensors.at(tensor);
-  return file_->file() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
+  return file_->can_map() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
 }
 
 void TensorReader::map() {
   map_ = map_file(file_->file()->descriptor().get(), file_->size(), file_->path());
   given_.clear();
+}
+
+bool TensorReader::is_at_hand(ByteRange bytes) {
+  if (bytes.empty() || !file_->can_map()) return bytes.empty();
+  std::lock_guard<std::mutex> lock(mapping_);
+  if (!map_) map();
+  return known_.contains(*file_->file(), map_->data(), bytes);
+}
+
+void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) {
+  HostMemoryRef map;
+  {
+    std::lock_guard<std::mutex> lock(mapping_);
+    if (!map_) this->map();
+    map = map_;
+  }
+  const Look look = now_and_then(pause);
+  const auto bring = [&](ByteRange bytes) {
+    if (!is_at_hand(bytes)) page_in_from_storage(*file_->file(), map->data(), bytes, mapping_in_, look);
+  };
+  const TensorInfo& info = file_->header().tensors.at(tensor);
+  try {
+    if (!rows) return bring(info.bytes);
+    for (const RowRange& range : *rows) bring(narrowed(tensor, range).bytes);
+  } catch (const Error& error) {
+    throw of_tensor(error, *file_, info);
+  }
 }
 
 // False if any of these bytes have been given. Neighbours become one range: a file that is read in order takes one.
@@ -100,22 +141,6 @@ std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const Ro
   return TensorInMemory{std::move(info), data, map_};
 }
 
-bool TensorReader::is_at_hand(ByteRange bytes) {
-  if (bytes.empty()) return true;
-  const File* const file = file_->file();
-  if (const auto cached = cached_bytes(*file, bytes)) return *cached == bytes.size();
-  if (!seems_cached(*file, bytes).value_or(false)) return false;
-  HostMemoryRef mapping;
-  {
-    std::lock_guard<std::mutex> lock(mapping_);
-    if (!map_) map();
-    mapping = map_;
-  }
-  const ByteRange pages = pages_around(bytes);
-  bool was_read;
-  return PageTables().map_unknown(mapping->data() + pages.begin, mapping->data() + pages.end, was_read) == 0;
-}
-
 TensorInMemory TensorReader::view_again(uint32_t tensor) {
   const TensorInfo& info = file_->header().tensors.at(tensor);
   require_unchanged(info);
@@ -142,8 +167,7 @@ TensorInfo TensorReader::narrowed(uint32_t tensor, RowRange rows) const {
   return info;
 }
 
-TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows,
-                                  const std::function<void()>& pause) const {
+TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) const {
   const TensorInfo& whole = file_->header().tensors.at(tensor);
   TensorInMemory result{whole, nullptr, {}};
   std::vector<ByteRange> ranges{whole.bytes};
@@ -164,14 +188,10 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     result.memory = allocate_block(result.info.bytes.size());
     result.data = result.memory->data();
     char* to = result.data;
-    auto paused = std::chrono::steady_clock::now();
+    const Look look = now_and_then(pause);
     for (const ByteRange& range : ranges) {
-      file_->source().read(range.begin, to, range.size());
+      read_in_pieces(file_->source(), range, to, reading_, look);
       to += range.size();
-      const auto now = std::chrono::steady_clock::now();
-      if (now - paused < kBetweenPauses) continue;
-      pause();
-      paused = now;
     }
     file_->source().require_unchanged(ranges.front().begin);
   } catch (const Error& error) {

@@ -1,6 +1,5 @@
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -9,6 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/look.h"
+#include "io/known_cached.h"
+#include "io/pace.h"
 #include "memory/host_memory.h"
 #include "pipeline/checkpoint_file.h"
 
@@ -29,9 +31,12 @@ struct RowRange {
 
 // Hands out single tensors of a file, in the calling thread: views of the mapped file, or private memory. Safe to use
 // from several threads.
+//
+// A view may be handed out of bytes that are at hand, or have been brought in: one that cannot be read is then an
+// error, and not a SIGBUS where it is touched.
 class TensorReader {
  public:
-  explicit TensorReader(std::shared_ptr<const CheckpointFile> file) : file_(std::move(file)) {}
+  explicit TensorReader(std::shared_ptr<const CheckpointFile> file);
 
   const CheckpointFile& file() const { return *file_; }
   std::shared_ptr<CheckpointFile> shared_file() const { return std::const_pointer_cast<CheckpointFile>(file_); }
@@ -39,16 +44,20 @@ class TensorReader {
   // A tensor's number in the header. The index is made on first use: opening a file to look at its header costs none.
   std::optional<uint32_t> find(std::string_view name) const;
 
-  // Whether view() can be had: bytes in memory have no mapping, and tensors that lie misaligned must be read.
+  // Whether a view can be had: some files have no mapping, and tensors that lie misaligned must be read.
   bool can_map(uint32_t tensor) const;
+
+  // Whether bytes of the file may be looked at in the mapping: they are known to be in the page cache, or, where the
+  // kernel does not say, seem to be there and could be mapped. Cheap for many small ranges one after the other.
+  bool is_at_hand(ByteRange bytes);
+
+  // Reads into the page cache what is not at hand of a tensor, or of some rows of it. Calls `pause` now and then, which
+  // may throw.
+  void bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause);
 
   // The tensor, or rows of it, in the mapping, if nobody has been given any of these bytes there: a mapping is
   // copy-on-write, and what one holder of a view writes must not be what the next is given.
   std::optional<TensorInMemory> first_view(uint32_t tensor, const RowRange* rows);
-
-  // Whether these bytes may be looked at in the mapping without threads that bring them in: they are in the page cache,
-  // or, where the kernel does not say so, seem to be there and could be mapped.
-  bool is_at_hand(ByteRange bytes);
 
   // The same as first_view where it has been given, in a new mapping of the file. Mappings are limited
   // (vm.max_map_count).
@@ -56,7 +65,7 @@ class TensorReader {
 
   // Reads whole rows, one range behind the other, into private memory; without ranges all of the tensor. Calls `pause`
   // now and then, which may throw.
-  TensorInMemory read(uint32_t tensor, const std::vector<RowRange>* rows, const std::function<void()>& pause) const;
+  TensorInMemory read(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) const;
 
   // The bytes and header entry of some rows. Throws Error{tensor} where the tensor has no such rows.
   TensorInfo narrowed(uint32_t tensor, RowRange rows) const;
@@ -75,7 +84,11 @@ class TensorReader {
   };
   mutable std::vector<Entry> index_;  // sorted by hash, then by name: see base/repeated_name.h for why it is no table
 
+  mutable Pace reading_;  // to private memory
+  Pace mapping_in_;       // of what was not in the page cache
+
   std::mutex mapping_;  // guards what follows
+  KnownCached known_;
   HostMemoryRef map_;
   std::map<uint64_t, uint64_t> given_;  // bytes of map_: begin and end of ranges that lie apart
 };

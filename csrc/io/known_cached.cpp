@@ -1,0 +1,69 @@
+#include "io/known_cached.h"
+
+#include <algorithm>
+
+#include "base/pages.h"
+#include "io/page_tables.h"
+#include "io/residency.h"
+
+namespace weightload {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+// Of larger ranges the call is cheap beside what is done with them.
+constexpr uint64_t kSmall = 1 << 20;
+
+constexpr uint64_t kFirstWidth = 256 << 10;
+constexpr uint64_t kMostWidth = 1ull << 40;
+constexpr uint64_t kMostMapped = 8 << 20;  // at once, where the kernel does not say what is cached
+
+constexpr microseconds kQuick{200};     // between two questions of a loop
+constexpr milliseconds kForgotten{10};  // between two that have nothing to do with each other
+
+}  // namespace
+
+bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
+  if (!untold_) {
+    const auto cached = cached_bytes_by_mincore(file, range, mapping);
+    if (cached) return *cached == range.size();
+    untold_ = true;
+  }
+  if (!seems_cached(file, range, mapping).value_or(false)) return false;
+  const ByteRange pages = pages_around(range);
+  bool was_read = false;
+  return PageTables().map_unknown(mapping + pages.begin, mapping + pages.end, was_read) == 0;
+}
+
+bool KnownCached::contains(const File& file, char* mapping, ByteRange range) {
+  const auto now = Clock::now();
+  if (known_.begin <= range.begin && range.end <= known_.end && now < known_until_) return true;
+  if (range.size() > kSmall) return ask(file, mapping, range);
+  const auto since = now - asked_;
+  asked_ = now;
+  if (since > kForgotten) {
+    width_ = 0;
+  } else if (since < kQuick && width_ < kMostWidth) {
+    width_ = std::max(kFirstWidth, 4 * width_);
+    if (untold_) width_ = std::min(width_, kMostMapped);
+  }
+  if (width_ > 0 && now >= mixed_until_ && ask_around(file, mapping, range, now)) return true;
+  return ask(file, mapping, range);
+}
+
+bool KnownCached::ask_around(const File& file, char* mapping, ByteRange range, Clock::time_point now) {
+  const ByteRange around{round_down(range.begin, width_), std::min(file.size(), round_up(range.end, width_))};
+  const bool cached = ask(file, mapping, around);
+  const auto answered = Clock::now();
+  const auto valid = answered + std::min<Clock::duration>(kForgotten, 30 * (answered - now));
+  if (cached) {
+    known_ = around;
+    known_until_ = valid;
+  } else {
+    mixed_until_ = valid;
+  }
+  return cached;
+}
+
+}  // namespace weightload

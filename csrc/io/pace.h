@@ -1,0 +1,131 @@
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <limits>
+#include <mutex>
+
+#include "base/byte_range.h"
+#include "base/look.h"
+#include "base/pages.h"
+
+namespace weightload {
+
+// How large the pieces are that files are read in, and how many threads read at once, so that whoever wants the reading
+// to end need not wait long: a system call that waits for storage cannot be broken off.
+//
+// Note [Pieces]
+// A piece should take no longer than a quarter of a second. The first is small, and read by one thread. Healthy storage
+// answers within milliseconds: after four pieces all threads read, each what it has to in one call. On
+// storage that is slower the pieces grow while they stay below the quarter second, or while larger ones cost no more
+// (where it is the answer that takes long, not the bytes), and threads are added while a piece takes no longer for it.
+// A piece that does take longer makes the next ones smaller, unless smaller ones have turned out to take as long.
+class Pace {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // Pieces from which on the system may well read more than it is asked for: the next reads then find it there. Where
+  // smaller ones take long it would only be in their way.
+  static constexpr uint64_t kReadOn = 1 << 20;
+
+  static constexpr unsigned kAnyNumber = std::numeric_limits<unsigned>::max();
+
+  // Threads that may read at once, if it is of use; kAnyNumber does not hold any back. No piece exceeds `most_bytes`.
+  explicit Pace(unsigned readers = kAnyNumber, uint64_t most_bytes = std::numeric_limits<uint64_t>::max());
+
+  // Calls read(piece) for one piece of the range after the other, which comes from storage, and look() before each.
+  template <typename Read>
+  void in_pieces(ByteRange range, const Look& look, Read&& read) {
+    for (uint64_t at = range.begin; at < range.end;) {
+      Turn turn(*this);
+      look();
+      const ByteRange piece{at, end_of_piece(at, range.end, turn.most())};
+      read(piece);
+      turn.done(piece.size());
+      at = piece.end;
+    }
+  }
+
+  // The same for bytes that should be in the page cache, and as above from where they turn out not to be.
+  template <typename Read>
+  void in_cached_pieces(ByteRange range, const Look& look, Read&& read) {
+    for (uint64_t at = range.begin; at < range.end;) {
+      look();
+      const ByteRange piece{at, end_of_piece(at, range.end, fast_.load(std::memory_order_relaxed) ? most_ : kCached)};
+      const auto begin = Clock::now();
+      read(piece);
+      at = piece.end;
+      if (Clock::now() - begin <= kLong) continue;
+      in_pieces({at, range.end}, look, read);
+      return;
+    }
+  }
+
+  // Whether so many bytes may be asked for in one call.
+  bool allows(uint64_t bytes) const { return piece_.load(std::memory_order_relaxed) >= bytes; }
+
+  // Who waits for a turn gets it: to look, and find that all is over.
+  void stop() noexcept;
+
+ private:
+  static constexpr std::chrono::milliseconds kLong{250};
+  static constexpr uint64_t kCached = 1 << 20;
+
+  enum class Trial : uint8_t { none, smaller, larger, more };
+
+  class Turn {
+   public:
+    explicit Turn(Pace& pace);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    uint64_t most() const { return most_; }
+    void done(uint64_t bytes);
+
+   private:
+    Pace& pace_;
+    uint64_t most_ = 0;
+    uint64_t epoch_ = 0;
+    bool counted_ = false;  // among those that read
+    bool full_ = false;     // no other might read besides
+    Clock::time_point begin_;
+  };
+
+  // At a page, so that none is read twice.
+  static uint64_t end_of_piece(uint64_t begin, uint64_t end, uint64_t most) {
+    if (end - begin <= most) return end;
+    const uint64_t cut = round_down(begin + most, page_bytes());
+    return cut > begin ? cut : begin + most;
+  }
+
+  void judge(uint64_t bytes, std::chrono::nanoseconds took, uint64_t epoch, bool full);
+  void finish_trial(std::chrono::nanoseconds took);
+  void begin_trial(Trial trial, std::chrono::nanoseconds took);
+  void set(uint64_t piece, unsigned allowed);
+  void slow_down(uint64_t bytes, std::chrono::nanoseconds took);
+
+  const unsigned readers_;
+  const uint64_t most_;
+  std::atomic<uint64_t> piece_;    // written with mutex_ held
+  std::atomic<bool> fast_{false};  // nobody waits, and nobody is counted; written with mutex_ held
+
+  std::mutex mutex_;  // guards all below
+  std::condition_variable turns_;
+  bool stopped_ = false;
+  unsigned active_ = 0;
+  unsigned allowed_;
+  uint64_t epoch_ = 0;  // of the present pieces and threads
+  uint64_t gathered_bytes_ = 0;
+  std::chrono::nanoseconds gathered_{0};
+  Trial trial_ = Trial::none;
+  uint64_t piece_before_ = 0;
+  unsigned allowed_before_ = 0;
+  std::chrono::nanoseconds took_before_{0};
+  uint64_t least_;                                           // smaller pieces take as long
+  uint64_t largest_ = std::numeric_limits<uint64_t>::max();  // larger ones cost time in proportion
+  unsigned useful_;                                          // more threads do
+  unsigned proven_ = 0;                                      // so many read more than half of them would
+};
+
+}  // namespace weightload

@@ -1,0 +1,164 @@
+// How pieces grow on healthy storage and shrink on slow one. Storage is simulated by sleeping, in generous proportions.
+#include "io/pace.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "base/start_thread.h"
+#include "check.h"
+#include "io/ordered_pool.h"
+
+using namespace weightload;
+using std::chrono::milliseconds;
+
+namespace {
+
+constexpr uint64_t kMiB = 1 << 20;
+
+std::vector<ByteRange> pieces_of(Pace& pace, ByteRange range, milliseconds each = milliseconds(0)) {
+  std::vector<ByteRange> pieces;
+  pace.in_pieces(range, no_look, [&](ByteRange piece) {
+    pieces.push_back(piece);
+    if (each.count() > 0) std::this_thread::sleep_for(each);
+  });
+  return pieces;
+}
+
+}  // namespace
+
+TEST(pieces_cover_the_range) {
+  for (const ByteRange range : {ByteRange{0, 100 * kMiB}, ByteRange{777, 3 * kMiB + 5}, ByteRange{5, 5}}) {
+    Pace pace(4, 3 * kMiB);
+    uint64_t at = range.begin;
+    for (const ByteRange piece : pieces_of(pace, range)) {
+      CHECK(piece.begin == at && piece.end > at && piece.size() <= 3 * kMiB);
+      at = piece.end;
+    }
+    CHECK(at == range.end);
+  }
+}
+
+TEST(healthy_storage_costs_four_calls_more_a_load) {
+  Pace pace(4);
+  CHECK(pieces_of(pace, {0, 8 * kMiB}).size() <= 5);
+  pieces_of(pace, {0, 8 * kMiB});
+  for (int task = 0; task < 10; ++task) CHECK(pieces_of(pace, {0, 8 * kMiB}).size() == 1);
+  CHECK(pace.allows(8 * kMiB));
+}
+
+TEST(small_reads_say_something_together) {
+  Pace pace(4);
+  for (int read = 0; read < 10'000; ++read) pieces_of(pace, {0, 4096});
+  CHECK(pace.allows(4 * kMiB));
+}
+
+TEST(slow_storage_is_read_in_small_pieces) {
+  Pace pace(4);
+  // 400 kB/s
+  const auto read = [](ByteRange piece) { std::this_thread::sleep_for(milliseconds(piece.size() * 5 / 2048)); };
+  pace.in_pieces({0, kMiB}, no_look, read);
+  CHECK(!pace.allows(256 << 10));
+}
+
+TEST(what_slows_down_is_read_in_small_pieces_from_then_on) {
+  Pace pace(4);
+  pieces_of(pace, {0, 64 * kMiB});
+  CHECK(pace.allows(8 * kMiB));
+  pieces_of(pace, {0, 8 * kMiB}, milliseconds(2000));
+  CHECK(!pace.allows(kMiB));
+}
+
+TEST(a_look_ends_the_reading_and_lets_others_go_on) {
+  Pace pace(1);
+  int looks = 0;
+  const Look look = [&] {
+    if (++looks == 2) throw std::runtime_error("enough");
+  };
+  CHECK_THROWS(pace.in_pieces({0, 100 * kMiB}, look, [](ByteRange) {}), std::runtime_error, looks == 2);
+  CHECK(pieces_of(pace, {0, 5}).size() == 1);
+}
+
+TEST(who_waits_for_a_turn_is_let_go_by_stop) {
+  Pace pace(8);
+  std::atomic<bool> stopped{false}, reading{false};
+  std::atomic<int> ended{0};
+  const Look look = [&] {
+    if (stopped) throw std::runtime_error("stopped");
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      try {
+        pace.in_pieces({0, 100 * kMiB}, look, [&](ByteRange) {
+          reading = true;
+          while (!stopped) std::this_thread::yield();
+        });
+      } catch (const std::runtime_error&) {
+        ++ended;
+      }
+    });
+  }
+  while (!reading) std::this_thread::yield();
+  stopped = true;
+  pace.stop();
+  for (std::thread& thread : threads) thread.join();
+  CHECK(ended == 4);
+}
+
+// Storage that answers so many at once as ask, or one after the other. How many of four threads read at once in the
+// end.
+int readers_of(bool queue) {
+  Pace pace(4, 64 << 10);
+  std::mutex mutex;
+  auto free = Pace::Clock::now();  // guarded by mutex: when the queue's last answer will have been given
+  std::atomic<int> inside{0}, most{0};
+  const auto read = [&](ByteRange) {
+    const int now = ++inside;
+    int seen = most;
+    while (seen < now && !most.compare_exchange_weak(seen, now)) {
+    }
+    auto answer = Pace::Clock::now();
+    if (queue) {
+      std::lock_guard<std::mutex> lock(mutex);
+      answer = free = std::max(answer, free) + milliseconds(120);
+    } else {
+      answer += milliseconds(120);
+    }
+    std::this_thread::sleep_until(answer);
+    --inside;
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, kMiB / 2}, no_look, read); });
+  for (std::thread& thread : threads) thread.join();
+  return most;
+}
+
+// On a busy machine an answer may look late: then it is asked again.
+TEST(threads_are_added_where_they_are_of_use) {
+  bool all = false, few = false;
+  for (int attempt = 0; attempt < 10 && !all; ++attempt) all = readers_of(false) == 4;
+  for (int attempt = 0; attempt < 10 && !few; ++attempt) few = readers_of(true) <= 2;
+  CHECK(all && few);
+}
+
+TEST(without_threads_the_consumer_works_and_is_interrupted) {
+  threads_refused() = true;
+  int pauses = 0;
+  bool interrupt = false;
+  const Look pause = [&] {
+    ++pauses;
+    if (interrupt) throw std::runtime_error("interrupted");
+  };
+  OrderedPool pool({1, 2, 3}, 2, 1, [](size_t, const Look& look) { look(); }, pause);
+  threads_refused() = false;
+  CHECK(pool.thread_count() == 0);
+  CHECK(!pool.wait(1, milliseconds(0)) && pauses == 0);  // no patience, no work
+  CHECK(pool.wait(1, milliseconds(60'000)) && pauses == 2);
+  interrupt = true;
+  CHECK_THROWS(pool.wait(2, milliseconds(60'000)), std::runtime_error, true);
+  pool.stop();
+  CHECK(!pool.wait(2, milliseconds(60'000)));
+}
