@@ -25,7 +25,9 @@ __all__: list[str] = [
     "from_bytes",
     "open_files",
     "reads_since_armed",
+    "repeated_tensors",
     "resident_bytes",
+    "selection_digest",
 ]
 
 class CheckpointFile:
@@ -52,6 +54,10 @@ class CheckpointFile:
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         """
         (name, dtype, shape, begin, end) by offset; begin and end count from the file's start
+        """
+    def with_tensors(self, numbers: collections.abc.Sequence[int]) -> CheckpointFile:
+        """
+        The same open file with some of its tensors.
         """
     @property
     def data_begin(self) -> int: ...
@@ -298,7 +304,22 @@ def disarm_fault() -> None: ...
 def from_bytes(data: bytes) -> CheckpointFile: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
 def reads_since_armed() -> int: ...
+def repeated_tensors(
+    files: collections.abc.Sequence[CheckpointFile],
+    selection: collections.abc.Sequence[collections.abc.Sequence[int]] | None,
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """
+    Of every name that the selection (None: all tensors) has more than once: the name, and the numbers of its files and of its tensors in them.
+    """
+
 def resident_bytes(path: bytes) -> int | None:
     """
     Bytes of the file in the page cache, or None where the kernel does not tell.
+    """
+
+def selection_digest(
+    files: collections.abc.Sequence[CheckpointFile], selection: collections.abc.Sequence[collections.abc.Sequence[int]]
+) -> int:
+    """
+    A 64-bit digest of which tensors these are.
     """

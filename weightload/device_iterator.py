@@ -104,6 +104,7 @@ def load_to_device(
     strategy: str = "independent",
     places: Sequence[torch.Tensor | None] = (),
     window_bytes: int | None = None,
+    duplicates: str = "error",
 ) -> DeviceWeightIterator:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
@@ -126,10 +127,10 @@ def load_to_device(
     try:
         if group is None:
             files = open_them()
-            selection = select_all(files, names)
+            selection = select_all(files, names, duplicates)
             return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, counting=counting)
         sharing = Sharing(group, strategy, device, target, paths)
-        files, selection = sharing.agree(open_them, names)
+        files, selection = sharing.agree(open_them, names, duplicates)
         return DeviceWeightIterator(target, files, selection, sharing=sharing, counting=counting)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
@@ -191,10 +192,10 @@ def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:
     return total_bytes if group.rank() == 0 else 0
 
 
-def bytes_of_files(paths: Sequence[str | os.PathLike[str]]) -> int:
+def bytes_of_files(paths: Sequence[Path]) -> int:
     """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better."""
     total = 0
     for path in paths:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             total += os.stat(path).st_size
     return total
