@@ -143,9 +143,10 @@ void register_checkpoint_file(py::module_& module) {
       },
       py::arg("paths"), py::arg("threads"));
 
-  module.def("repeated_tensors", repeated, py::arg("files"), py::arg("selection"),
-             "Of every name that the selection (None: all tensors) has more than once: the name, and the numbers of its "
-             "files and of its tensors in them.");
+  module.def(
+      "repeated_tensors", repeated, py::arg("files"), py::arg("selection"),
+      "Of every name that the selection (None: all tensors) has more than once: the name, and the numbers of its "
+      "files and of its tensors in them.");
   module.def(
       "selection_digest",
       [](const FileList& files, const Selection& selection) {

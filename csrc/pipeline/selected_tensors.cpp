@@ -9,7 +9,7 @@
 namespace weightload {
 
 std::vector<std::vector<SelectedTensor>> repeated_tensors(const CheckpointFiles& files,
-                                                       const std::vector<std::vector<uint32_t>>* selection) {
+                                                          const std::vector<std::vector<uint32_t>>* selection) {
   std::vector<std::vector<SelectedTensor>> repeated;
   if (files.size() < 2) return repeated;  // within one file the header has been checked
   std::vector<SelectedTensor> places;

@@ -16,7 +16,7 @@ struct SelectedTensor {
 // The tensors whose names occur more than once: those of one name together, in the order of the load, names in the
 // order in which they first repeat. `selection` as below; null for every tensor.
 std::vector<std::vector<SelectedTensor>> repeated_tensors(const CheckpointFiles& files,
-                                                       const std::vector<std::vector<uint32_t>>* selection);
+                                                          const std::vector<std::vector<uint32_t>>* selection);
 
 // A digest of which tensors are selected, by file, name and place in the file: the same on every rank whose files have
 // equal headers. All ranks that compare it run the same build of the same standard library.
