@@ -103,9 +103,7 @@ def test_a_load_needs_no_terminal(
 
 
 @CALLS
-def test_a_bar_where_it_can_be_written(
-    path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bar_where_it_can_be_written(path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     stream = OnlyWrites()
     monkeypatch.setattr(sys, "stderr", stream)
     assert call(path) == 20

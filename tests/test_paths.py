@@ -147,7 +147,7 @@ def test_an_error_of_a_generator_is_its_own() -> None:
         raise TypeError("of the generator")
 
     for call in SEVERAL.values():
-        with pytest.raises(TypeError, match="^of the generator$"):
+        with pytest.raises(TypeError, match=r"^of the generator$"):
             call(paths())
 
 

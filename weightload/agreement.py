@@ -15,7 +15,7 @@ import torch
 from weightload import _C, errors, settings
 from weightload._version import __version__
 from weightload.distributed import NODE, RECORD_BYTES, load_name
-from weightload.selection import Names, Path, select_all
+from weightload.selection import Names, Path, open_and_select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,8 +63,7 @@ class Sharing:
         selection: list[list[int]] = []
         failure: BaseException | None = None
         try:
-            files = open_them()
-            selection = select_all(files, names, duplicates)
+            files, selection = open_and_select(open_them, names, duplicates)
             record = self._record(files, selection)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error

@@ -14,7 +14,7 @@ from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
-from weightload.selection import Names, Path, close_at_exit, select_all
+from weightload.selection import Names, Path, close_at_exit, open_and_select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -126,8 +126,7 @@ def load_to_device(
     sharing: Sharing | None = None
     try:
         if group is None:
-            files = open_them()
-            selection = select_all(files, names, duplicates)
+            files, selection = open_and_select(open_them, names, duplicates)
             return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, counting=counting)
         sharing = Sharing(group, strategy, device, target, paths)
         files, selection = sharing.agree(open_them, names, duplicates)

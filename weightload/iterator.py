@@ -20,7 +20,7 @@ from weightload.distributed import load_name, ranks_of_this_node, require_strate
 from weightload.duplicates import Duplicates, require_duplicates
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
-from weightload.selection import Names, close_at_exit, open_files, select_all
+from weightload.selection import Names, close_at_exit, open_and_select, open_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,8 +116,7 @@ def load_to_host(
     counting = Counting()
     open_them = counting.opening(open_them)
     if group is None:
-        files = open_them()
-        selection = select_all(files, names, duplicates)
+        files, selection = open_and_select(open_them, names, duplicates)
         return WeightIterator(
             files, selection, backend=backend, read_ahead=read_ahead, places=places, counting=counting
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -108,14 +109,13 @@ def about_folder(folder: str) -> str:
 
 def _snapshot(folder: str, snapshots: str) -> str:
     """The snapshot that the branch `main` stands for, if it is there, or the only one."""
-    try:
-        with open(os.path.join(folder, "refs", "main"), "rb") as file:
-            commit = os.path.join(snapshots, file.read(100).decode("ascii", "replace").strip())
-        if os.path.dirname(commit) == snapshots and os.path.isdir(commit):
-            return commit
+    only: list[str] = []
+    with contextlib.suppress(OSError):
         only = os.listdir(snapshots)
-    except OSError:
-        only = []
+        with open(os.path.join(folder, "refs", "main"), "rb") as file:
+            commit = file.read(100).decode("ascii", "replace").strip()
+        if commit in only:
+            return os.path.join(snapshots, commit)
     return os.path.join(snapshots, only[0] if len(only) == 1 else "REVISION")
 
 

@@ -11,7 +11,7 @@ from weightload import _C, settings
 from weightload.duplicates import without_repeats
 from weightload.paths import Path, as_text
 
-__all__ = ["Names", "Path", "close_at_exit", "open_files", "select", "select_all"]
+__all__ = ["Names", "Path", "close_at_exit", "open_and_select", "open_files", "select", "select_all"]
 
 Names = Collection[str] | Callable[[str], bool]
 
@@ -41,6 +41,18 @@ def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicat
     picked = None if names is None else _predicate(names)  # once: an iterator among them can be read once
     selection = [select(file, picked) for file in files]
     return without_repeats(files, selection, duplicates, everything=names is None)
+
+
+def open_and_select(
+    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str
+) -> tuple[list[_C.CheckpointFile], list[list[int]]]:
+    """The files of a load, and ``select_all`` of them."""
+    files = open_them()
+    try:
+        return files, select_all(files, names, duplicates)
+    except BaseException:
+        files.clear()  # an exception's traceback would keep them open
+        raise
 
 
 def _predicate(names: Names) -> Callable[[str], bool]:
