@@ -25,7 +25,7 @@ class Failing(io.StringIO):
         return True
 
     def write(self, text: str) -> int:
-        raise OSError(5, "Input/output error")
+        raise OSError(28, "No space left on device")  # tqdm itself forgives only some
 
     def flush(self) -> None:
         raise ValueError("I/O operation on closed file")
