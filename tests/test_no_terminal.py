@@ -31,11 +31,6 @@ class Failing(io.StringIO):
         raise ValueError("I/O operation on closed file")
 
 
-class IsattyRaises(io.StringIO):
-    def isatty(self) -> bool:
-        raise RuntimeError("detached")
-
-
 class OnlyWrites:
     """What Ray, notebooks and log redirections put there."""
 
@@ -45,6 +40,20 @@ class OnlyWrites:
     def write(self, text: str) -> int:
         self.text += text
         return len(text)
+
+
+class FailsLater(OnlyWrites):
+    """A pipe whose reader ends on the way."""
+
+    def write(self, text: str) -> int:
+        if self.text:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+class IsattyRaises(io.StringIO):
+    def isatty(self) -> bool:
+        raise RuntimeError("detached")
 
 
 class Nothing:
@@ -70,6 +79,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "no isatty": OnlyWrites,
     "isatty raises": IsattyRaises,
     "writing fails": Failing,
+    "writing fails later": FailsLater,
     "no stream": Nothing,
     "attributes raise": Strange,
 }

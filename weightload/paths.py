@@ -22,7 +22,7 @@ def as_text(path: Path) -> str:
     try:
         text = os.fsdecode(path)
     except TypeError:
-        raise TypeError(f"a path must be str, bytes or os.PathLike, not {_shown(path)}") from None
+        raise TypeError(f"expected str, bytes or os.PathLike object, not {_shown(path)}") from None
     if "\0" in text:
         raise ValueError(f"embedded null byte in path {text!r}")
     return text
@@ -38,7 +38,7 @@ def path_list(files: Paths) -> list[str]:
     if isinstance(files, (str, bytes, os.PathLike)):
         return [as_text(files)]
     if isinstance(files, (bytearray, memoryview)) or not isinstance(files, Iterable):
-        raise TypeError(f"files must be a path or several (str, bytes or os.PathLike), not {_shown(files)}")
+        raise TypeError(f"expected str, bytes or os.PathLike object, or several, not {_shown(files)}")
     paths = [as_text(path) for path in files]
     # The order of a set differs from process to process.
     return sorted(paths, key=natural_key) if isinstance(files, (set, frozenset)) else paths
