@@ -21,6 +21,9 @@ MORE_PRECISELY = {
     "def __next__(self) -> typing.Any:": "def __next__(self) -> tuple[str, torch.Tensor]:",
     "def device_counts(self) -> dict:": "def device_counts(self) -> dict[str, typing.Any]:",
     "def counts(self) -> dict:": "def counts(self) -> dict[str, typing.Any]:",
+    "[collections.abc.Sequence[int]] | None) -> list:": (
+        "[collections.abc.Sequence[int]] | None) -> list[tuple[str, list[tuple[int, int]]]]:"
+    ),
     "files: list,": "files: list[CheckpointFile],",
     "places: list,": "places: list[torch.Tensor | None],",
     "import typing\n": "import typing\n\nimport torch\nimport typing_extensions\n",

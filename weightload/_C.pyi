@@ -28,8 +28,11 @@ __all__: list[str] = [
     "open_files",
     "plainly",
     "reads_since_armed",
+    "refuse_threads",
     "release_memory",
+    "repeated_tensors",
     "resident_bytes",
+    "selection_digest",
 ]
 
 class CheckpointFile:
@@ -56,6 +59,10 @@ class CheckpointFile:
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         """
         (name, dtype, shape, begin, end) by offset; begin and end count from the file's start
+        """
+    def with_tensors(self, numbers: collections.abc.Sequence[int]) -> CheckpointFile:
+        """
+        The same open file with some of its tensors.
         """
     @property
     def data_begin(self) -> int: ...
@@ -291,7 +298,7 @@ class TensorReader:
         """
     def is_at_hand(self, begin: int, end: int) -> bool:
         """
-        Whether these bytes can be looked at in the mapping without threads that bring them in.
+        Whether these bytes can be looked at in the mapping without being brought in first.
         """
     def read(self, tensor: int) -> typing.Any:
         """
@@ -332,12 +339,32 @@ def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: di
     """
 
 def reads_since_armed() -> int: ...
+def refuse_threads(refuse: bool) -> None:
+    """
+    For tests: as if the system had no thread to give.
+    """
+
 def release_memory() -> int:
     """
     Gives the memory that is kept for later loads back to the system, and returns its bytes.
     """
 
+def repeated_tensors(
+    files: collections.abc.Sequence[CheckpointFile],
+    selection: collections.abc.Sequence[collections.abc.Sequence[int]] | None,
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """
+    Of every name that the selection (None: all tensors) has more than once: the name, and the numbers of its files and of its tensors in them.
+    """
+
 def resident_bytes(path: bytes) -> int | None:
     """
     Bytes of the file in the page cache, or None where the kernel does not tell.
+    """
+
+def selection_digest(
+    files: collections.abc.Sequence[CheckpointFile], selection: collections.abc.Sequence[collections.abc.Sequence[int]]
+) -> int:
+    """
+    A 64-bit digest of which tensors these are.
     """

@@ -22,6 +22,7 @@ from weightload.kept_memory import release_memory  # noqa: E402
 from weightload.load_model import load_model  # noqa: E402
 from weightload.load_report import LoadReport  # noqa: E402
 from weightload.load_stats import LoadStats  # noqa: E402
+from weightload.passed_over import PassedOverWarning  # noqa: E402
 from weightload.safe_open import safe_open  # noqa: E402
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "HeaderError",
     "LoadReport",
     "LoadStats",
+    "PassedOverWarning",
     "RankDisagreementError",
     "RankLeftError",
     "ReadError",

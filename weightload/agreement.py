@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from weightload import _C, errors, settings
 from weightload._version import __version__
 from weightload.distributed import NODE, RECORD_BYTES, load_name
-from weightload.selection import Names, Path, select_all
+from weightload.selection import Names, Path, open_and_select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +49,9 @@ class Sharing:
         self._group = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
         self.core = None if strategy == "independent" else self._group
 
-    def agree(self, open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None) -> Opened:
+    def agree(
+        self, open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str = "error"
+    ) -> Opened:
         """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
 
         Raises:
@@ -62,8 +63,7 @@ class Sharing:
         selection: list[list[int]] = []
         failure: BaseException | None = None
         try:
-            files = open_them()
-            selection = select_all(files, names)
+            files, selection = open_and_select(open_them, names, duplicates)
             record = self._record(files, selection)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
@@ -107,7 +107,7 @@ class Sharing:
             "file names": _digest(names),
             "file sizes": _digest(sizes),
             "headers": _digest(headers),
-            "selection": _digest(array("I", chosen).tobytes().hex() for chosen in selection),
+            "selection": f"{_C.selection_digest(files, selection):016x}",
             "files": [_digest(one)[:8] for one in list(zip(names, sizes, headers, strict=True))[:NAMED_FILES]],
         }
         return AGREED + json.dumps(same, separators=(",", ":")).encode()

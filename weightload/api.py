@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from weightload import _C, devices
 from weightload.device_iterator import bytes_of_files, load_to_device
 from weightload.fetch import load_all
 from weightload.iterator import Backend, WeightIterator, require_backend
+from weightload.paths import Path
 from weightload.selection import open_files, select_all
 
 
-def load_file(
-    filename: str | os.PathLike[str], device: devices.Device = "cpu", *, backend: Backend = "mmap"
-) -> dict[str, torch.Tensor]:
+def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:
     """Load every tensor of a file into a dict, ordered by offset.
 
     Args:

@@ -10,7 +10,7 @@ import sys
 from safetensors import SafetensorError
 
 from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify
-from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, say
+from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,23 +20,24 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
         code = int(options.run(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Whoever read the output has seen enough. What is still buffered must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except KeyboardInterrupt:
-        say("weightload: stopped", sys.stderr)
+        tell("weightload: stopped")
         return STOPPED
     except SafetensorError as error:
-        say(f"weightload: {error}", sys.stderr)
+        tell(f"weightload: {error}")
         return UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN
     except (OSError, MemoryError) as error:
-        say(f"weightload: {error}", sys.stderr)
+        tell(f"weightload: {error}")
         return UNUSABLE
     except ValueError as error:  # of a setting, a device, a path
-        say(f"weightload: {error}", sys.stderr)
+        tell(f"weightload: {error}")
         return USAGE
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TypeAlias
+
+from weightload import terminal
+from weightload.checkpoint import resolve_and_tell
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -35,11 +38,30 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("--variant", help="load the files of this variant, such as fp16")
 
 
-def say(line: str, file: TextIO | None = None) -> None:
+def say(line: str) -> None:
     """Print a line. Names out of files may hold anything: what would break the line or steer a terminal is escaped."""
-    if not line.isprintable():
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(line, file=file)
+    print(_on_one_line(line))
+
+
+def _on_one_line(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def tell(line: str) -> None:
+    """Say a line on stderr, if there is one."""
+    terminal.to_stderr(_on_one_line(line))
+
+
+def resolve(options: argparse.Namespace) -> list[str]:
+    """The files that the arguments name; what was passed over is told on stderr."""
+    return resolve_and_tell(options.path, options.subfolder, options.variant, tell_warning)
+
+
+def tell_warning(text: str) -> None:
+    """Tell what a person should know."""
+    tell(f"weightload: {text}")
 
 
 def print_text(text: str) -> None:

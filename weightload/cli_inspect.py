@@ -7,8 +7,7 @@ from collections import Counter
 from typing import Any
 
 from weightload import _C
-from weightload.checkpoint import resolve_safetensors_files
-from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, say
+from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 from weightload.selection import open_files
 
 
@@ -27,7 +26,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    paths = resolve_safetensors_files(options.path, options.subfolder, options.variant)
+    paths = resolve(options)
     files = [_describe(file) for file in open_files(paths)]
     if options.json:
         print_json({"files": files, **_totals(files)})

@@ -6,8 +6,7 @@ import argparse
 import time
 
 from weightload import devices
-from weightload.checkpoint import resolve_safetensors_files
-from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, say
+from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 from weightload.iterator import safetensors_weights_iterator
 from weightload.page_touch import touch
 
@@ -36,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     device = devices.resolve(options.device)
-    paths = resolve_safetensors_files(options.path, options.subfolder, options.variant)
+    paths = resolve(options)
     begin = time.perf_counter()
     with safetensors_weights_iterator(
         paths, device=device, strategy="independent", backend=options.backend, show_progress=False

@@ -6,9 +6,8 @@ import argparse
 import math
 import sys
 
-from weightload import devices
-from weightload.checkpoint import resolve_safetensors_files
-from weightload.cli_common import OK, Commands, add_checkpoint, add_command, print_json, say
+from weightload import devices, terminal
+from weightload.cli_common import OK, Commands, add_checkpoint, add_command, print_json, resolve, say, tell
 
 DESCRIPTION = """\
 Load a sample of a checkpoint (at most 2 GB) again and again, with the settings in force and with others, and say which
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from weightload.tune import tune
 
     device = devices.resolve(options.device)
-    paths = resolve_safetensors_files(options.path, options.subfolder, options.variant)
+    paths = resolve(options)
     done = tune(paths, device, options.seconds, tell=_tell)
     if options.json:
         print_json(tune_report.as_json(done))
@@ -62,5 +61,5 @@ def run(options: argparse.Namespace) -> int:
 
 def _tell(text: str) -> None:
     """What is going on, for whoever sits before it."""
-    if sys.stderr.isatty():
-        say(f"{text} ...", sys.stderr)
+    if terminal.is_terminal(sys.stderr):
+        tell(f"{text} ...")

@@ -9,7 +9,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from weightload.checkpoint import check_contents, find_files
-from weightload.cli_common import BROKEN, OK, UNUSABLE, Commands, add_checkpoint, add_command, bytes_in_words, say
+from weightload.cli_common import (
+    BROKEN,
+    OK,
+    UNUSABLE,
+    Commands,
+    add_checkpoint,
+    add_command,
+    bytes_in_words,
+    say,
+    tell_warning,
+)
 from weightload.selection import open_files
 
 
@@ -32,8 +42,10 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     worst = OK
-    paths, promised = find_files(options.path, options.subfolder, options.variant)
-    for path in paths:
+    found = find_files(options.path, options.subfolder, options.variant)
+    if found.passed_over:
+        tell_warning(found.passed_over)
+    for path in found.files:
         try:
             (file,) = open_files([path])
             done = f"{len(file)} tensors, {bytes_in_words(file.read_all())} read"
@@ -44,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
             say(f"BAD  {error}")
             worst = max(worst, UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN)
     if worst == OK:
-        check_contents(paths, promised)
+        check_contents(found)
     return worst
 
 

@@ -15,7 +15,7 @@ from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
 from weightload.plain_torch import empty, plainly
-from weightload.selection import Names, Path, select_all
+from weightload.selection import Names, Path, open_and_select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,6 +105,7 @@ def load_to_device(
     strategy: str = "independent",
     places: Sequence[torch.Tensor | None] = (),
     window_bytes: int | None = None,
+    duplicates: str = "error",
 ) -> DeviceWeightIterator:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
@@ -126,11 +127,10 @@ def load_to_device(
     sharing: Sharing | None = None
     try:
         if group is None:
-            files = open_them()
-            selection = select_all(files, names)
+            files, selection = open_and_select(open_them, names, duplicates)
             return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, counting=counting)
         sharing = Sharing(group, strategy, device, target, paths)
-        files, selection = sharing.agree(open_them, names)
+        files, selection = sharing.agree(open_them, names, duplicates)
         return DeviceWeightIterator(target, files, selection, sharing=sharing, counting=counting)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
@@ -192,10 +192,10 @@ def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:
     return total_bytes if group.rank() == 0 else 0
 
 
-def bytes_of_files(paths: Sequence[str | os.PathLike[str]]) -> int:
+def bytes_of_files(paths: Sequence[Path]) -> int:
     """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better."""
     total = 0
     for path in paths:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             total += os.stat(path).st_size
     return total

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from weightload import _C
 from weightload.errors import GroupError
+from weightload.paths import Path as PathLike
 from weightload.plain_torch import plainly
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
@@ -97,7 +98,7 @@ def ranks_of_this_node() -> int:
     return torch.distributed.get_world_size() if _initialised() else 1
 
 
-def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:
+def load_name(paths: Sequence[PathLike]) -> str:
     """What errors call a load."""
     first = ""
     if paths:

@@ -7,14 +7,16 @@ import os
 import re
 import stat
 import time
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from weightload.errors import CheckpointError, located
+from weightload.paths import natural_key
 
 # model.safetensors.index.json, and with a variant: model.safetensors.index.fp16.json (transformers),
 # model.safetensors.fp16.index.json and model.fp16.safetensors.index.json (diffusers, by age).
-INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors(\.(?P<before>\w+))?\.index(\.(?P<after>\w+))?\.json$")
+INDEX_NAME = re.compile(r"(?P<stem>.+)\.safetensors(\.(?P<before>[^.]+))?\.index(\.(?P<after>[^.]+))?\.json", re.S)
 
 # An index of a header's largest size (100,000,000 bytes) names a million tensors. Parsed, JSON takes up to 25 times
 # its size in memory.
@@ -30,7 +32,7 @@ BETWEEN_TRIES = 0.005
 
 def is_index(name: str) -> bool:
     """Whether a file's name is that of an index."""
-    return INDEX_NAME.match(name) is not None
+    return INDEX_NAME.fullmatch(name) is not None
 
 
 def is_missing(path: Path) -> bool:
@@ -42,26 +44,56 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """Read an index.
+@dataclass
+class Index:
+    """What an index says."""
 
-    Returns:
-        The shards in natural order, each below the index's directory, and the shard of every tensor.
+    shards: list[Path]
+    """In natural order, each below the index's directory; one file is there once, by whatever names."""
+    missing: list[Path]
+    """Those of them that are not there."""
+    promised: dict[str, Path]
+    """The shard of every tensor."""
+
+
+def read_index(path: Path) -> Index:
+    """Read an index, and look whether its shards are there.
 
     Raises:
-        FileNotFoundError: the index or a shard is missing.
+        FileNotFoundError: the index is missing.
         CheckpointError: the index is malformed, or names a file outside its directory.
     """
-    from weightload.checkpoint import natural_key
+    weight_map = shards_of_tensors(path)
+    missing: list[Path] = []
+    of_file: dict[tuple[int, int], Path] = {}
+    one: dict[Path, Path] = {}
+    for shard in sorted(set(weight_map.values()), key=lambda shard: natural_key(str(shard))):
+        try:
+            status = shard.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(shard)
+            one[shard] = shard
+        else:
+            # Links of a hub's cache lead two names to one blob where the contents are the same.
+            one[shard] = of_file.setdefault((status.st_dev, status.st_ino), shard)
+    promised = {tensor: one[shard] for tensor, shard in weight_map.items()}
+    return Index(list(dict.fromkeys(one.values())), missing, promised)
 
+
+def require_shards(path: Path, index: Index, more: str = "") -> None:
+    """Raise ``FileNotFoundError``, with ``more`` to say, if a shard is missing."""
+    if index.missing:
+        what = f"Shard missing ({len(index.missing)} of {len(index.shards)} that {path.name} names{more})"
+        raise FileNotFoundError(2, what, str(index.missing[0]))
+
+
+def shards_of_tensors(path: Path) -> dict[str, Path]:
+    """The shard that an index gives each tensor to, whether it is there or not; see ``read_index``."""
     weight_map = _weight_map(path)
-    shards = {name: _shard_path(path, name) for name in sorted(set(weight_map.values()), key=natural_key)}
-    missing = [shard for shard in shards.values() if is_missing(shard)]
-    if missing:
-        raise FileNotFoundError(
-            2, f"Shard missing ({len(missing)} of {len(shards)} that {path.name} names)", str(missing[0])
-        )
-    return list(shards.values()), {tensor: shards[name] for tensor, name in weight_map.items()}
+    root = os.path.realpath(path.parent)
+    # Several spellings (`./a`, `a`) are one path.
+    paths = {name: _shard_path(path, root, name) for name in dict.fromkeys(weight_map.values())}
+    return {tensor: paths[name] for tensor, name in weight_map.items()}
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -131,7 +163,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     return content
 
 
-def _shard_path(index: Path, name: str) -> Path:
+def _shard_path(index: Path, root: str, name: str) -> Path:
     """The path of a shard, which must lie below the index's directory.
 
     The file itself may be a link that leads elsewhere, as in a hub's cache; the folders on the way may not.
@@ -143,7 +175,6 @@ def _shard_path(index: Path, name: str) -> Path:
     if not name.endswith(".safetensors"):
         raise _refuse(index, f"names a file that is not a safetensors file: {name!r}")
     path = index.parent.joinpath(*pure.parts)
-    root = os.path.realpath(index.parent)
     if os.path.commonpath([root, os.path.realpath(path.parent)]) != root:
         raise _refuse(index, f"names a file outside its directory: {name!r}")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,12 +17,14 @@ from weightload.device_iterator import (
     load_to_device,
 )
 from weightload.distributed import load_name, require_strategy, resolve_group
+from weightload.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
+from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
-from weightload.selection import Path, open_files
-from weightload.state_dict import Match, Target, match
+from weightload.selection import open_files
+from weightload.state_dict import Match, Target, match, tensors_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 
 def load_into(
     target: Target,
-    files: Sequence[Path] | Path,
+    files: Paths,
     *,
     strict: bool = True,
     group: ProcessGroup | None = None,
     strategy: str = "auto",
+    duplicates: Duplicates = "error",
     show_progress: bool | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a module, or into a mapping of tensors, without a second copy of it.
@@ -51,11 +53,13 @@ def load_into(
 
     Args:
         target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
-        files: paths of the safetensors files (one path is taken as one file).
+        files: paths of the safetensors files, as for ``safetensors_weights_iterator``.
         strict: whether the names must be the same, as in ``Module.load_state_dict``.
         group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
             targets must have the same names on the same kind of device. What travels between ranks is blocks of
             many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
+        duplicates: what to do where several files have a tensor of one name that the target has, as for
+            ``safetensors_weights_iterator``.
         show_progress: as for ``safetensors_weights_iterator``.
 
     Returns:
@@ -63,14 +67,16 @@ def load_into(
 
     Raises:
         StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target has no memory.
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, GroupError: as
-            ``safetensors_weights_iterator``.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
+            as ``safetensors_weights_iterator``.
     """
     first = _first_device(target)
-    paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    paths: list[str] = []
     try:
+        paths = path_list(files)
         require_strategy(strategy)
-    except ValueError as error:
+        require_duplicates(duplicates)
+    except Exception as error:
         fail_arguments_together(error, group, strategy, first, paths)
         raise
     group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
@@ -79,6 +85,7 @@ def load_into(
     try:
         try:
             opened = open_files(paths)
+            opened[:] = one_of_each(opened, duplicates, lambda: tensors_of(target))
             at_match = time.perf_counter()
             matched = match(target, opened, strict)
         except BaseException as error:

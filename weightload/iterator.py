@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -18,9 +17,11 @@ from weightload.device_iterator import (
     load_to_device,
 )
 from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
+from weightload.duplicates import Duplicates, require_duplicates
 from weightload.load_stats import LoadStats
+from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
-from weightload.selection import Names, Path, open_files, select_all
+from weightload.selection import Names, open_and_select, open_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,19 +112,19 @@ def load_to_host(
     backend: str,
     read_ahead: bool = True,
     places: Sequence[torch.Tensor | None] = (),
+    duplicates: str = "error",
 ) -> WeightIterator:
     """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``."""
     counting = Counting()
     open_them = counting.opening(open_them)
     if group is None:
-        files = open_them()
-        selection = select_all(files, names)
+        files, selection = open_and_select(open_them, names, duplicates)
         return WeightIterator(
             files, selection, backend=backend, read_ahead=read_ahead, places=places, counting=counting
         )
     sharing = Sharing(group, strategy, devices.CPU, None, paths)
     try:
-        files, selection = sharing.agree(open_them, names)
+        files, selection = sharing.agree(open_them, names, duplicates)
         if sharing.core is not None:
             backend, places = "pread", ()
         return WeightIterator(
@@ -140,7 +141,7 @@ def load_to_host(
 
 
 def safetensors_weights_iterator(
-    hf_weights_files: Sequence[Path] | Path,
+    hf_weights_files: Paths,
     to_cpu: bool = False,
     broadcast: bool = True,
     async_broadcast: bool = False,
@@ -149,6 +150,7 @@ def safetensors_weights_iterator(
     group: ProcessGroup | None = None,
     strategy: str = "auto",
     names: Names | None = None,
+    duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
 ) -> WeightIterator | DeviceWeightIterator | progress.WeightsWithBar:
@@ -159,7 +161,8 @@ def safetensors_weights_iterator(
     early, or ``close()``, stops the reading.
 
     Args:
-        hf_weights_files: paths of the files (one path is taken as one file).
+        hf_weights_files: paths of the files, each ``str``, ``bytes`` or ``os.PathLike`` (one path is taken as one
+            file; a set, which has no order, by name; of no files nothing is yielded).
         to_cpu: yield CPU tensors and never communicate.
         broadcast: ``False``: with ``strategy="auto"``, every rank reads for itself.
         async_broadcast: accepted; a tensor is complete when it is yielded in any case.
@@ -177,8 +180,12 @@ def safetensors_weights_iterator(
             of a given ``group`` agree on the load all the same; else striped. CPU tensors of shared loads are in
             private memory.
         names: a collection of tensor names, or a predicate on names: only these are yielded and read.
-        show_progress: a tqdm bar in bytes, on rank 0. Default: where stderr is a terminal, on loads longer than a
-            second.
+        duplicates: what to do where several files have a tensor of one name. An index file beside them that names
+            them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
+            ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
+            the engines' iterators has in the end. Only the names that are yielded matter.
+        show_progress: a tqdm bar in bytes, on rank 0, if stderr can be written. Default: where stderr is a terminal,
+            on loads longer than a second.
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
             memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
             accelerator memory is always private.
@@ -195,11 +202,13 @@ def safetensors_weights_iterator(
         FileNotFoundError: a file is missing (other errors of ``open()`` likewise).
         HeaderError: a file breaks a rule of the format; the subclass names the rule.
         ReadError: bytes could not be read; raised when the iteration reaches the first tensor they belong to.
+        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant.
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
         OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
             ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
         ValueError: a device that torch cannot use here, or a group that this process is not a member of. On the ranks
             of a group it is a ``GroupValueError``.
+        TypeError: something that is no path.
         RankDisagreementError: the ranks of the group would load different files, tensors, ....
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
@@ -207,12 +216,13 @@ def safetensors_weights_iterator(
     An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
     depended on what failed.
     """
-    paths: list[Path] = []
+    paths: list[str] = []
     chosen = "independent" if to_cpu or (strategy == "auto" and not broadcast) else strategy
     try:
-        paths = [hf_weights_files] if isinstance(hf_weights_files, (str, os.PathLike)) else list(hf_weights_files)
+        paths = path_list(hf_weights_files)
         require_strategy(strategy)
         require_backend(backend)
+        require_duplicates(duplicates)
         target = _target(to_cpu, device)
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
@@ -220,9 +230,20 @@ def safetensors_weights_iterator(
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
-        weights = load_to_host(group, chosen, paths, lambda: open_files(paths), names, backend=backend)
+        weights = load_to_host(
+            group, chosen, paths, lambda: open_files(paths), names, backend=backend, duplicates=duplicates
+        )
     else:
-        weights = load_to_device(target, bytes_of_files(paths), paths, lambda: open_files(paths), names, group, chosen)
+        weights = load_to_device(
+            target,
+            bytes_of_files(paths),
+            paths,
+            lambda: open_files(paths),
+            names,
+            group,
+            chosen,
+            duplicates=duplicates,
+        )
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 
 import torch
@@ -12,8 +11,9 @@ from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
 from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
+from weightload.paths import Path
 from weightload.plain_torch import plainly
-from weightload.selection import Path, open_files
+from weightload.selection import open_files
 from weightload.state_dict import match
 
 # What makes loading more than copying under the same names.
@@ -23,7 +23,7 @@ METHODS = ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_s
 
 def load_model(
     model: torch.nn.Module,
-    filename: str | os.PathLike[str],
+    filename: Path,
     strict: bool = True,
     device: devices.Device = "cpu",
     *,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weightload import _C
+from weightload import _C, terminal
 from weightload.distributed import global_rank
 from weightload.plain_torch import plainly
 
@@ -25,28 +25,47 @@ SECONDS_BEFORE_THE_BAR = 1.0
 
 
 def wanted(show_progress: bool | None) -> bool:
-    """Whether to show a bar: on rank 0 only; by default only where stderr is a terminal."""
-    if global_rank() != 0:
+    """Whether to show a bar: on rank 0, where stderr can be written; by default only where it is a terminal."""
+    if show_progress is False or global_rank() != 0:
         return False
-    return sys.stderr.isatty() if show_progress is None else show_progress
+    return terminal.is_terminal(sys.stderr) if show_progress is None else terminal.can_write(sys.stderr)
 
 
 def _bar(total: int, always: bool) -> Any:
-    from tqdm.auto import tqdm
+    try:
+        from tqdm.auto import tqdm
 
-    # tqdm's own finaliser is Python code, in which the exception of a signal handler is lost; and starting its thread,
-    # which looks after bars that are told little, is in a try statement that forgives all.
-    bar = type("Bar", (tqdm,), {"__del__": _C.finish, "monitor_interval": 0})
-    return bar(
-        total=total,
-        desc="Loading weights",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1000,
-        miniters=1,
-        delay=0 if always else SECONDS_BEFORE_THE_BAR,
-        file=sys.stderr,
-    )
+        # tqdm's own finaliser is Python code, in which the exception of a signal handler is lost; and starting its
+        # thread, which looks after bars that are told little, is in a try statement that forgives all.
+        bar = type("Bar", (tqdm,), {"__del__": _C.finish, "monitor_interval": 0})
+        return bar(
+            total=total,
+            desc="Loading weights",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1000,
+            miniters=1,
+            delay=0 if always else SECONDS_BEFORE_THE_BAR,
+            file=terminal.Forgiving(sys.stderr),
+        )
+    except Exception:  # a notebook without widgets, a stream unlike others: no bar is worth a load
+        return NoBar()
+
+
+class NoBar:
+    """In the place of a bar that could not be made."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Show nothing."""
 
 
 @plainly

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
 from weightload.fetch import copied, fetch, find, load_all, no_such_tensor, row_bytes
 from weightload.iterator import Backend, require_backend
+from weightload.paths import Path, as_text
 from weightload.plain_torch import plainly
 from weightload.prefetch import PrefetchLoader, start_prefetch
 from weightload.rows import about_last_dimension, is_basic, plan_rows
@@ -57,12 +57,16 @@ class safe_open:
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         framework = arguments[1] if len(arguments) > 1 else options.get("framework", "pt")
         if cls is safe_open and framework not in TORCH_NAMES:
-            return safetensors_open(*arguments, **options)
+            if arguments:
+                return safetensors_open(as_text(arguments[0]), *arguments[1:], **options)
+            if "filename" in options:
+                options["filename"] = as_text(options["filename"])
+            return safetensors_open(**options)
         return super().__new__(cls)
 
     def __init__(
         self,
-        filename: str | os.PathLike[str],
+        filename: Path,
         framework: str = "pt",
         device: devices.Device = "cpu",
         *,

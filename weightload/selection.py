@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable, Collection, Sequence
 
 from weightload import _C, settings
+from weightload.duplicates import without_repeats
+from weightload.paths import Path, as_text
 
-Path = str | os.PathLike[str]
+__all__ = ["Names", "Path", "open_and_select", "open_files", "select", "select_all"]
+
 Names = Collection[str] | Callable[[str], bool]
 
 
@@ -16,12 +19,9 @@ def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
     """Open checkpoint files and validate their headers, in parallel.
 
     Raises:
-        ValueError: a path with a zero character, which the system would take for its end.
+        TypeError, ValueError: as ``paths.as_text``.
     """
-    encoded = [os.fsencode(path) for path in paths]
-    for path in encoded:
-        if b"\0" in path:
-            raise ValueError(f"embedded null byte in path {os.fsdecode(path)!r}")
+    encoded = [os.fsencode(as_text(path)) for path in paths]
     # Counting the CPUs of a process takes several times as long as opening a small file.
     threads = settings.current().thread_count() if len(encoded) > 1 else 1
     return _C.open_files(encoded, threads)
@@ -35,10 +35,23 @@ def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
     return [number for number, name in enumerate(file.names()) if picked(name)]
 
 
-def select_all(files: Sequence[_C.CheckpointFile], names: Names | None) -> list[list[int]]:
-    """``select`` for each file."""
+def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicates: str = "error") -> list[list[int]]:
+    """``select`` for each file, and one tensor of each name; see ``without_repeats``."""
     picked = None if names is None else _predicate(names)  # once: an iterator among them can be read once
-    return [select(file, picked) for file in files]
+    selection = [select(file, picked) for file in files]
+    return without_repeats(files, selection, duplicates, everything=names is None)
+
+
+def open_and_select(
+    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str
+) -> tuple[list[_C.CheckpointFile], list[list[int]]]:
+    """The files of a load, and ``select_all`` of them."""
+    files = open_them()
+    try:
+        return files, select_all(files, names, duplicates)
+    except BaseException:
+        files.clear()  # an exception's traceback would keep them open
+        raise
 
 
 def _predicate(names: Names) -> Callable[[str], bool]:

@@ -38,8 +38,8 @@ bool search_table(const Names& names, std::optional<size_t>& first) {
   return true;
 }
 
-// O(n log n), whatever the names.
-std::optional<size_t> search_sorted(const Names& names) {
+// All names, equal ones together, each with its first number first. O(n log n), whatever the names.
+std::vector<Entry> sorted_entries(const Names& names) {
   std::vector<Entry> entries;
   entries.reserve(names.size());
   for (size_t i = 0; i < names.size(); ++i) entries.push_back({std::hash<std::string_view>()(names[i]), i});
@@ -48,11 +48,19 @@ std::optional<size_t> search_sorted(const Names& names) {
     const int order = names[a.number].compare(names[b.number]);
     return order != 0 ? order < 0 : a.number < b.number;
   });
+  return entries;
+}
+
+bool same(const Names& names, const Entry& a, const Entry& b) {
+  return a.hash == b.hash && names[a.number] == names[b.number];
+}
+
+std::optional<size_t> search_sorted(const Names& names) {
+  const std::vector<Entry> entries = sorted_entries(names);
   std::optional<size_t> first;
   for (size_t i = 1; i < entries.size(); ++i) {
-    const Entry &before = entries[i - 1], &entry = entries[i];
-    if (before.hash != entry.hash || names[before.number] != names[entry.number]) continue;
-    if (!first || entry.number < *first) first = entry.number;
+    if (!same(names, entries[i - 1], entries[i])) continue;
+    if (!first || entries[i].number < *first) first = entries[i].number;
   }
   return first;
 }
@@ -62,6 +70,20 @@ std::optional<size_t> search_sorted(const Names& names) {
 std::optional<size_t> first_repeated(const std::vector<std::string_view>& names) {
   std::optional<size_t> first;
   return search_table(names, first) ? first : search_sorted(names);
+}
+
+std::vector<std::vector<size_t>> all_repeated(const Names& names) {
+  std::vector<std::vector<size_t>> repeated;
+  if (!first_repeated(names)) return repeated;
+  const std::vector<Entry> entries = sorted_entries(names);
+  for (size_t begin = 0, end = 0; begin < entries.size(); begin = end) {
+    for (end = begin + 1; end < entries.size() && same(names, entries[begin], entries[end]);) ++end;
+    if (end - begin < 2) continue;
+    std::vector<size_t>& numbers = repeated.emplace_back();
+    for (size_t i = begin; i < end; ++i) numbers.push_back(entries[i].number);
+  }
+  std::sort(repeated.begin(), repeated.end(), [](const auto& a, const auto& b) { return a[1] < b[1]; });
+  return repeated;
 }
 
 }  // namespace weightload

@@ -12,4 +12,8 @@ namespace weightload {
 // known, so a file can be made whose names all have the same one, and then takes hours to open.
 std::optional<size_t> first_repeated(const std::vector<std::string_view>& names);
 
+// The numbers of all names that occur more than once, those of one name together and ascending, names in the order in
+// which they first repeat. O(n log n) where some do, whatever the names.
+std::vector<std::vector<size_t>> all_repeated(const std::vector<std::string_view>& names);
+
 }  // namespace weightload

@@ -3,13 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <functional>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
 #include "io/residency.h"
+#include "pipeline/selected_tensors.h"
 
 namespace py = pybind11;
 
@@ -38,6 +41,33 @@ py::list tensors(const CheckpointFile& file) {
                                tensor.bytes.begin, tensor.bytes.end));
   }
   return list;
+}
+
+using FileList = std::vector<std::shared_ptr<CheckpointFile>>;
+using Selection = std::vector<std::vector<uint32_t>>;
+
+py::list repeated(const FileList& files, const std::optional<Selection>& selection) {
+  std::vector<std::vector<SelectedTensor>> found;
+  {
+    const ReleaseGil release;
+    found = repeated_tensors(CheckpointFiles(files.begin(), files.end()), selection ? &*selection : nullptr);
+  }
+  py::list list;
+  for (const std::vector<SelectedTensor>& places : found) {
+    py::list at;
+    for (const SelectedTensor& place : places) at.append(py::make_tuple(place.file, place.index));
+    const std::string& name = files[places[0].file]->header().tensors[places[0].index].name;
+    list.append(py::make_tuple(py::str(name), at));
+  }
+  return list;
+}
+
+// The same file with some of its tensors, by number.
+std::shared_ptr<CheckpointFile> with_tensors(const CheckpointFile& file, const std::vector<uint32_t>& numbers) {
+  std::vector<TensorInfo> some;
+  some.reserve(numbers.size());
+  for (const uint32_t number : numbers) some.push_back(file.header().tensors.at(number));
+  return std::const_pointer_cast<CheckpointFile>(file.with_tensors(std::move(some)));
 }
 
 // Reads everything once, to learn whether every byte can be read.
@@ -100,6 +130,7 @@ void register_checkpoint_file(py::module_& module) {
       .def("tensors", tensors, "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
       .def("header_digest", header_digest, py::call_guard<ReleaseGil>(),
            "A 64-bit digest of the header as it is in the file; reads it again.")
+      .def("with_tensors", with_tensors, py::arg("numbers"), "The same open file with some of its tensors.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, "Reads every byte once and returns their number.");
   refuse_copies(made);
@@ -115,6 +146,18 @@ void register_checkpoint_file(py::module_& module) {
         return files;
       },
       py::arg("paths"), py::arg("threads"));
+
+  module.def(
+      "repeated_tensors", repeated, py::arg("files"), py::arg("selection"),
+      "Of every name that the selection (None: all tensors) has more than once: the name, and the numbers of its "
+      "files and of its tensors in them.");
+  module.def(
+      "selection_digest",
+      [](const FileList& files, const Selection& selection) {
+        const ReleaseGil release;
+        return selection_digest(CheckpointFiles(files.begin(), files.end()), selection);
+      },
+      py::arg("files"), py::arg("selection"), "A 64-bit digest of which tensors these are.");
 
   // keep_alive: the file reads from the bytes object, which never moves or changes.
   module.def(

@@ -1,11 +1,53 @@
 #include "pipeline/selected_tensors.h"
 
+#include <functional>
 #include <string_view>
 #include <utility>
 
 #include "base/repeated_name.h"
 
 namespace weightload {
+
+std::vector<std::vector<SelectedTensor>> repeated_tensors(const CheckpointFiles& files,
+                                                          const std::vector<std::vector<uint32_t>>* selection) {
+  std::vector<std::vector<SelectedTensor>> repeated;
+  if (files.size() < 2) return repeated;  // within one file the header has been checked
+  std::vector<SelectedTensor> places;
+  std::vector<std::string_view> names;
+  const auto add = [&](uint32_t file, uint32_t index) {
+    places.push_back({file, index});
+    names.push_back(files[file]->header().tensors.at(index).name);
+  };
+  for (uint32_t f = 0; f < files.size(); ++f) {
+    if (selection != nullptr) {
+      for (const uint32_t index : selection->at(f)) add(f, index);
+    } else {
+      for (uint32_t index = 0; index < files[f]->header().tensors.size(); ++index) add(f, index);
+    }
+  }
+  for (const std::vector<size_t>& numbers : all_repeated(names)) {
+    std::vector<SelectedTensor>& of_one_name = repeated.emplace_back();
+    for (const size_t number : numbers) of_one_name.push_back(places[number]);
+  }
+  return repeated;
+}
+
+uint64_t selection_digest(const CheckpointFiles& files, const std::vector<std::vector<uint32_t>>& selection) {
+  uint64_t digest = 0;
+  const auto mix = [&](uint64_t value) {
+    digest = (digest ^ value) * 0x9E3779B97F4A7C15u;
+    digest ^= digest >> 32;
+  };
+  for (size_t f = 0; f < files.size(); ++f) {
+    mix(selection.at(f).size());
+    for (const uint32_t index : selection[f]) {
+      const TensorInfo& tensor = files[f]->header().tensors.at(index);
+      mix(std::hash<std::string_view>()(tensor.name));
+      mix(tensor.bytes.begin);
+    }
+  }
+  return digest;
+}
 
 SelectedTensors::SelectedTensors(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection)
     : files_(std::move(files)) {
@@ -14,18 +56,6 @@ SelectedTensors::SelectedTensors(CheckpointFiles files, const std::vector<std::v
       total_bytes_ += files_[f]->header().tensors.at(index).bytes.size();
       tensors_.push_back({f, index});
     }
-  }
-  refuse_duplicates();
-}
-
-void SelectedTensors::refuse_duplicates() const {
-  if (files_.size() < 2) return;  // within one file the header has been checked
-  std::vector<std::string_view> names;
-  names.reserve(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) names.push_back(info(i).name);
-  if (const auto repeated = first_repeated(names)) {
-    throw Error(ErrorKind::header, "an earlier file of the checkpoint has a tensor of this name too",
-                {file(*repeated)->path(), info(*repeated).name, {}, 0}, rule::kDuplicateTensor);
   }
 }
 

@@ -7,11 +7,26 @@
 
 namespace weightload {
 
+// A tensor's place in a checkpoint: its file's number, and its own in the file's header.
+struct SelectedTensor {
+  uint32_t file;
+  uint32_t index;
+};
+
+// The tensors whose names occur more than once: those of one name together, in the order of the load, names in the
+// order in which they first repeat. `selection` as below; null for every tensor.
+std::vector<std::vector<SelectedTensor>> repeated_tensors(const CheckpointFiles& files,
+                                                          const std::vector<std::vector<uint32_t>>* selection);
+
+// A digest of which tensors are selected, by file, name and place in the file: the same on every rank whose files have
+// equal headers. All ranks that compare it run the same build of the same standard library.
+uint64_t selection_digest(const CheckpointFiles& files, const std::vector<std::vector<uint32_t>>& selection);
+
 // The tensors of a load, in the order in which they are yielded: files as given, tensors by offset.
 class SelectedTensors {
  public:
-  // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that occur in two
-  // files.
+  // `selection[f]` lists tensors of file f by their number in its header, ascending. That no name occurs twice is for
+  // who selects to see to: with repeated_tensors().
   SelectedTensors(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection);
 
   size_t size() const { return tensors_.size(); }
@@ -31,15 +46,8 @@ class SelectedTensors {
   void close() { files_.clear(); }
 
  private:
-  struct Tensor {
-    uint32_t file;
-    uint32_t index;  // in the file's header
-  };
-
-  void refuse_duplicates() const;
-
   CheckpointFiles files_;
-  std::vector<Tensor> tensors_;
+  std::vector<SelectedTensor> tensors_;
   uint64_t total_bytes_ = 0;
 };
 

@@ -43,6 +43,14 @@ TEST(the_first_that_was_there_before) {
   CHECK(first_repeated({"a", "b", "c", "b", "a", "a"}) == 3);
 }
 
+TEST(all_that_repeat) {
+  using Groups = std::vector<std::vector<size_t>>;
+  CHECK(all_repeated({}).empty());
+  CHECK(all_repeated({"b", "a", "", "ab"}).empty());
+  CHECK((all_repeated({"a", "a"}) == Groups{{0, 1}}));
+  CHECK((all_repeated({"a", "b", "c", "b", "a", "a", ""}) == Groups{{1, 3}, {0, 4, 5}}));
+}
+
 TEST(the_same_as_by_comparing_all_with_all) {
   uint64_t state = 1;
   for (int round = 0; round < 500; ++round) {
@@ -58,6 +66,16 @@ TEST(the_same_as_by_comparing_all_with_all) {
         expected = i;
     }
     CHECK(first_repeated(views(names)) == expected);
+    const auto all = all_repeated(views(names));
+    CHECK(all.empty() ? !expected : all[0][1] == expected);
+    size_t repeating = 0, found = 0;
+    for (const std::string& name : names) repeating += std::count(names.begin(), names.end(), name) > 1;
+    for (const std::vector<size_t>& numbers : all) {
+      found += numbers.size();
+      for (size_t i = 1; i < numbers.size(); ++i)
+        CHECK(numbers[i - 1] < numbers[i] && names[numbers[0]] == names[numbers[i]]);
+    }
+    CHECK(found == repeating);
   }
 }
 

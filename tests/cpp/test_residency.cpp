@@ -10,6 +10,7 @@
 #include "base/pages.h"
 #include "check.h"
 #include "checkpoint.h"
+#include "io/cache_filler.h"
 #include "io/page_in.h"
 #include "io/page_tables.h"
 #include "memory/host_memory.h"
@@ -104,8 +105,10 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
     if (cold) cached.evict();
     cached.file->refusals() = 1 | 2;
     const HostMemoryRef memory = cached.map();
-    page_in(*cached.file, memory->data(), cached.range, tables);
-    fill_page_cache(*cached.file, memory->data(), cached.range);
+    Pace pace;
+    page_in(*cached.file, memory->data(), cached.range, tables, pace, no_look);
+    CacheFiller filler;
+    CHECK(filler.fill(*cached.file, cached.range, /*known=*/false));
     CHECK(cached_bytes_by_mincore(*cached.file, cached.range).value_or(cached.range.size()) == cached.range.size());
   }
 }
