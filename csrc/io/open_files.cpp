@@ -1,6 +1,7 @@
 #include "io/open_files.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -96,8 +97,7 @@ struct Pool {
 
 namespace {
 
-// Never destroyed. In a forked child a thread of the parent may hold the mutex for ever: it begins anew, and what the
-// parent had open stays open there.
+// Never destroyed. A forked child begins anew, and what the parent had open stays open there.
 Pool& pool() {
   static std::atomic<Pool*> current{new Pool};
   Pool* all = current.load();
@@ -107,6 +107,20 @@ Pool& pool() {
   }
   return *all;
 }
+
+// Note [Descriptors and fork]
+// The kernel copies a process's descriptors first and its memory later, while other threads go on: what one of them
+// closes and opens in between is a number in the child's memory that stands for another file there. So while a child is
+// made nothing is marked as closed or open: the forking thread holds the mutex. (A descriptor that is being closed or
+// was just opened then is in no Kept, and merely stays open in the child.)
+Pool* held_by_fork = nullptr;
+
+[[maybe_unused]] const int registered = ::pthread_atfork(
+    [] {
+      held_by_fork = &pool();
+      held_by_fork->mutex.lock();
+    },
+    [] { held_by_fork->mutex.unlock(); }, [] { held_by_fork->mutex.unlock(); });
 
 enum class Room : uint8_t { made, none, in_use };
 
