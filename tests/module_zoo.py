@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import zoo_hooks  # noqa: F401  # its modules are in the zoo too
+import zoo_parts
 from torch import nn
-from zoo_parts import (
-    Carrying,
-    Doubling,
-    ExtraState,
-    Holding,
-    NoExtraState,
-    Override,
-    Parent,
-    Quantised,
-    WholeOverride,
-    chain,
-)
+from zoo_parts import Carrying, Doubling, ExtraState, Holding, NoExtraState, Override, Parent, Quantised, WholeOverride
+from zoo_parts import animal as animal
+from zoo_parts import chain as chain
 
-Maker = Callable[[], nn.Module]
-ZOO: dict[str, Maker] = {}
-
-
-def animal(make: Maker) -> Maker:
-    ZOO[make.__name__] = make
-    return make
+ZOO = zoo_parts.ZOO
 
 
 @animal
@@ -162,98 +148,6 @@ def whole_override_of_the_instance() -> nn.Module:
     model = chain(nn.Linear(4, 4))
     torchs = model.load_state_dict
     model.load_state_dict = lambda state, strict=True: torchs({n: -t for n, t in state.items()}, strict)  # type: ignore
-    return model
-
-
-@animal
-def hook_before() -> nn.Module:
-    layer = nn.Linear(4, 4)
-
-    def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        state[prefix + "weight"] = torch.eye(4)
-
-    layer.register_load_state_dict_pre_hook(hook)
-    return chain(layer)
-
-
-@animal
-def hook_before_all() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-
-    def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in list(state):
-            state[name] = state[name] * 3
-
-    model.register_load_state_dict_pre_hook(hook)
-    return model
-
-
-@animal
-def hook_before_with_complaints() -> nn.Module:
-    layer = nn.Linear(4, 4)
-
-    def hook(
-        module: Any, state: Any, prefix: str, meta: Any, strict: bool, missing: Any, more: Any, errors: Any
-    ) -> None:
-        missing.append(f"{prefix}{strict}{meta}")
-        more.append(prefix + "something")
-
-    layer.register_load_state_dict_pre_hook(hook)
-    return chain(layer)
-
-
-@animal
-def hook_after() -> nn.Module:
-    layer = nn.Linear(4, 4)
-
-    def hook(module: Any, keys: Any) -> None:
-        module.weight.data.mul_(2)
-
-    layer.register_load_state_dict_post_hook(hook)
-    return chain(layer)
-
-
-@animal
-def hook_after_all_that_ties_by_value() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-
-    def hook(module: Any, keys: Any) -> None:
-        module[2].weight.data.copy_(module[0].weight)
-
-    model.register_load_state_dict_post_hook(hook)
-    return model
-
-
-@animal
-def hook_that_breaks_the_rule() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-    model.register_load_state_dict_post_hook(lambda module, keys: 3)
-    return model
-
-
-@animal
-def hook_after_that_forgives() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-    model.more = nn.Parameter(torch.zeros(4))
-    model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
-    return model
-
-
-@animal
-def hook_after_that_complains() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-    model[1].register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.append("made.up"))
-    return model
-
-
-@animal
-def hook_of_the_state_dict() -> nn.Module:
-    model = chain(nn.Linear(4, 4))
-
-    def hook(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        state[prefix + "renamed"] = state.pop(prefix + "0.weight")
-
-    model._register_state_dict_hook(hook)
     return model
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+Maker = Callable[[], nn.Module]
+ZOO: dict[str, Maker] = {}
+
+
+def animal(make: Maker) -> Maker:
+    ZOO[make.__name__] = make
+    return make
 
 
 def chain(middle: nn.Module) -> nn.Module:

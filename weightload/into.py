@@ -46,13 +46,21 @@ def load_into(
     where the files have several of the tied names, the last in the target's order counts, as with
     ``Module.load_state_dict``.
 
-    Names, shapes and dtypes are compared before the first byte is read: an error about them leaves the target as it
-    was. An error on the way leaves it partly loaded. Autograd is told of the change (version counters).
+    A module is left as ``load_state_dict`` would leave it. Those of its modules that take part in their own loading
+    (``_load_from_state_dict``, hooks, extra states in the file, a ``load_state_dict`` of the target's class) get their
+    tensors, with those of all modules below them, as torch gives them: on the CPU, not in place.
+    ``LoadReport.took_part`` names them. Hooks after loading are called.
+
+    Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
+    about them leaves the target as it was, and names all tensors that it concerns. DTensors are refused. What the code
+    of a module complains of, and an error on the way, leave it partly loaded. Autograd is told of the change (version
+    counters). Inference tensors are filled in and outside inference mode.
 
     Args:
         target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
         files: paths of the safetensors files (one path is taken as one file).
-        strict: whether the names must be the same, as in ``Module.load_state_dict``.
+        strict: whether the names must be the same, as in ``Module.load_state_dict``, which does not miss the
+            ``num_batches_tracked`` of norms; nor are tied names missed if one of them is there.
         group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
             targets must have the same names on the same kind of device. What travels between ranks is blocks of
             many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
@@ -62,7 +70,8 @@ def load_into(
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
 
     Raises:
-        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target has no memory.
+        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target cannot be filled: it has
+            no memory, or memory that is read-only, is a DTensor, or is of a class that takes no copy.
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, GroupError: as
             ``safetensors_weights_iterator``.
     """
@@ -158,15 +167,21 @@ def fill(
             changed = [matched.places[name] for name in matched.direct]
             torch.autograd.graph.increment_version([place for place in changed if not place.is_inference()])
 
-    def put(name: str) -> None:
-        _put(name, held[name], matched.places[name])
-
     # One over the other, as load_state_dict would.
-    if matched.turns is not None:
-        filled.names = matched.turns.take(held, put, {name for name in matched.overlapping if name in held})
-    else:
+    if matched.turns is None:
         for name in matched.overlapping:
-            put(name)
+            _put(name, held[name], matched.places[name])
+        return filled
+    loaded = {name: place._version for name, place in matched.places.items() if not place.is_inference()}
+
+    def settle(name: str) -> None:
+        """At the turn of a tensor's module, with what others made of it before."""
+        if name not in held and name in loaded and loaded[name] != matched.places[name]._version:
+            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, lambda _: None))
+        if name in held:
+            _put(name, held[name], matched.places[name])
+
+    filled.names = matched.turns.take(held, settle, matched.places.keys())
     return filled
 
 

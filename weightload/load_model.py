@@ -28,8 +28,8 @@ def load_model(
 ) -> tuple[set[str], list[str]]:
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
-    Bytes are read straight into them, as by ``load_into``. A module that takes part in its own loading (hooks,
-    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``.
+    Bytes are read straight into them, as by ``load_into``. If any of its modules takes part in its own loading (hooks,
+    overridden methods, parameters without memory), ``load_state_dict`` gets the tensors of ``load_file``.
 
     Of names that share memory within the module, one must be in the file: the others are not missing, and are
     unexpected if the file has them too.

@@ -208,9 +208,9 @@ class Turns:
         return self.walk.root is not None and is_overridden(self.walk.root, "load_state_dict")
 
     def take(
-        self, tensors: Mapping[str, torch.Tensor], put: Callable[[str], None], late: Collection[str]
+        self, tensors: Mapping[str, torch.Tensor], settle: Callable[[str], None], copied: Collection[str]
     ) -> tuple[list[str], list[str]]:
-        """Give every part its tensors, ``put`` the late ones and call the hooks, each at its turn.
+        """Give every part its tensors and call the hooks, each at its turn; ``settle`` the copied ones at theirs.
 
         Returns:
             The names that ``load_state_dict`` would call missing and unexpected.
@@ -232,8 +232,8 @@ class Turns:
                 _load_state_dict(part, mine, prefix, missing, unexpected, errors)
                 return
             for name in own_tensors(part, prefix):
-                if name in late:
-                    put(name)
+                if name in copied:
+                    settle(name)
                 elif name in self.absent:
                     missing.append(name)
             if prefix in self.walk.extra:
