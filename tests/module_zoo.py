@@ -234,6 +234,21 @@ def tied_before_an_override() -> nn.Module:
 
 
 @animal
+def shared_memory_over_an_override() -> nn.Module:
+    """Two parameters of the same memory, and no common count of its changes."""
+    model = chain(Override())
+    model[2].weight = nn.Parameter(model[1][0].weight.data)
+    return model
+
+
+@animal
+def shared_memory_before_an_override() -> nn.Module:
+    model = chain(Override())
+    model[0].weight = nn.Parameter(model[1][0].weight.data)
+    return model
+
+
+@animal
 def compiled() -> nn.Module:
     compiled: nn.Module = torch.compile(chain(nn.BatchNorm1d(4)))  # type: ignore[assignment]
     return compiled

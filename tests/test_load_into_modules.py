@@ -129,7 +129,7 @@ def test_as_load_state_dict_or_not_at_all(name: str, kind: str, strict: bool, pa
         assert failed == repr(expected)
         return
     if isinstance(expected, Exception):  # a tied name stands for the others
-        assert name in ("shared_submodule", "tied_over_an_override", "tied_before_an_override")
+        assert name.startswith(("tied", "shared"))
         return
     assert name not in REFUSED
     assert values(ours) == values(theirs)
