@@ -45,10 +45,10 @@ class StubbornWrapper(torch.Tensor):
 
 
 def mapped_to_be_read(folder: Path) -> torch.Tensor:
-    np.zeros(4000, np.float32).tofile(folder / "numbers")
+    np.zeros(4, np.float32).tofile(folder / "numbers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.from_numpy(np.memmap(folder / "numbers", np.float32, mode="r"))[:4]
+        return torch.from_numpy(np.memmap(folder / "numbers", np.float32, mode="r"))
 
 
 def anonymous_to_be_read(folder: Path) -> torch.Tensor:
