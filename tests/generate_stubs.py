@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ def generate() -> str:
         command = [sys.executable, "-m", "pybind11_stubgen", "weightload._C", "--exit-code", "-o", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         text = Path(folder, "weightload", "_C.pyi").read_text()
+    text = re.sub(r"    def __reduce(_ex)?__\(.*\n +\.\.\.\n", "", text)  # object's own are typed otherwise
     for vague, precise in MORE_PRECISELY.items():
         assert vague in text, f"{vague!r} is not in the stub any more"
         text = text.replace(vague, precise)

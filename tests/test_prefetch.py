@@ -7,6 +7,7 @@ import errno
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from conftest import entry as header_entry
 from simulated_support import raw
 
 import weightload
-from weightload import _C, errors, settings
+from weightload import _C, errors, prefetch, settings
 
 MIB = 1 << 20
 
@@ -211,10 +212,12 @@ def test_what_has_come_can_be_taken_while_another_thread_waits(
             loader.take("39")
         done.set()
 
+    make = prefetch.WeightIterator
+    monkeypatch.setattr(prefetch, "WeightIterator", lambda *given, **options: Announced(make(*given, **options), waits))
     with settings.override(task_bytes=MIB, threads=1), weightload.safe_open(path, backend="pread") as file:
         loader = file.prefetch()
         loader.take("1")  # "0" came before it
-        monkeypatch.setattr(loader, "_weights", Announced(loader._weights, waits))
+        waits.clear()
         thread = threading.Thread(target=wait, args=(loader,))
         thread.start()
         assert waits.wait(60)
@@ -229,16 +232,23 @@ def test_a_forked_child_is_told(path: Path) -> None:
     done = run_script(
         """
         import os, sys, threading, weightload
-        loader = weightload.safe_open(sys.argv[1]).prefetch()
-        held = threading.Event()
-        def hold():
-            with loader._changed:
-                held.set()
+        class Slow:
+            def __next__(self):
+                asked.set()
                 done.wait()
-        done = threading.Event()
-        thread = threading.Thread(target=hold)
+                raise StopIteration
+            def close(self):
+                pass
+        asked, done = threading.Event(), threading.Event()
+        loader = weightload.prefetch.PrefetchLoader(Slow(), ["0"], None)
+        def wait():
+            try:
+                loader.take("0")
+            except weightload.WeightLoadError:
+                pass
+        thread = threading.Thread(target=wait)
         thread.start()
-        held.wait()
+        asked.wait()
         child = os.fork()
         if not child:
             try:
@@ -251,9 +261,29 @@ def test_a_forked_child_is_told(path: Path) -> None:
         done.set()
         thread.join()
         """,
-        path,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_that_is_no_mapping(path: Path) -> None:
+    with weightload.safe_open(path) as file, pytest.raises(TypeError, match="must map names"):
+        file.prefetch(["odd"])  # type: ignore[arg-type]
+
+
+def test_an_error_that_holds_its_loader_is_collected(path: Path, arm: Callable[..., None]) -> None:
+    """The loader keeps the error, whose traceback keeps this frame, which keeps the loader."""
+    evict([path])
+
+    def fail() -> weakref.ref[Any]:
+        loader = weightload.safe_open(path, backend="pread").prefetch()
+        arm("error", count=10**6, error_number=errno.EIO)
+        with contextlib.suppress(errors.ReadError):
+            loader.take("39")
+        return weakref.ref(loader)
+
+    gone = fail()
+    gc.collect()
+    assert gone() is None
 
 
 def test_bounds_may_be_any_whole_number(path: Path, whole: dict[str, torch.Tensor]) -> None:

@@ -14,6 +14,8 @@ import torch
 from conftest import BACKENDS, evict, interrupted_after, write_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_modes import MODES, described
 
 import weightload
 from weightload import _C
@@ -259,3 +261,35 @@ def test_errors_name_the_tensor(sliced: Path, arm: Callable[..., None]) -> None:
             _C.disarm_fault()
         assert (caught.value.errno, caught.value.tensor, caught.value.filename) == (5, name, str(sliced))
         assert caught.value.offset is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_index_that_is_not_plain_is_torchs_to_judge(sliced: Path, backend: Any) -> None:
+    """Fake, on the meta device, an inference tensor, of a subclass."""
+    with FakeTensorMode():
+        fake = torch.tensor([1, 2])
+    with torch.inference_mode():
+        inference = torch.tensor([1, 2])
+    whole = weightload.load_file(sliced)["matrix"]
+    with weightload.safe_open(sliced, backend=backend) as file:
+        part = file.get_slice("matrix")
+        for mode in ("no_grad", "FakeTensorMode", "device meta", "inference mode"):
+            for index in (fake, torch.empty(2, dtype=torch.long, device="meta"), (slice(2), fake)):
+                assert MODES[mode](lambda: kind_of(part, index)) == kind_of(whole, index)  # noqa: B023
+            assert described(MODES[mode](lambda: part[inference])) == described(whole[inference])
+            assert described(MODES[mode](lambda: part[OF_A_SUBCLASS])) == described(whole[OF_A_SUBCLASS])
+
+
+def kind_of(indexed: Any, index: Any) -> Any:
+    try:
+        got = indexed[index]
+    except Exception as error:
+        return type(error)
+    return type(got), got.device
+
+
+class Indices(torch.Tensor):
+    """A subclass that does nothing of its own."""
+
+
+OF_A_SUBCLASS = torch.tensor([1, 2]).as_subclass(Indices)

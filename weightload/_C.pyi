@@ -16,14 +16,17 @@ __all__: list[str] = [
     "DeviceTarget",
     "Group",
     "HostLoader",
+    "Prefetch",
     "ReadMode",
     "Strategy",
     "TensorReader",
-    "abandon_groups",
     "arm_fault",
     "disarm_fault",
+    "finish",
     "from_bytes",
+    "leave_interpreter",
     "open_files",
+    "plainly",
     "reads_since_armed",
     "resident_bytes",
 ]
@@ -241,6 +244,23 @@ class DeviceLoader:
         bytes of the selected tensors
         """
 
+class Prefetch:
+    """
+    Tensors of a load, each of which is handed out once.
+    """
+    def __init__(
+        self, weights: typing.Any, names: collections.abc.Sequence[str], current_stream: typing.Any
+    ) -> None: ...
+    def __iter__(self) -> typing_extensions.Self: ...
+    def __len__(self) -> int: ...
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+    def close(self) -> None: ...
+    def names(self) -> list[str]:
+        """
+        All names, taken or not, in the order in which they load.
+        """
+    def take(self, name: str) -> typing.Any: ...
+
 class TensorReader:
     """
     Single tensors of a file, and rows of them, on the CPU.
@@ -284,19 +304,29 @@ class TensorReader:
     @property
     def file(self) -> CheckpointFile: ...
 
-def abandon_groups() -> None:
-    """
-    For the interpreter's exit: stops and joins what finishes loads that were stopped.
-    """
-
 def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0) -> None:
     """
     For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay.
     """
 
 def disarm_fault() -> None: ...
+def finish(self: typing.Any) -> None:
+    """
+    As the __del__ of a class: close(), whose exceptions reach the caller.
+    """
+
 def from_bytes(data: bytes) -> CheckpointFile: ...
+def leave_interpreter() -> None:
+    """
+    The exit hook: from now on no load begins, and those that are under way are stopped and joined.
+    """
+
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
+def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: dict[str, typing.Any]) -> typing.Any:
+    """
+    function(*arguments, **options), with torch as it is in a new thread: without the caller's modes.
+    """
+
 def reads_since_armed() -> int: ...
 def resident_bytes(path: bytes) -> int | None:
     """

@@ -14,7 +14,8 @@ from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.load_stats import LoadStats
-from weightload.selection import Names, Path, close_at_exit, select_all
+from weightload.plain_torch import empty, plainly
+from weightload.selection import Names, Path, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,7 +62,6 @@ class DeviceWeightIterator(_C.DeviceLoader):
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
             files.clear()
-        close_at_exit(self)
 
     def __enter__(self) -> DeviceWeightIterator:
         return self
@@ -74,6 +74,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
         return self._counting.stats(self.counts(), self.device_counts())
 
 
+@plainly
 def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.DeviceTarget:
     """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now.
 
@@ -81,7 +82,7 @@ def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.Device
     """
     now = settings.current()
     # Also does what torch does lazily on the first use of a device.
-    torch.empty(0, device=device)
+    empty([0], torch.uint8, device)
     slot_bytes = now.slot_bytes
     # A small load is cut as finely as keeps all threads busy.
     while slot_bytes > LEAST_SLOT and slot_bytes % 8192 == 0 and most_bytes < 2 * now.thread_count() * slot_bytes:
@@ -157,7 +158,7 @@ def fail_together(
         raise error
 
     if has_cpu_backend(group):
-        Sharing(group, strategy, torch.device("cpu"), None, paths).agree(fail, None)
+        Sharing(group, strategy, devices.CPU, None, paths).agree(fail, None)
     elif device is not None and device.type not in ("cpu", "meta"):
         here = devices.resolve(device)
         target = make_target(here, 0, 1)

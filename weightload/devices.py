@@ -8,8 +8,10 @@ import os
 import torch
 
 from weightload.errors import WeightLoadError
+from weightload.plain_torch import plainly
 
 Device = torch.device | str | int
+CPU = plainly(torch.device)("cpu")
 
 
 def accelerator() -> torch.device | None:
@@ -25,13 +27,14 @@ def default_device() -> torch.device:
     """
     kind = accelerator()
     if kind is None:
-        return torch.device("cpu")
+        return CPU
     number = os.environ.get("LOCAL_RANK", "")
     if number.isdigit() and int(number) < torch.accelerator.device_count():
         return torch.device(kind.type, int(number))
     return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
+@plainly
 def resolve(device: Device | None) -> torch.device:
     """The CPU, or an accelerator with its index: ``device``, or ``default_device()`` for None.
 
@@ -59,7 +62,7 @@ def resolve(device: Device | None) -> torch.device:
     else:
         target = default_device()
     if target.type == "cpu":
-        return torch.device("cpu")
+        return CPU
     kind = accelerator()
     if kind is None or kind.type != target.type:
         raise ValueError(f"cannot load to {target}: torch has {f'{kind.type!r}' if kind else 'no accelerator'} here")
@@ -69,6 +72,7 @@ def resolve(device: Device | None) -> torch.device:
     return torch.device(target.type, index)
 
 
+@plainly
 def kind_of(device: Device | None) -> str:
     """The type of device that is meant, whether or not it is there; of what is none, the default's."""
     if isinstance(device, (str, torch.device)):

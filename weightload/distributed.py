@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import socket
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from weightload import _C
 from weightload.errors import GroupError
+from weightload.plain_torch import plainly
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
@@ -35,8 +36,9 @@ _node_groups: dict[str, Any] = {}
 RECORD_BYTES = 2048
 NODE = b"\2"  # begins the record that names a rank's node
 
-# How many nodes the ranks of a group are on.
-_nodes: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+# How many nodes the ranks of a group are on, group by group. Not a WeakKeyDictionary: that calls back in Python when a
+# group goes, where the exception of a signal handler is lost.
+_nodes: list[tuple[weakref.ref[ProcessGroup], int]] = []
 
 
 def _initialised() -> bool:
@@ -101,6 +103,7 @@ def load_name(paths: Sequence[str | os.PathLike[str]]) -> str:
     return f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
 
 
+@plainly
 def node_group(load: str = "") -> ProcessGroup | None:
     """The ranks of this node, as a group; None where torch.distributed is not initialised.
 
@@ -168,9 +171,12 @@ def _names_of_nodes(group: Any, stage: str) -> list[str]:
 
 def _nodes_of(group: ProcessGroup, load: str) -> int:
     """How many nodes a group's ranks are on: the same answer on all of them, who ask one another the first time."""
-    if group not in _nodes:
-        _nodes[group] = len(set(_names_of_nodes(group, f"{load}, nodes of the group")))
-    return _nodes[group]
+    for known, nodes in _nodes:
+        if known() is group:
+            return nodes
+    nodes = len(set(_names_of_nodes(group, f"{load}, nodes of the group")))
+    _nodes[:] = [(known, number) for known, number in _nodes if known() is not None] + [(weakref.ref(group), nodes)]
+    return nodes
 
 
 def require_strategy(strategy: str) -> None:
@@ -179,6 +185,7 @@ def require_strategy(strategy: str) -> None:
         raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
 
 
+@plainly
 def resolve_group(
     group: ProcessGroup | None, strategy: str, device_type: str, load: str
 ) -> tuple[ProcessGroup | None, str]:

@@ -12,6 +12,7 @@ from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError, located
 from weightload.iterator import WeightIterator
+from weightload.plain_torch import empty, plainly
 from weightload.rows import Run
 from weightload.selection import select_all
 
@@ -21,6 +22,7 @@ LEAST_FOR_PIPELINE = 1 << 20
 LEAST_RUN = 1 << 20
 
 
+@plainly
 def fetch(
     reader: _C.TensorReader,
     number: int,
@@ -51,7 +53,7 @@ def fetch(
             tensor: torch.Tensor = next(weights)[1]
             return tensor
     wide = torch_shape(dtype, tuple(shape))[1:]
-    whole = torch.empty((sum(extents), *wide), dtype=TORCH_DTYPES[dtype], device=device)
+    whole = empty((sum(extents), *wide), TORCH_DTYPES[dtype], device)
     with _start(part, list(torch.split(whole, extents)), device, backend) as weights:
         for _ in weights:
             pass
@@ -77,8 +79,12 @@ def find(reader: _C.TensorReader, name: str) -> int:
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that owns its memory, on a device, with the same bytes: a copy of truth values makes ones of odd ones."""
-    whole = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+    """A copy that owns its memory, on a device, with the same bytes.
+
+    A copy of truth values makes ones of odd ones; of packed dtypes torch has no kernel for what deterministic
+    algorithms do with new memory.
+    """
+    whole = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
     return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 

@@ -22,6 +22,7 @@ from weightload.errors import StateDictError, located
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
+from weightload.plain_torch import plainly
 from weightload.selection import Path, open_files
 from weightload.state_dict import Match, Target, differing_names, match, refusal
 
@@ -49,7 +50,8 @@ def load_into(
     A module is left as ``load_state_dict`` would leave it. Those of its modules that take part in their own loading
     (``_load_from_state_dict``, hooks, extra states in the file, a ``load_state_dict`` of the target's class) get their
     tensors, with those of all modules below them, as torch gives them: on the CPU, not in place.
-    ``LoadReport.took_part`` names them. Hooks after loading are called.
+    ``LoadReport.took_part`` names them. Hooks after loading are called. All that code of modules runs under the
+    caller's torch modes, which change nothing otherwise.
 
     Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
     about them leaves the target as it was, and names all tensors that it concerns. DTensors are refused. What the code
@@ -97,7 +99,7 @@ def load_into(
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         at_load = time.perf_counter()
-        devices_here = dict.fromkeys(place.device for place in matched.places.values())
+        devices_here = devices_of(matched)
         if group is not None:
             devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
         filled = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
@@ -139,7 +141,39 @@ def fill(
     strategy: str = "independent",
     show_progress: bool | None = False,
 ) -> Filled:
-    """Load what was matched."""
+    """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
+    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress)
+    if matched.turns is None:
+        return filled
+
+    @plainly
+    def settle(name: str) -> None:
+        """At the turn of a tensor's module, with what others made of it before."""
+        place = matched.places[name]
+        if name not in held and name in versions and versions[name] != place._version:
+            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, lambda _: None))
+        if name in held:
+            _put(name, held[name], place)
+
+    filled.names = matched.turns.take(held, settle, matched.places.keys())
+    return filled
+
+
+@plainly
+def _read(
+    matched: Match,
+    to: Iterable[torch.device],
+    files: list[_C.CheckpointFile],
+    paths: Sequence[Path],
+    group: ProcessGroup | None,
+    strategy: str,
+    show_progress: bool | None,
+) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
+    """Do all but what needs the turns of modules.
+
+    Returns:
+        What was done, the tensors that wait for their turn, and the versions of what was filled.
+    """
     sizes = {name: stop - start for file in files for name, _, _, start, stop in file.tensors()}
     filled = Filled(sizes, {})
     given = matched.given()
@@ -167,22 +201,12 @@ def fill(
             changed = [matched.places[name] for name in matched.direct]
             torch.autograd.graph.increment_version([place for place in changed if not place.is_inference()])
 
-    # One over the other, as load_state_dict would.
     if matched.turns is None:
+        # One over the other, as load_state_dict would.
         for name in matched.overlapping:
             _put(name, held[name], matched.places[name])
-        return filled
-    loaded = {name: place._version for name, place in matched.places.items() if not place.is_inference()}
-
-    def settle(name: str) -> None:
-        """At the turn of a tensor's module, with what others made of it before."""
-        if name not in held and name in loaded and loaded[name] != matched.places[name]._version:
-            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, lambda _: None))
-        if name in held:
-            _put(name, held[name], matched.places[name])
-
-    filled.names = matched.turns.take(held, settle, matched.places.keys())
-    return filled
+        return filled, {}, {}
+    return filled, held, {name: place._version for name, place in matched.places.items() if not place.is_inference()}
 
 
 def _beside(
@@ -227,18 +251,25 @@ def _names(
     return [name for name in matched.loaded if name not in surplus], missing, unexpected
 
 
+@plainly
+def devices_of(matched: Match) -> dict[torch.device, None]:
+    """Where what was matched goes."""
+    return dict.fromkeys(place.device for place in matched.places.values())
+
+
 def _shares(group: ProcessGroup | None, strategy: str) -> bool:
     """Whether bytes travel between ranks, in blocks of the loader's."""
     return group is not None and strategy != "independent"
 
 
+@plainly
 def _first_device(target: Target) -> torch.device:
     tensors: Iterable[object] = ()
     if isinstance(target, torch.nn.Module):
         tensors = target.parameters()
     elif isinstance(target, Mapping):
         tensors = target.values()
-    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), devices.CPU)
 
 
 def _start(

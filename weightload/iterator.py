@@ -19,7 +19,8 @@ from weightload.device_iterator import (
 )
 from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
 from weightload.load_stats import LoadStats
-from weightload.selection import Names, Path, close_at_exit, open_files, select_all
+from weightload.plain_torch import plainly
+from weightload.selection import Names, Path, open_files, select_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,7 +73,6 @@ class WeightIterator(_C.HostLoader):
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
             files.clear()
-        close_at_exit(self)
 
     def __enter__(self) -> WeightIterator:
         return self
@@ -91,12 +91,13 @@ def require_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
 
 
+@plainly
 def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
     if not to_cpu:
         return devices.resolve(device)
     if device is not None and (isinstance(device, int) or torch.device(device).type != "cpu"):
         raise ValueError(f"to_cpu=True contradicts device={device!r}")
-    return torch.device("cpu")
+    return devices.CPU
 
 
 def load_to_host(
@@ -119,7 +120,7 @@ def load_to_host(
         return WeightIterator(
             files, selection, backend=backend, read_ahead=read_ahead, places=places, counting=counting
         )
-    sharing = Sharing(group, strategy, torch.device("cpu"), None, paths)
+    sharing = Sharing(group, strategy, devices.CPU, None, paths)
     try:
         files, selection = sharing.agree(open_them, names)
         if sharing.core is not None:

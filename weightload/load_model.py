@@ -10,10 +10,11 @@ import torch
 from weightload import _C, devices
 from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
-from weightload.into import fill
+from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
 from weightload.own_loading import SAVING, is_overridden
 from weightload.places import PLAIN
+from weightload.plain_torch import plainly
 from weightload.selection import Path, open_files
 from weightload.state_dict import match
 
@@ -29,7 +30,8 @@ def load_model(
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
     Bytes are read straight into them, as by ``load_into``. If any of its modules takes part in its own loading (hooks,
-    overridden methods, parameters without memory), ``load_state_dict`` gets the tensors of ``load_file``.
+    overridden methods, parameters without memory), ``load_state_dict`` gets the tensors of ``load_file``,
+    under the caller's torch modes, which change nothing otherwise.
 
     Of names that share memory within the module, one must be in the file: the others are not missing, and are
     unexpected if the file has them too.
@@ -69,13 +71,16 @@ def _load(
     from safetensors.torch import _remove_duplicate_names  # not worth every process's time
 
     names = files[0].names()
-    # Before the loading, which may make other tensors.
-    duplicates = _remove_duplicate_names(model.state_dict(), preferred_names=names)
     matched = match(model, files, strict=False) if _is_plain(model) else None
-    if matched is not None and matched.turns is None:
+    if matched is not None and matched.turns is not None:
+        matched = None
+    # Extra states and hooks are the user's code, and run in the user's modes; with keep_vars, torch's own asks torch
+    # nothing. It is before the loading, which may make other tensors.
+    state = model.state_dict(keep_vars=True) if matched is not None else model.state_dict()
+    duplicates = plainly(_remove_duplicate_names)(state, preferred_names=names)
+    if matched is not None:
         missing, unexpected = set(matched.absent), list(matched.unexpected)
     else:
-        matched = None
         try:
             report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
         except RuntimeError as error:
@@ -89,10 +94,11 @@ def _load(
     if strict and (missing or unexpected):
         raise located(StateDictError(_in_words(model, missing, unexpected)), files[0].path)
     if matched is not None:
-        fill(matched, dict.fromkeys(place.device for place in matched.places.values()), files, paths)
+        fill(matched, devices_of(matched), files, paths)
     return missing, unexpected
 
 
+@plainly
 def _is_plain(model: torch.nn.Module) -> bool:
     """Whether the state_dict is torch's own, of plain memory; load_state_dict decides what to make of others."""
     for module in model.modules():

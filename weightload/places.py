@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from weightload.plain_torch import empty, zeros
+
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
 DTENSOR = "cannot be loaded into: it is a DTensor; load into its to_local() where that is all of it"
@@ -82,7 +84,19 @@ def _problem_of_kind(tensor: torch.Tensor) -> str | None:
         return NO_MEMORY
     if any(kind.__name__ == "DTensor" and "torch.distributed" in kind.__module__ for kind in type(tensor).__mro__):
         return DTENSOR
+    if _is_fake(tensor):
+        return NO_MEMORY
     return None
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it only claims to be on its device, as tensors of FakeTensorMode do."""
+    if tensor.layout is not torch.strided or tensor.is_mkldnn:
+        return False
+    try:
+        return tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):  # subclasses that have no storage
+        return False
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -188,7 +202,7 @@ class CopyTrials:
             if type(twin) is not type(tensor) and not _copies_plainly(type(tensor)):
                 return "untried"
             try:
-                twin.copy_(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
+                twin.copy_(zeros(tensor.shape, dtype, tensor.device))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -214,7 +228,7 @@ def _cast_problem(to: torch.dtype, dtype: torch.dtype, device: str) -> str | Non
     """The same for plain tensors, whatever their strides."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        place, source = (torch.empty((2, 2), dtype=of, device=device) for of in (to, dtype))
+        place, source = (empty((2, 2), of, torch.device(device)) for of in (to, dtype))
         try:
             place.t().copy_(source)
             place.copy_(source)

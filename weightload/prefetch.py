@@ -3,141 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
-import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from weightload import _C, settings
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES
-from weightload.errors import TensorError, WeightLoadError, located
+from weightload.errors import TensorError, located
 from weightload.fetch import find
 from weightload.iterator import WeightIterator
+from weightload.plain_torch import plainly
 
-CLOSED = "the prefetch loader is closed"
 
-
-class PrefetchLoader:
+class PrefetchLoader(_C.Prefetch):
     """Tensors that are loading, each of which is handed out once: by ``take``, or by iterating over ``(name, tensor)``.
 
     Tensors may be used at once on the stream that is current when they are handed out, and stay valid after
     ``close()``. Threads may share a loader. Also a context manager.
+
+    It has no state in Python, where a signal handler may raise between any two lines.
     """
 
-    def __init__(self, weights: WeightIterator | DeviceWeightIterator, names: list[str], device: torch.device) -> None:
-        self._weights, self._names, self._device = weights, names, device
-        self._left = dict.fromkeys(names)
-        self._waiting: dict[str, tuple[torch.Tensor, torch.Stream | None]] = {}
-        self._error: BaseException | None = None
-        self._closed = False
-        self._pulling = False  # by one thread at a time, which does not hold the lock meanwhile
-        self._changed = threading.Condition()
-        self._process = os.getpid()
+    if TYPE_CHECKING:
 
-    def names(self) -> list[str]:
-        """All names, taken or not, in the order in which they load."""
-        return list(self._names)
+        def take(self, name: str) -> torch.Tensor:
+            """Wait for a tensor and take it.
 
-    def __len__(self) -> int:
-        return len(self._names)
+            Raises:
+                TensorError: the tensor is not in the plan, or was taken before.
+                WeightLoadError: the loader is closed.
+                ReadError, OutOfMemoryError: as ``safetensors_weights_iterator``; from then on for every tensor that had
+                    not come yet.
+            """
 
-    def take(self, name: str) -> torch.Tensor:
-        """Wait for a tensor and take it.
+        def __iter__(self) -> PrefetchLoader: ...
 
-        Raises:
-            TensorError: the tensor is not in the plan, or was taken before.
-            WeightLoadError: the loader is closed.
-            ReadError, OutOfMemoryError: as ``safetensors_weights_iterator``; from then on for every tensor that had
-                not come yet.
-        """
-        self._require_process()
-        with self._changed:
-            while True:
-                if self._closed:
-                    raise WeightLoadError(CLOSED)
-                if name in self._waiting:
-                    return self._hand_out(name)
-                if name not in self._left:
-                    known = name in self._names
-                    raise TensorError(f"tensor {name} {'was taken before' if known else 'is not in the prefetch plan'}")
-                self._pull()
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        while True:
-            self._require_process()
-            with self._changed:
-                while not self._waiting and self._left and not self._closed:
-                    self._pull()
-                if self._closed or not self._left:
-                    return
-                name = next(iter(self._waiting))
-                pair = name, self._hand_out(name)
-            yield pair
-
-    def _require_process(self) -> None:
-        """In a forked child another thread may hold the lock for ever."""
-        if os.getpid() != self._process:
-            raise WeightLoadError("this prefetch was begun before fork(); its threads are in the parent process only")
-
-    def _pull(self) -> None:
-        """Wait until another tensor has come, or until another thread that waits for one has done so."""
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        if self._pulling:
-            self._changed.wait()
-            return
-        self._pulling = True
-        self._changed.release()
-        pulled: tuple[str, torch.Tensor] | None = None
-        error: BaseException | None = None
-        try:
-            pulled = next(self._weights)
-        except StopIteration:
-            error = WeightLoadError(CLOSED)
-        except BaseException as other:
-            error = other
-        self._changed.acquire()
-        self._pulling = False
-        self._changed.notify_all()
-        if error is not None:
-            if not self._closed:
-                interrupted = WeightLoadError("the prefetch was interrupted")
-                self._error = error if isinstance(error, Exception) else interrupted
-            raise error
-        if pulled is not None and pulled[0] in self._left:
-            self._waiting[pulled[0]] = pulled[1], self._stream()
-
-    def _stream(self) -> torch.Stream | None:
-        return None if self._device.type == "cpu" else torch.accelerator.current_stream(self._device)
-
-    def _hand_out(self, name: str) -> torch.Tensor:
-        tensor, ready_on = self._waiting.pop(name)
-        del self._left[name]
-        now = self._stream()
-        if now is not None and ready_on is not None and now != ready_on:
-            now.wait_stream(ready_on)
-            tensor.record_stream(now)
-        return tensor
-
-    def close(self) -> None:
-        """Stop loading and let go of what was not taken."""
-        self._closed = True
-        self._weights.close()  # wakes whoever waits for a tensor
-        if os.getpid() != self._process:
-            return
-        with self._changed:
-            self._changed.notify_all()
-            self._waiting.clear()
-            self._error = None
+        def __next__(self) -> tuple[str, torch.Tensor]: ...
 
     def __enter__(self) -> PrefetchLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+_current_stream = plainly(torch.accelerator.current_stream)
 
 
 def start_prefetch(
@@ -150,6 +64,8 @@ def start_prefetch(
     """Start loading what a plan picks of an open file; see ``safe_open.prefetch``."""
     part = file = reader.file
     if plan is not None:
+        if not isinstance(plan, Mapping):
+            raise TypeError(f"a prefetch plan must map names to None or slices, got {type(plan).__name__}")
         if not plan:
             raise TensorError("prefetch plan selects no tensors")
         numbers = sorted(_entry(reader, name, wanted) for name, wanted in plan.items())
@@ -168,7 +84,8 @@ def start_prefetch(
                 weights = WeightIterator([part], [everything], backend=backend, read_ahead=True)
         else:
             weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=total)
-    return PrefetchLoader(weights, names, device)
+    current = None if device.type == "cpu" else functools.partial(_current_stream, device)
+    return PrefetchLoader(weights, names, current)
 
 
 def _entry(reader: _C.TensorReader, name: str, wanted: slice | None) -> tuple[int, tuple[int, int] | None]:

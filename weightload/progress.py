@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from weightload import _C
 from weightload.distributed import global_rank
+from weightload.plain_torch import plainly
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +34,24 @@ def wanted(show_progress: bool | None) -> bool:
 def _bar(total: int, always: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(
+    # tqdm's own finaliser is Python code, in which the exception of a signal handler is lost; and starting its thread,
+    # which looks after bars that are told little, is in a try statement that forgives all.
+    bar = type("Bar", (tqdm,), {"__del__": _C.finish, "monitor_interval": 0})
+    return bar(
         total=total,
         desc="Loading weights",
         unit="B",
         unit_scale=True,
         unit_divisor=1000,
+        miniters=1,
         delay=0 if always else SECONDS_BEFORE_THE_BAR,
         file=sys.stderr,
     )
+
+
+@plainly
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
 
 
 class WeightsWithBar:
@@ -66,7 +77,7 @@ class WeightsWithBar:
         except BaseException:  # the end, too
             self._bar.close()
             raise
-        self._bar.update(tensor.nbytes)
+        self._bar.update(_bytes_of(tensor))
         return name, tensor
 
     def __len__(self) -> int:

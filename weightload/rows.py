@@ -1,4 +1,7 @@
-"""Which rows of a tensor an index needs, so that no others are read."""
+"""Which rows of a tensor an index needs, so that no others are read.
+
+Nothing here leaves a device or dtype to a default, nor calls a constructor of torch that libraries replace.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+# Tensors that are their elements.
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Between rows that lie closer than this the kernel reads on anyway.
 PAGE = 4096
 
@@ -61,7 +66,7 @@ def plan_rows(index: Any, shape: Sequence[int], row_bytes: int) -> Rows:
 
 def try_index(index: Any, shape: Sequence[int]) -> None:
     """Raise what torch does of an index, without an element being read."""
-    torch.empty((), dtype=torch.uint8).expand(tuple(shape))[index]
+    torch.as_tensor(0, dtype=torch.uint8, device="cpu").expand(tuple(shape))[index]
 
 
 def first_dimension(items: Sequence[Any], dimensions: int) -> int | None:
@@ -102,6 +107,8 @@ def _dimensions(item: Any) -> int:
 
 def _as_tensor(item: Any) -> torch.Tensor | None:
     """An array of whole numbers or truth values, as torch understands it; None for what is torch's to judge."""
+    if isinstance(item, torch.Tensor) and type(item) not in PLAIN:
+        return None  # it may have no elements, as a fake tensor
     try:
         array = torch.as_tensor(item, device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -162,14 +169,16 @@ def _places(runs: torch.Tensor) -> torch.Tensor:
 def _rows_of(runs: torch.Tensor) -> torch.Tensor:
     """The numbers of all rows in runs."""
     lengths = runs[:, 1] - runs[:, 0]
-    return torch.repeat_interleave(runs[:, 0] - _places(runs), lengths) + torch.arange(int(lengths.sum()))
+    counted = lengths.new_ones(int(lengths.sum())).cumsum(0) - 1
+    return torch.repeat_interleave(runs[:, 0] - _places(runs), lengths) + counted
 
 
 def _runs(rows: torch.Tensor, row_bytes: int) -> torch.Tensor:
     """Ascending numbers as (n, 2) beginnings and ends of runs, with a page or more between them."""
     if rows.numel() == 0:
-        return torch.tensor([[0, 0]])
+        return rows.new_zeros((1, 2))
     ends = (rows[1:] - rows[:-1] - 1) * row_bytes >= PAGE
-    last = torch.cat([ends, torch.tensor([True])])
-    first = torch.cat([torch.tensor([True]), ends])
+    edge = ends.new_ones(1)
+    last = torch.cat([ends, edge])
+    first = torch.cat([edge, ends])
     return torch.stack([rows[first], rows[last] + 1], 1)

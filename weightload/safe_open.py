@@ -14,6 +14,7 @@ from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
 from weightload.fetch import copied, fetch, find, load_all, no_such_tensor, row_bytes
 from weightload.iterator import Backend, require_backend
+from weightload.plain_torch import plainly
 from weightload.prefetch import PrefetchLoader, start_prefetch
 from weightload.rows import about_last_dimension, is_basic, plan_rows
 from weightload.selection import open_files
@@ -194,6 +195,7 @@ class TensorSlice:
         """The format's name of the dtype, such as ``"BF16"``."""
         return self._dtype
 
+    @plainly
     def __getitem__(self, index: Any) -> torch.Tensor:
         """What torch's indexing gives: of a mapped file a view where torch gives one, else memory of its own.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import weakref
 from collections.abc import Callable, Collection, Sequence
 
 from weightload import _C, settings
@@ -48,16 +47,5 @@ def _predicate(names: Names) -> Callable[[str], bool]:
     return names if callable(names) else set(names).__contains__
 
 
-_live: weakref.WeakSet[_C.HostLoader | _C.DeviceLoader] = weakref.WeakSet()
-
-
-def close_at_exit(weights: _C.HostLoader | _C.DeviceLoader) -> None:
-    """Join the threads of a load that nobody finishes before the interpreter goes away under them."""
-    _live.add(weights)
-
-
-@atexit.register
-def _close_all() -> None:
-    for weights in list(_live):
-        weights.close()
-    _C.abandon_groups()  # what closing has left to be said to other ranks
+# In C++: a collection of weak references calls back in Python, where the exception of a signal handler is lost.
+atexit.register(_C.leave_interpreter)

@@ -12,6 +12,7 @@ from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
 from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, look
+from weightload.plain_torch import plainly
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files: dtype, shape, path of its file.
@@ -70,6 +71,14 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         for name, dtype, shape, _, _ in file.tensors()
     }
     walk = _walk(target, here.keys())
+    made = walk.made_on_the_fly()  # by the user's code, in the user's modes
+    return _match(target, walk, made, here, files, strict)
+
+
+@plainly
+def _match(
+    target: Target, walk: Walk, made: Sequence[str], here: Here, files: Sequence[_C.CheckpointFile], strict: bool
+) -> Match:
     tensors = walk.tensors
     places = {name: look(tensor) for name, tensor in tensors.items()}
     theirs = {name: look(tensor) for name, tensor in walk.theirs.items()}
@@ -97,7 +106,7 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
     # Of other problems, the module that takes part may know a way out.
     problems += [(name, f"{name!r} {place.problem}") for name, place in theirs.items() if place.hopeless()]
     on_the_fly = "is made by the module's state_dict on the fly; use load_state_dict"
-    problems += [(name, f"{name!r} {on_the_fly}") for name in walk.made_on_the_fly()]
+    problems += [(name, f"{name!r} {on_the_fly}") for name in made]
     problems += _differing_shapes(here, tensors)
     if not problems:
         problems, untried = _uncopyable(here, {name: read[name] for name in read.keys() - direct})

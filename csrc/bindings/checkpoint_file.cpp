@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
@@ -44,7 +45,7 @@ uint64_t read_all(const CheckpointFile& file) {
   constexpr uint64_t kPiece = 1 << 20;
   const std::unique_ptr<char[]> scratch(new char[kPiece]);
   for (uint64_t at = 0; at < file.size(); at += kPiece) {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     file.source().read(at, scratch.get(), std::min(kPiece, file.size() - at));
     check_signals();
   }
@@ -68,7 +69,7 @@ uint64_t bytes_of(const CheckpointFile& file, const std::vector<uint32_t>& tenso
 
 std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
   const std::string path = encoded_path;
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   const auto file = File::open(path);
   return cached_bytes(*file, {0, file->size()});
 }
@@ -76,9 +77,9 @@ std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
 }  // namespace
 
 void register_checkpoint_file(py::module_& module) {
-  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>>(module, "CheckpointFile",
-                                                              "An open safetensors file with its validated header.")
-      .def_property_readonly("path",
+  py::class_<CheckpointFile, std::shared_ptr<CheckpointFile>> made(
+      module, "CheckpointFile", "An open safetensors file with its validated header.");
+  made.def_property_readonly("path",
                              [](const CheckpointFile& file) {
                                const std::string& path = file.path();
                                return py::reinterpret_steal<py::str>(
@@ -95,16 +96,17 @@ void register_checkpoint_file(py::module_& module) {
       .def("__len__", [](const CheckpointFile& file) { return file.header().tensors.size(); })
       .def("names", names, "tensor names by offset")
       .def("tensors", tensors, "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
-      .def("header_digest", header_digest, py::call_guard<py::gil_scoped_release>(),
+      .def("header_digest", header_digest, py::call_guard<ReleaseGil>(),
            "A 64-bit digest of the header as it is in the file; reads it again.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, "Reads every byte once and returns their number.");
+  refuse_copies(made);
 
   module.def(
       "open_files",
       [](const std::vector<py::bytes>& encoded_paths, unsigned threads) {
         const std::vector<std::string> paths(encoded_paths.begin(), encoded_paths.end());
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         std::vector<std::shared_ptr<CheckpointFile>> files;
         for (auto& file : CheckpointFile::open_all(paths, threads, check_signals))
           files.push_back(std::const_pointer_cast<CheckpointFile>(file));
@@ -119,7 +121,7 @@ void register_checkpoint_file(py::module_& module) {
         char* start = nullptr;
         Py_ssize_t size = 0;
         if (PyBytes_AsStringAndSize(data.ptr(), &start, &size) != 0) throw py::error_already_set();
-        py::gil_scoped_release release;
+        const ReleaseGil release;
         return std::const_pointer_cast<CheckpointFile>(CheckpointFile::from_memory(start, static_cast<uint64_t>(size)));
       },
       py::arg("data"), py::keep_alive<0, 1>());

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "bindings/device_target.h"
 #include "bindings/device_tensor.h"
+#include "bindings/gil.h"
 #include "bindings/group.h"
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
@@ -31,7 +32,7 @@ DeviceBlockRef device_place(PyObject* tensor) { return adopt_tensor(THPVariable_
 
 py::dict device_counts(PyDeviceLoader& self) {
   const DeviceLoadStats stats = [&] {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     return self.loader().stats();
   }();
   py::dict result;
@@ -77,6 +78,7 @@ void register_device_loader(py::module_& module) {
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"), py::arg("read"))
       .def("device_counts", &device_counts, "What the ring and the side stream have done so far, beside counts().");
   define_iteration(loader);
+  refuse_copies(loader);
 }
 
 }  // namespace weightload

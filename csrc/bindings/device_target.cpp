@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "bindings/gil.h"
 #include "bindings/register.h"
 
 namespace py = pybind11;
@@ -9,12 +10,18 @@ namespace py = pybind11;
 namespace weightload {
 
 void register_device_target(py::module_& module) {
-  py::class_<DeviceTarget>(module, "DeviceTarget",
-                           "An accelerator to load to; page-locking of its ring begins with construction.")
-      .def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<py::gil_scoped_release>(),
-           py::arg("device"), py::arg("slots"), py::arg("slot_bytes"))
-      .def("close", &DeviceTarget::close, py::call_guard<py::gil_scoped_release>(),
-           "Gives the ring back, for a target that no loader was made with.");
+  py::class_<DeviceTarget> made(module, "DeviceTarget",
+                                "An accelerator to load to; page-locking of its ring begins with construction.");
+  made.def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<ReleaseGil>(), py::arg("device"),
+           py::arg("slots"), py::arg("slot_bytes"))
+      .def(
+          "close",
+          [](DeviceTarget& target) {
+            const ReleaseGil release(AtExit::go_on);
+            target.close();
+          },
+          "Gives the ring back, for a target that no loader was made with.");
+  refuse_copies(made);
 }
 
 }  // namespace weightload

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "bindings/gil.h"
 #include "device/accelerator.h"
 #include "memory/pinned_ring.h"
 
@@ -20,7 +21,7 @@ struct DeviceTarget {
 
   // Both wait for a thread that may be in the driver.
   ~DeviceTarget() {
-    pybind11::gil_scoped_release release;
+    const ReleaseGil release(AtExit::go_on);
     ring.reset();
     device.reset();
   }

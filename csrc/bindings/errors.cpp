@@ -2,6 +2,7 @@
 
 #include <Python.h>
 
+#include "bindings/gil.h"
 #include "bindings/register.h"
 
 namespace py = pybind11;
@@ -36,6 +37,7 @@ void translate(std::exception_ptr pointer) {
     std::rethrow_exception(pointer);
   } catch (const Error& error) {
     try {
+      const Inside inside;  // Python code: see Note [The interpreter's exit]
       const ErrorContext& where = error.context;
       py::object offset = where.offset ? py::object(py::int_(*where.offset)) : py::none();
       py::object rank = where.rank ? py::object(py::int_(*where.rank)) : py::none();

@@ -12,6 +12,7 @@
 
 #include "base/fork_generation.h"
 #include "bindings/device_target.h"
+#include "bindings/gil.h"
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
@@ -29,7 +30,7 @@ template <typename Step>
 void wait_for(Step&& step) {
   while (true) {
     {
-      py::gil_scoped_release release;
+      const ReleaseGil release;
       if (step()) return;
     }
     check_signals();
@@ -62,7 +63,7 @@ void PyGroup::tell(const py::bytes& bytes) {
   const std::string record = bytes;
   Records records;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     if (exchange_) exchange_->agree(record, false, std::chrono::milliseconds(0), records);
   }
   close();
@@ -75,7 +76,7 @@ void PyGroup::close() {
     new std::shared_ptr<GroupExchange>(std::move(exchange));  // the communicator belongs to the parent
     return;
   }
-  py::gil_scoped_release release;
+  const ReleaseGil release(AtExit::go_on);
   group_registry::leave(exchange);
   exchange.reset();
 }
@@ -86,17 +87,15 @@ void register_group(py::module_& module) {
       .value("broadcast", Strategy::broadcast)
       .value("striped", Strategy::striped);
 
-  py::class_<PyGroup>(module, "Group",
-                      "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.")
-      .def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
+  py::class_<PyGroup> made(
+      module, "Group", "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.");
+  made.def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
            py::arg("load"))
       .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"),
            "The records of all ranks, which must have the same size. The first byte of those that agree is 1.")
       .def("tell", &PyGroup::tell, py::arg("record"), "agree(record), without waiting for the others, then close().")
       .def("close", &PyGroup::close);
-
-  module.def("abandon_groups", &group_registry::abandon, py::call_guard<py::gil_scoped_release>(),
-             "For the interpreter's exit: stops and joins what finishes loads that were stopped.");
+  refuse_copies(made);
 }
 
 }  // namespace weightload

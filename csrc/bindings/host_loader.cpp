@@ -48,6 +48,7 @@ void register_host_loader(py::module_& module) {
              py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"), py::arg("window_bytes"),
              py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"), py::arg("read"));
   define_iteration(loader);
+  refuse_copies(loader);
 }
 
 }  // namespace weightload

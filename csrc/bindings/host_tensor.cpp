@@ -1,13 +1,12 @@
 #include "bindings/host_tensor.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/TensorBase.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/core/TensorImpl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <stdexcept>
+#include <utility>
 
+#include "bindings/new_tensor.h"
 #include "bindings/tensor_meta.h"
 
 namespace weightload {
@@ -48,12 +47,7 @@ PyObject* wrap_host_memory(const TensorInfo& info, const std::string& path, char
   auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(),
                                                        static_cast<int64_t>(info.bytes.size()), std::move(data),
                                                        /*allocator=*/nullptr, /*resizable=*/false);
-  at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
-      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::scalarTypeToTypeMeta(meta.dtype));
-  result.unsafeGetTensorImpl()->set_sizes_and_strides(meta.sizes, meta.strides);
-  PyObject* wrapped = THPVariable_Wrap(std::move(result));
-  if (!wrapped) throw std::runtime_error("torch could not wrap a tensor");
-  return wrapped;
+  return new_tensor(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), meta, 0);
 }
 
 }  // namespace weightload

@@ -6,8 +6,10 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/signals.h"
 #include "pipeline/checkpoint_file.h"
@@ -17,14 +19,34 @@ namespace weightload {
 
 using FileList = std::vector<std::shared_ptr<CheckpointFile>>;
 
-// How long a wait lasts before Python's signal handlers get their turn: Ctrl-C is felt within this.
-inline constexpr std::chrono::milliseconds kSignalInterval{100};
-
 // Says, once a load, what its user should know. Found by argument type, an overload for each Loader.
 inline void warn_of(const HostLoader&) {}
 
+// A load of the pipeline, and whose turn it is to use it.
+template <typename Loader>
+class LoadOfPython final : public LiveLoad {
+ public:
+  explicit LoadOfPython(std::unique_ptr<Loader> made) : loader(std::move(made)) {}
+
+  void interrupt() noexcept override { loader->interrupt(); }
+  void close() noexcept override {
+    const std::unique_lock<std::recursive_mutex> lock(mutex);
+    loader->close();
+  }
+
+  // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
+  // the iterator it interrupted.
+  std::recursive_mutex mutex;
+  const std::unique_ptr<Loader> loader;
+};
+
 // Iterator of (name, tensor) over a Loader of the pipeline (HostLoader, DeviceLoader), whose items `wrap` makes Python
 // objects of. Threads may share it: each call has the loader to itself.
+//
+// Note [No Python code in between]
+// Python code can run wherever Python is called: a handler of signals, a hook for warnings, a finaliser that the
+// garbage collector calls when an object is made. It may do anything, close this iterator too. So it runs before an
+// item is taken or when its objects have been made; while they are made the files are held.
 template <typename Loader, typename Item, PyObject* (*wrap)(Item&)>
 class PyLoader {
  public:
@@ -32,25 +54,35 @@ class PyLoader {
   template <typename Make>
   PyLoader(const pybind11::list& files, Make&& make) : python_files_(pybind11::list(files.attr("copy")())) {
     const FileList list = pybind11::cast<FileList>(files);
-    pybind11::gil_scoped_release release;
-    loader_ = make(CheckpointFiles(list.begin(), list.end()));
-    total_bytes_ = loader_->total_bytes();
-    tensor_count_ = loader_->tensor_count();
+    for (const auto& file : list) {
+      if (!file) throw pybind11::type_error("a file to load must be a CheckpointFile");
+    }
+    {
+      const ReleaseGil release;
+      load_ = std::make_shared<LoadOfPython<Loader>>(make(CheckpointFiles(list.begin(), list.end())));
+    }
+    total_bytes_ = loader().total_bytes();
+    tensor_count_ = loader().tensor_count();
+    close_at_exit(load_);
   }
   ~PyLoader() { close(); }
 
   pybind11::object next() {
-    std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock);
+    const Inside inside;
+    std::unique_lock<std::recursive_mutex> lock(load_->mutex, std::try_to_lock);
     // In a forked child nobody may ever unlock it; there next() only throws.
-    if (!lock && !loader_->forked()) {
-      pybind11::gil_scoped_release release;
+    if (!lock && !loader().forked()) {
+      const ReleaseGil release;
       lock.lock();
     }
     try {
+      run_signal_handlers();  // or, while a load is drained that never waits, Ctrl-C would be felt at its end
       Item item;
       if (take(item)) {
-        warn_of(*loader_);
-        return pair(item);
+        const pybind11::list files = python_files_;
+        pybind11::object both = pair(item);
+        warn_of(loader());
+        return both;
       }
     } catch (...) {
       // As with a generator, an exception is the end.
@@ -58,14 +90,16 @@ class PyLoader {
       throw;
     }
     shut();
+    if (interpreter_is_ending()) fail_at_exit();  // not its own end, perhaps
+    run_signal_handlers();
     throw pybind11::stop_iteration();
   }
 
   void close() {
-    std::unique_lock<std::recursive_mutex> lock(mutex_, std::defer_lock);
-    if (!loader_->forked()) {
-      pybind11::gil_scoped_release release;
-      loader_->interrupt();  // a call of next() in another thread returns soon
+    std::unique_lock<std::recursive_mutex> lock(load_->mutex, std::defer_lock);
+    if (!loader().forked()) {
+      const ReleaseGil release(AtExit::go_on);
+      load_->interrupt();  // a call of next() in another thread returns soon
       lock.lock();
     }
     shut();
@@ -73,8 +107,8 @@ class PyLoader {
 
   uint64_t total_bytes() const { return total_bytes_; }
   size_t tensor_count() const { return tensor_count_; }
-  Loader& loader() { return *loader_; }
-  pybind11::dict counts() const { return load_counts(loader_->counts()); }
+  Loader& loader() const { return *load_->loader; }
+  pybind11::dict counts() const { return load_counts(loader().counts()); }
 
  private:
   // The next tensor, or false at the end. Waits without the GIL.
@@ -83,11 +117,11 @@ class PyLoader {
     // never issued with the GIL held: a backend's thread may want it, to free a tensor of the caller's, under the lock
     // that issuing takes (Gloo's does).
     typename Loader::Step step = Loader::Step::not_ready;
-    if (!loader_->needs_others()) step = loader_->next(item, std::chrono::milliseconds(0));
+    if (!loader().needs_others()) step = loader().next(item, std::chrono::milliseconds(0));
     while (step == Loader::Step::not_ready) {
       check_signals();
-      pybind11::gil_scoped_release release;
-      step = loader_->next(item, kSignalInterval);
+      const ReleaseGil release;
+      step = loader().next(item, kSignalInterval);
     }
     return step == Loader::Step::tensor;
   }
@@ -103,20 +137,17 @@ class PyLoader {
     return both;
   }
 
-  // With mutex_ held.
+  // With the mutex held.
   void shut() {
     {
-      pybind11::gil_scoped_release release;
-      loader_->close();
+      const ReleaseGil release(AtExit::go_on);
+      loader().close();
     }
     python_files_ = pybind11::list();
   }
 
   pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
-  // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
-  // the iterator it interrupted.
-  std::recursive_mutex mutex_;
-  std::unique_ptr<Loader> loader_;
+  std::shared_ptr<LoadOfPython<Loader>> load_;
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;
 };

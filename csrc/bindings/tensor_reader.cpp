@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings/gil.h"
 #include "bindings/host_tensor.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
@@ -40,7 +41,7 @@ std::optional<uint32_t> find(const TensorReader& reader, py::handle name) {
 py::object read(const TensorReader& reader, uint32_t tensor, const std::vector<RowRange>* rows) {
   TensorInMemory part;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     part = reader.read(tensor, rows, check_signals);
   }
   return wrap(reader, part);
@@ -116,6 +117,7 @@ void register_tensor_reader(py::module_& module) {
       .def("info", info, py::arg("tensor"), "(dtype, shape, begin, end); bytes count from the file's start.")
       .def("with_parts", with_parts, py::arg("parts"), py::keep_alive<0, 1>(),
            "The file with these (number, rows) only, by offset; rows are (begin, end), or None for all.");
+  refuse_copies(reader);
 }
 
 }  // namespace weightload

@@ -19,6 +19,7 @@
 
 #include "base/error.h"
 #include "device/accelerator.h"
+#include "device/plain_torch.h"
 
 namespace weightload {
 namespace {
@@ -86,6 +87,7 @@ class Works {
 
   // Throws what went wrong. Of works on streams, makes the current stream wait; the host does not.
   void finish() {
+    const PlainTorch plain;
     for (const WorkRef& work : works_) work->wait();
     works_.clear();
   }
@@ -245,6 +247,7 @@ class ProcessGroupCollective final : public Collective {
   uint32_t ranks() const override { return static_cast<uint32_t>(group_->getSize()); }
 
   std::unique_ptr<Pending> gather(const std::string& record) override try {
+    const PlainTorch plain;
     const auto size = static_cast<int64_t>(record.size());
     const int64_t total = size * group_->getSize();
     if (cpu_records_) {
@@ -303,6 +306,7 @@ class ProcessGroupCollective final : public Collective {
 
   std::unique_ptr<Pending> issue(const Payload& payload,
                                  const std::function<std::vector<WorkRef>(const at::Tensor&)>& start) try {
+    const PlainTorch plain;
     if (payload.device) {
       std::vector<WorkRef> works;
       device_->behind_copies(*payload.device);

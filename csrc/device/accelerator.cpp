@@ -22,6 +22,7 @@
 
 #include "base/byte_range.h"
 #include "base/error.h"
+#include "device/plain_torch.h"
 
 namespace weightload {
 namespace {
@@ -127,6 +128,7 @@ class Accelerator final : public Device {
   }
 
   std::unique_ptr<HostSlot> allocate_slot(size_t bytes, bool pinned) override {
+    const PlainTorch plain;
     const c10::DeviceGuard on_device(device_);
     if (pinned) {
       return std::make_unique<Slot>(pinned_bytes(device_, bytes), device_, true);
@@ -138,6 +140,7 @@ class Accelerator final : public Device {
   }
 
   DeviceBlockRef allocate_block(uint64_t bytes) override {
+    const PlainTorch plain;
     const c10::DeviceGuard on_device(device_);
     try {
       const c10::StreamGuard on_owner(owner_);
@@ -150,6 +153,7 @@ class Accelerator final : public Device {
   }
 
   void copy(HostSlot& slot, uint64_t slot_offset, DeviceBlock& block, uint64_t block_offset, uint64_t bytes) override {
+    const PlainTorch plain;
     const at::AutoDispatchBelowADInplaceOrView no_history;
     const c10::DeviceGuard on_device(device_);
     const c10::StreamGuard on_side(side_);
@@ -189,6 +193,7 @@ class Accelerator final : public Device {
   }
 
   void on_collective_stream(const std::function<void()>& issue) override {
+    const PlainTorch plain;
     const at::AutoDispatchBelowADInplaceOrView no_history;
     const c10::DeviceGuard on_device(device_);
     const c10::StreamGuard on_stream(collective_stream());
@@ -235,6 +240,7 @@ class Accelerator final : public Device {
 }  // namespace
 
 at::Tensor pinned_bytes(c10::Device device, uint64_t bytes) {
+  const PlainTorch plain;
   // Not at::empty with pinned_memory: that asks the process's first accelerator, which may be another.
   c10::Allocator* const allocator = at::globalContext().getPinnedMemoryAllocator(device.type());
   const std::array<int64_t, 1> sizes{signed_size(bytes)};
@@ -244,7 +250,10 @@ at::Tensor pinned_bytes(c10::Device device, uint64_t bytes) {
 
 std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_shared<Accelerator>(device); }
 
-DeviceBlockRef adopt_tensor(const at::Tensor& tensor) { return std::make_shared<Block>(bytes_of(tensor), true); }
+DeviceBlockRef adopt_tensor(const at::Tensor& tensor) {
+  const PlainTorch plain;
+  return std::make_shared<Block>(bytes_of(tensor), true);
+}
 
 const at::Tensor& block_bytes(const DeviceBlock& block) { return static_cast<const Block&>(block).bytes(); }
 

@@ -1,0 +1,189 @@
+#include "bindings/gil.h"
+
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <iterator>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "base/fork_generation.h"
+#include "bindings/register.h"
+#include "pipeline/group_registry.h"
+
+namespace py = pybind11;
+
+namespace weightload {
+namespace {
+
+// How long the exit waits for threads in the core. They come back within a second, but for one that the kernel holds (a
+// network disk that does not answer).
+constexpr std::chrono::seconds kPatience{10};
+
+// A thread that was in the core so lately may be about to come again, or let go of tensors.
+constexpr std::chrono::milliseconds kLately{500};
+
+// How often the exit looks whether such threads have ended.
+constexpr std::chrono::milliseconds kLook{5};
+
+// Good to a few milliseconds, and five times as fast as std::chrono's.
+std::chrono::nanoseconds coarse_now() {
+  struct timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+  return std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
+}
+
+// Guarded by the GIL, but for what is atomic. In a forked child the other threads are gone, wherever they were: it has
+// no more threads in the core than it will count itself.
+struct State {
+  std::atomic<bool> ending{false};
+  std::atomic<bool> abandoned{false};  // the interpreter goes although threads are in the core
+  std::atomic<int> inside{0};
+  std::thread::id hook;  // the thread that is in leave_interpreter()
+  PyObject* error = nullptr;
+  std::vector<std::weak_ptr<LiveLoad>> live;
+  size_t next_purge = 64;
+  std::unordered_map<unsigned long, std::chrono::nanoseconds> visits;  // by thread: when it was last in the core
+  uint32_t generation = fork_generation();
+
+  std::mutex mutex;
+  std::condition_variable left;  // `inside` has become smaller while the interpreter was ending
+};
+
+// Never destroyed: threads may come late. A forked child starts with a new one, since the mutex may be held for ever.
+State& state() {
+  static State* current = new State;
+  if (current->generation != fork_generation()) {
+    auto* const fresh = new State;
+    fresh->ending = current->ending.load();
+    fresh->error = current->error;
+    fresh->live = current->live;
+    current = fresh;
+  }
+  return *current;
+}
+
+// With the GIL held.
+void note_visit(State& all) {
+  const auto now = coarse_now();
+  if (all.visits.size() >= 256) {
+    for (auto it = all.visits.begin(); it != all.visits.end();)
+      it = now - it->second > kLately ? all.visits.erase(it) : std::next(it);
+  }
+  all.visits[PyThread_get_thread_ident()] = now;
+}
+
+// Whether a thread that has been in the core lately is still one of Python's. With the GIL held.
+bool visitors_live(const State& all) {
+  const auto now = coarse_now();
+  const unsigned long here = PyThread_get_thread_ident();
+  for (PyThreadState* one = PyInterpreterState_ThreadHead(PyInterpreterState_Get()); one;
+       one = PyThreadState_Next(one)) {
+    const auto visit = all.visits.find(one->thread_id);
+    if (one->thread_id != here && visit != all.visits.end() && now - visit->second < kLately) return true;
+  }
+  return false;
+}
+
+// Note [Tensors of daemon threads]
+// Torch lets go of the GIL to free a tensor, and asks for it again in a destructor: a daemon thread that loads in a
+// loop would meet the interpreter's end there, of safetensors' tensors as of ours. It is refused its next load, and
+// ends; so it is given the time for that, kLately at most.
+void linger(State& all) {
+  while (visitors_live(all)) {
+    PyThreadState* const thread = PyEval_SaveThread();
+    {
+      std::unique_lock<std::mutex> lock(all.mutex);
+      all.left.wait_for(lock, kLook);
+    }
+    PyEval_RestoreThread(thread);
+  }
+}
+
+void close_all(const std::vector<std::weak_ptr<LiveLoad>>& loads) {
+  for (const auto& one : loads) {
+    if (const auto load = one.lock()) load->close();
+  }
+}
+
+}  // namespace
+
+bool interpreter_is_ending() noexcept { return state().ending.load(std::memory_order_relaxed); }
+
+void fail_at_exit() {
+  PyErr_SetString(state().error,
+                  "the interpreter is exiting: no load begins any more, and one that was under way is cut off");
+  throw py::error_already_set();
+}
+
+Inside::Inside(AtExit at_exit) {
+  State& all = state();
+  if (at_exit == AtExit::raise && all.ending.load(std::memory_order_relaxed) && all.hook != std::this_thread::get_id())
+    fail_at_exit();
+  all.inside.fetch_add(1, std::memory_order_relaxed);
+}
+
+Inside::~Inside() {
+  State& all = state();
+  all.inside.fetch_sub(1, std::memory_order_relaxed);
+  if (!all.ending.load(std::memory_order_relaxed)) return;
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.left.notify_all();
+}
+
+ReleaseGil::ReleaseGil(AtExit at_exit) : inside_(at_exit) {
+  const bool keeps = interpreter_is_ending() && state().hook != std::this_thread::get_id();
+  if (at_exit == AtExit::raise) note_visit(state());
+  thread_ = keeps ? nullptr : PyEval_SaveThread();
+}
+
+ReleaseGil::~ReleaseGil() {
+  if (!thread_) return;
+  State& all = state();
+  // Asking for the GIL would abort the process. As Python does itself from 3.14 on.
+  while (all.abandoned.load() && all.hook != std::this_thread::get_id()) ::pause();
+  PyEval_RestoreThread(thread_);
+}
+
+void close_at_exit(const std::shared_ptr<LiveLoad>& load) {
+  auto& live = state().live;
+  if (live.size() >= state().next_purge) {
+    live.erase(std::remove_if(live.begin(), live.end(), [](const auto& one) { return one.expired(); }), live.end());
+    state().next_purge = 64 + 2 * live.size();
+  }
+  live.push_back(load);
+}
+
+void leave_interpreter() {
+  State& all = state();
+  all.hook = std::this_thread::get_id();
+  all.error = py::object(py::module_::import("weightload.errors").attr("WeightLoadError")).release().ptr();
+  all.ending = true;
+  const std::vector<std::weak_ptr<LiveLoad>> live = all.live;
+  for (const auto& one : live) {
+    if (const auto load = one.lock()) load->interrupt();
+  }
+  PyThreadState* const thread = PyEval_SaveThread();
+  {
+    std::unique_lock<std::mutex> lock(all.mutex);
+    all.abandoned = !all.left.wait_for(lock, kPatience, [&] { return all.inside.load() == 0; });
+  }
+  if (!all.abandoned) close_all(live);
+  group_registry::abandon();  // what closing has left to be said to other ranks
+  PyEval_RestoreThread(thread);
+  linger(all);
+  all.hook = {};  // nothing begins in this thread either
+}
+
+void register_gil(py::module_& module) {
+  module.def("leave_interpreter", &leave_interpreter,
+             "The exit hook: from now on no load begins, and those that are under way are stopped and joined.");
+}
+
+}  // namespace weightload

@@ -1,0 +1,66 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+
+namespace weightload {
+
+// Note [The interpreter's exit]
+// Daemon threads outlive the interpreter. In the moment in which one of them asks for the GIL after that, Python up to
+// 3.13 unwinds it, through whatever C++ it is in: a destructor that asks (the end of a gil_scoped_release) must not
+// throw, so the process aborts. Therefore no thread may be in the core when the interpreter goes. Every call that lets
+// go of the GIL, or runs Python code, is counted (Inside); leave_interpreter(), the exit hook, lets nothing begin from
+// then on, stops the loads, and waits until the count is 0. What was cut off raises, and a call that comes later does
+// so at once: by no Python code, in which a thread could lose the GIL as well.
+
+// Whether the exit hook has begun.
+bool interpreter_is_ending() noexcept;
+
+// Raises what a call raises from then on: a WeightLoadError.
+[[noreturn]] void fail_at_exit();
+
+// What becomes of a call that comes when the interpreter is ending.
+enum class AtExit : uint8_t {
+  raise,  // fail_at_exit()
+  go_on,  // for destructors
+};
+
+// This thread is in a call of the core. With the GIL held.
+class Inside {
+ public:
+  explicit Inside(AtExit at_exit = AtExit::raise);
+  ~Inside();
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+};
+
+// Lets go of the GIL until its end; in place of pybind11's, everywhere. Calls that go on while the interpreter is
+// ending keep it, in any thread but the hook's.
+class ReleaseGil {
+ public:
+  explicit ReleaseGil(AtExit at_exit = AtExit::raise);
+  ~ReleaseGil();
+  ReleaseGil(const ReleaseGil&) = delete;
+  ReleaseGil& operator=(const ReleaseGil&) = delete;
+
+ private:
+  const Inside inside_;
+  PyThreadState* thread_;  // null where it is kept
+};
+
+// A load that the exit hook stops.
+class LiveLoad {
+ public:
+  virtual ~LiveLoad() = default;
+  virtual void interrupt() noexcept = 0;  // returns at once
+  virtual void close() noexcept = 0;      // joins the threads; without the GIL
+};
+
+// Until the object is gone. With the GIL held.
+void close_at_exit(const std::shared_ptr<LiveLoad>& load);
+
+// The exit hook: see Note [The interpreter's exit]. Stops and joins everything that has threads.
+void leave_interpreter();
+
+}  // namespace weightload
