@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import run_script, write_tensors
 from test_slices import ADVANCED, BASIC, WRONG, masks
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
 
 import weightload
 from weightload import _C
-from weightload.errors import StateDictError
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -158,15 +155,6 @@ class Model(torch.nn.Module):
         self.matrix = torch.nn.Parameter(torch.zeros(6, 5, dtype=torch.float64))  # a cast
         self.one = torch.nn.Parameter(torch.zeros(1))
         self.register_buffer("rows", torch.zeros(3000, 9, dtype=torch.int64))
-
-
-class Participant(Model):
-    """A module whose hooks take part in the loading: the user's code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.around: list[Any] = []
-        self.register_load_state_dict_pre_hook(lambda *_: self.around.append(look_around()))
 
 
 class IntoModel:
@@ -329,111 +317,6 @@ def test_every_failure_in_every_mode(
     for name, call in FAILURES.items():
         alone = without(("failed", name), functools.partial(failed, call))
         assert MODES[mode](lambda: undisturbed(lambda: failed(call))) == alone  # noqa: B023
-
-
-# load_state_dict itself ends the process in a trace (torch 2.13).
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "jit.trace"])
-@pytest.mark.parametrize("load", [weightload.load_model, weightload.load_into])
-def test_what_takes_part_in_its_loading_is_in_the_users_modes(
-    files: dict[str, Path], load: Callable[..., Any], mode: str
-) -> None:
-    """It is torch's load_state_dict, with the tensors that there are without the mode."""
-    tensors = weightload.load_file(files["small"])
-    ours, theirs = Participant(), Participant()
-
-    def outcome(call: Callable[[], Any], model: Participant) -> Any:
-        here = look_around()
-        try:
-            call()
-        except Exception as error:
-            return RuntimeError if isinstance(error, StateDictError) else type(error)
-        finally:
-            assert all(one == here for one in model.around)
-        return "loaded"
-
-    def load_as_torch() -> None:
-        if load is weightload.load_model:
-            theirs.state_dict()  # which safetensors' load_model begins with
-        theirs.load_state_dict(tensors, strict=False)
-
-    ended = MODES[mode](lambda: outcome(lambda: load(ours, files["small"], strict=False), ours))
-    assert ended == MODES[mode](lambda: outcome(load_as_torch, theirs))
-    assert len(ours.around) == len(theirs.around)
-    assert facts(dict(ours.state_dict())) == facts(dict(theirs.state_dict()))
-
-
-def test_inference_tensors_are_filled_in_inference_mode(files: dict[str, Path]) -> None:
-    reference = safetensors.torch.load_file(files["small"])
-    with torch.inference_mode():
-        target = {"matrix": torch.zeros(6, 5), "rows": torch.zeros(3000, 9, dtype=torch.float64), "normal": None}
-        target["normal"] = NORMAL
-        weightload.load_into(target, files["small"], strict=False)
-        assert torch.equal(target["matrix"].view(torch.uint8), reference["matrix"].view(torch.uint8))
-        assert torch.equal(target["rows"], reference["rows"].double())
-
-
-NORMAL = torch.zeros(2)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_inference_tensors_are_filled_in_every_mode(files: dict[str, Path], mode: str) -> None:
-    """Those that are read into, cast, not contiguous, and one over the other."""
-    reference = safetensors.torch.load_file(files["small"])
-    with torch.inference_mode():
-        memory = torch.zeros(60)
-        target = {
-            "matrix": torch.zeros(6, 5),
-            "rows": torch.zeros(3000, 9, dtype=torch.float64),
-            "half": torch.zeros(3, 40, dtype=torch.bfloat16).t(),
-        }
-        over = {"matrix": memory[:30].view(6, 5), "one": memory[29:30]}
-        model = torch.nn.Module()
-        model.matrix = torch.nn.Parameter(torch.zeros(6, 5), requires_grad=False)
-        model.one = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
-        model.register_load_state_dict_post_hook(lambda *_: None)
-
-    def load() -> None:
-        for into in (target, over, model):
-            weightload.load_into(into, files["small"], strict=False)
-
-    MODES[mode](lambda: undisturbed(load))
-    for name, tensor in [*target.items(), *model.named_parameters()]:
-        assert same_bytes(tensor, reference[name].to(tensor.dtype)), name
-    mixed = reference["matrix"].clone()
-    mixed.view(-1)[-1] = reference["one"][0]
-    assert same_bytes(over["matrix"], mixed)
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def test_version_counters_of_parameters_move_in_inference_mode(files: dict[str, Path]) -> None:
-    direct, cast = torch.nn.Parameter(torch.zeros(6, 5)), torch.nn.Parameter(torch.zeros(40, 3))
-    losses = [(direct**2).sum(), (cast**2).sum()]
-    with torch.inference_mode():
-        weightload.load_into({"matrix": direct, "half": cast}, files["small"], strict=False)
-    assert (direct._version, cast._version) == (1, 1)
-    for loss in losses:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_a_fake_tensor_has_no_memory_to_load_into(files: dict[str, Path]) -> None:
-    with FakeTensorMode():
-        fake = {"matrix": torch.zeros(6, 5)}
-        model = torch.nn.Linear(5, 6)
-        with pytest.raises(StateDictError, match="no memory"):
-            weightload.load_into(fake, files["small"], strict=False)
-        with pytest.raises(StateDictError, match="no memory"):
-            weightload.load_into(model, files["small"], strict=False)
-        model.register_load_state_dict_pre_hook(lambda *_: None)
-        with pytest.raises(StateDictError, match="no memory"):
-            weightload.load_into(model, files["small"], strict=False)
-    with pytest.raises(StateDictError, match="no memory"):
-        weightload.load_into(model, files["small"], strict=False)
-    with pytest.raises(StateDictError, match="no memory"):
-        weightload.load_into(fake, files["small"], strict=False)
 
 
 @pytest.mark.parametrize("mode", ["function mode that refuses", "inference mode", "device meta", "FakeTensorMode"])
