@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import open_checkpoints, running_threads, thread_count
+from module_zoo import ZOO
 
 import weightload
 from weightload import _C, settings
@@ -294,6 +295,36 @@ def load_module(
         "loaded": report.loaded,
         "bytes": report.bytes,
         "wrong": [k for k in right if not _same(state[k], right[k])],
+    }
+
+
+def load_animal(here: Rank, files: Sequence[Path], strategy: str, name: str, stubborn: bool = False) -> dict[str, Any]:
+    """load_into for a module of the zoo, and load_state_dict for its twin; ``stubborn``: it cannot be filled here.
+
+    Says whether they differ, how the load ended, and whether it had changed anything.
+    """
+    torch.manual_seed(0)
+    ours, theirs = ZOO[name](), ZOO[name]()
+    if stubborn:
+        ours.register_parameter("stubborn", torch.nn.Parameter(torch.empty(3, device="meta")))
+    before = [(tensor._version, tensor.clone()) for tensor in ours.state_dict(keep_vars=True).values()]
+    failure, report = None, None
+    try:
+        with settings.override(block_bytes=65_536, task_bytes=16_384):
+            report = weightload.load_into(ours, files, strategy=strategy, strict=False)
+    except Exception as error:
+        failure = Failure.of(error)
+    after = list(ours.state_dict(keep_vars=True).values())
+    theirs.load_state_dict({k: t for file in files for k, t in _reference(file).items()}, strict=False)
+    right = theirs.state_dict()
+    return {
+        "same": all(_same(tensor, right[key]) for key, tensor in ours.state_dict().items() if key != "stubborn"),
+        "changed": any(
+            tensor._version != version or (not tensor.is_meta and not torch.equal(tensor, old))
+            for tensor, (version, old) in zip(after, before, strict=True)
+        ),
+        "took part": report and report.took_part,
+        "failure": failure,
     }
 
 

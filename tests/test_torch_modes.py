@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import run_script, write_tensors
 from test_slices import ADVANCED, BASIC, WRONG, masks
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_modes import MODES, described, look_around, refuse, undisturbed
+from torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
 
 import weightload
 from weightload import _C
-from weightload.errors import StateDictError
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -160,21 +157,49 @@ class Model(torch.nn.Module):
         self.register_buffer("rows", torch.zeros(3000, 9, dtype=torch.int64))
 
 
-class Participant(Model):
-    """A module whose hooks take part in the loading: the user's code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.around: list[Any] = []
-        self.register_load_state_dict_pre_hook(lambda *_: self.around.append(look_around()))
-
-
 class IntoModel:
     def __init__(self, load: Callable[..., Any]) -> None:
         self.model, self.load = Model(), load
 
     def __call__(self, path: Path) -> Tensors:
         self.load(self.model, path, strict=False)
+        return dict(self.model.state_dict(keep_vars=True))
+
+
+class Own(torch.Tensor):
+    """A class with a ``copy_`` of its own, which knows no modes."""
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:
+        assert modes_here() == []
+        return super().copy_(source.to(torch.float64) + 1)
+
+
+class IntoOwn:
+    def __init__(self) -> None:
+        self.target = {"matrix": torch.zeros(6, 5).as_subclass(Own), "rows": torch.zeros(3000, 9).as_subclass(Own)}
+
+    def __call__(self, path: Path) -> Tensors:
+        weightload.load_into(self.target, path, strict=False)
+        return self.target
+
+
+class Hooked:
+    """A module that is copied to, parts of it one over the other, and whose hooks after loading are the user's code."""
+
+    def __init__(self) -> None:
+        self.model, memory = Model(), torch.zeros(60)
+        self.model.child = torch.nn.Module()
+        self.model.child.mine = torch.nn.Parameter(memory[:30].view(6, 5))
+        self.model.one = torch.nn.Parameter(memory[29:30])
+        self.model.matrix = torch.nn.Parameter(memory[5:35].view(6, 5))
+        self.around: list[Any] = []
+        for part in self.model.modules():
+            part.register_load_state_dict_post_hook(lambda *_: self.around.append(look_around()))
+
+    def __call__(self, path: Path) -> Tensors:
+        here = look_around()
+        weightload.load_into(self.model, path, strict=False)
+        assert self.around == [here, here]
         return dict(self.model.state_dict(keep_vars=True))
 
 
@@ -198,6 +223,8 @@ CALLS: dict[str, Callable[[], Callable[[Path], Any]]] = {
     "prefetch of rows": lambda: lambda path: prefetched(path, plan={"rows": slice(3, 99), "half": None}, threads=2),
     "load_into": Into,
     "load_into, a module": lambda: IntoModel(weightload.load_into),
+    "load_into, a class of its own": IntoOwn,
+    "load_into, hooks after loading": Hooked,
     "load_model": lambda: IntoModel(weightload.load_model),
     "resolve": lambda: lambda path: weightload.resolve_safetensors_files(path),
     "node_group": lambda: lambda path: weightload.node_group(),
@@ -290,73 +317,6 @@ def test_every_failure_in_every_mode(
     for name, call in FAILURES.items():
         alone = without(("failed", name), functools.partial(failed, call))
         assert MODES[mode](lambda: undisturbed(lambda: failed(call))) == alone  # noqa: B023
-
-
-# load_state_dict itself ends the process in a trace (torch 2.13).
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "jit.trace"])
-@pytest.mark.parametrize("load", [weightload.load_model])
-def test_what_takes_part_in_its_loading_is_in_the_users_modes(
-    files: dict[str, Path], load: Callable[..., Any], mode: str
-) -> None:
-    """It is torch's load_state_dict, with the tensors that there are without the mode."""
-    tensors = weightload.load_file(files["small"])
-    ours, theirs = Participant(), Participant()
-
-    def outcome(call: Callable[[], Any], model: Participant) -> Any:
-        here = look_around()
-        try:
-            call()
-        except Exception as error:
-            return type(error)
-        finally:
-            assert all(one == here for one in model.around)
-        return "loaded"
-
-    ended = MODES[mode](lambda: outcome(lambda: load(ours, files["small"], strict=False), ours))
-    assert ended == MODES[mode](lambda: outcome(lambda: load_as_torch(theirs, tensors), theirs))
-    assert len(ours.around) == len(theirs.around)
-    assert facts(dict(ours.state_dict())) == facts(dict(theirs.state_dict()))
-
-
-def load_as_torch(model: torch.nn.Module, tensors: Tensors) -> None:
-    model.state_dict()  # which safetensors' load_model begins with
-    model.load_state_dict(tensors, strict=False)
-
-
-def test_inference_tensors_are_filled_in_inference_mode(files: dict[str, Path]) -> None:
-    reference = safetensors.torch.load_file(files["small"])
-    with torch.inference_mode():
-        target = {"matrix": torch.zeros(6, 5), "rows": torch.zeros(3000, 9, dtype=torch.float64), "normal": None}
-        target["normal"] = NORMAL
-        weightload.load_into(target, files["small"], strict=False)
-        assert torch.equal(target["matrix"].view(torch.uint8), reference["matrix"].view(torch.uint8))
-        assert torch.equal(target["rows"], reference["rows"].double())
-
-
-NORMAL = torch.zeros(2)
-
-
-def test_version_counters_of_parameters_move_in_inference_mode(files: dict[str, Path]) -> None:
-    direct, cast = torch.nn.Parameter(torch.zeros(6, 5)), torch.nn.Parameter(torch.zeros(40, 3))
-    losses = [(direct**2).sum(), (cast**2).sum()]
-    with torch.inference_mode():
-        weightload.load_into({"matrix": direct, "half": cast}, files["small"], strict=False)
-    assert (direct._version, cast._version) == (1, 1)
-    for loss in losses:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_a_fake_tensor_has_no_memory_to_load_into(files: dict[str, Path]) -> None:
-    with FakeTensorMode():
-        fake = {"matrix": torch.zeros(6, 5)}
-        model = torch.nn.Linear(5, 6)
-        with pytest.raises(StateDictError, match="no memory"):
-            weightload.load_into(fake, files["small"], strict=False)
-        with pytest.raises(StateDictError, match="no memory"):
-            weightload.load_into(model, files["small"], strict=False)
-    with pytest.raises(StateDictError, match="no memory"):
-        weightload.load_into(fake, files["small"], strict=False)
 
 
 @pytest.mark.parametrize("mode", ["function mode that refuses", "inference mode", "device meta", "FakeTensorMode"])

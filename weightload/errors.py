@@ -42,7 +42,8 @@ class HeaderError(WeightLoadError):
 
 
 class StateDictError(WeightLoadError, RuntimeError):
-    """A checkpoint does not fit what it is loaded into. Nothing was loaded."""
+    """A checkpoint does not fit what it is loaded into. Nothing was loaded, unless the error says so: modules that
+    take part in their own loading are called after the others were loaded."""
 
 
 class TensorError(WeightLoadError):

@@ -18,13 +18,14 @@ from weightload.device_iterator import (
 )
 from weightload.distributed import load_name, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, one_of_each, require_duplicates
+from weightload.errors import StateDictError, located
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
 from weightload.selection import open_files
-from weightload.state_dict import Match, Target, match, tensors_of
+from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,13 +49,22 @@ def load_into(
     where the files have several of the tied names, the last in the target's order counts, as with
     ``Module.load_state_dict``.
 
-    Names, shapes and dtypes are compared before the first byte is read: an error about them leaves the target as it
-    was. An error on the way leaves it partly loaded. Autograd is told of the change (version counters).
+    A module is left as ``load_state_dict`` would leave it. Those of its modules that take part in their own loading
+    (``_load_from_state_dict``, hooks, extra states in the file, a ``load_state_dict`` of the target's class) get their
+    tensors, with those of all modules below them, as torch gives them: on the CPU, not in place.
+    ``LoadReport.took_part`` names them. Hooks after loading are called. All that code of modules runs under the
+    caller's torch modes, which change nothing otherwise.
+
+    Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
+    about them leaves the target as it was, and names all tensors that it concerns. DTensors are refused. What the code
+    of a module complains of, and an error on the way, leave it partly loaded. Autograd is told of the change (version
+    counters). Inference tensors are filled in and outside inference mode.
 
     Args:
         target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
         files: paths of the safetensors files, as for ``safetensors_weights_iterator``.
-        strict: whether the names must be the same, as in ``Module.load_state_dict``.
+        strict: whether the names must be the same, as in ``Module.load_state_dict``, which does not miss the
+            ``num_batches_tracked`` of norms; nor are tied names missed if one of them is there.
         group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
             targets must have the same names on the same kind of device. What travels between ranks is blocks of
             many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
@@ -66,7 +76,8 @@ def load_into(
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
 
     Raises:
-        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target has no memory.
+        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target cannot be filled: it has
+            no memory, or memory that is read-only, is a DTensor, or is of a class that takes no copy.
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
             as ``safetensors_weights_iterator``.
     """
@@ -85,7 +96,7 @@ def load_into(
     try:
         try:
             opened = open_files(paths)
-            opened[:] = one_of_each(opened, duplicates, lambda: tensors_of(target))
+            opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
             at_match = time.perf_counter()
             matched = match(target, opened, strict)
         except BaseException as error:
@@ -98,23 +109,36 @@ def load_into(
         devices_here = devices_of(matched)
         if group is not None:
             devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
-        sizes, stats = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
+        filled = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
+        loaded, missing, unexpected = _names(matched, filled, target, opened, strict)
     finally:
         # An exception's traceback would keep them open through this frame.
         opened.clear()
     end = time.perf_counter()
     return LoadReport(
-        loaded=matched.loaded,
-        missing=matched.missing,
-        unexpected=matched.unexpected,
-        bytes=sum(sizes[name] for name in matched.loaded),
+        loaded=loaded,
+        missing=missing,
+        unexpected=unexpected,
+        bytes=sum(filled.sizes[name] for name in loaded),
         in_place=len(matched.direct),
         seconds={"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin},
-        stats=stats,
+        stats=filled.stats,
+        took_part=[prefix[:-1] for prefix in matched.turns.walk.parts] if matched.turns else [],
     )
 
 
-@plainly
+@dataclasses.dataclass
+class Filled:
+    """What a load did."""
+
+    sizes: dict[str, int]
+    """Bytes of each tensor of the files."""
+    stats: dict[str, LoadStats]
+    """By device."""
+    names: tuple[list[str], list[str]] | None = None
+    """Missing and unexpected ones, where modules had a say in that."""
+
+
 def fill(
     matched: Match,
     to: Iterable[torch.device],
@@ -123,21 +147,115 @@ def fill(
     group: ProcessGroup | None = None,
     strategy: str = "independent",
     show_progress: bool | None = False,
-) -> tuple[dict[str, int], dict[str, LoadStats]]:
-    """Load what was matched. Returns bytes of each tensor of the files, and stats of the load to each device."""
+) -> Filled:
+    """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
+    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress)
+    if matched.turns is None:
+        return filled
+
+    @plainly
+    def settle(name: str) -> None:
+        """At the turn of a tensor's module, with what others made of it before."""
+        place = matched.places[name]
+        if name not in held and name in versions and versions[name] != place._version:
+            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, lambda _: None))
+        if name in held:
+            _put(name, held[name], place)
+
+    filled.names = matched.turns.take(held, settle, matched.places.keys())
+    return filled
+
+
+@plainly
+def _read(
+    matched: Match,
+    to: Iterable[torch.device],
+    files: list[_C.CheckpointFile],
+    paths: Sequence[Path],
+    group: ProcessGroup | None,
+    strategy: str,
+    show_progress: bool | None,
+) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
+    """Do all but what needs the turns of modules.
+
+    Returns:
+        What was done, the tensors that wait for their turn, and the versions of what was filled.
+    """
     sizes = {name: stop - start for file in files for name, _, _, start, stop in file.tensors()}
-    stats: dict[str, LoadStats] = {}
-    total = sum(sizes[name] for name in matched.places)
+    filled = Filled(sizes, {})
+    given = matched.given()
+    total = sum(sizes[name] for name in matched.places) + sum(sizes[name] for name in given)
+    to = list(to)
+    held: dict[str, torch.Tensor] = {}
+    began = False
     try:
         with progress.bar(total, show_progress) as advance:
+            try:
+                if given or matched.first:
+                    held = _beside(given.union(matched.first), matched, files, paths, filled, advance)
+            except BaseException as error:
+                if group is not None:
+                    fail_together(error, group, strategy, paths, to[0])
+                raise
             for device in to:
                 with _start(device, files, paths, matched, group, strategy) as weights:
-                    _take(weights, matched, sizes, advance)
-                stats[str(device)] = weights.stats()
+                    began = True
+                    _take(weights, matched, sizes, held, advance)
+                filled.stats[str(device)] = weights.stats()
     finally:
-        # Bytes that changed behind autograd's back, perhaps not all of them.
-        torch.autograd.graph.increment_version([matched.places[name] for name in matched.direct])
-    return sizes, stats
+        if began:
+            # Bytes that changed behind autograd's back, perhaps not all of them. Inference tensors do without it.
+            changed = [matched.places[name] for name in matched.direct]
+            torch.autograd.graph.increment_version([place for place in changed if not place.is_inference()])
+
+    if matched.turns is None:
+        # One over the other, as load_state_dict would.
+        for name in matched.overlapping:
+            _put(name, held[name], matched.places[name])
+        return filled, {}, {}
+    return filled, held, {name: place._version for name, place in matched.places.items() if not place.is_inference()}
+
+
+def _beside(
+    names: set[str],
+    matched: Match,
+    files: list[_C.CheckpointFile],
+    paths: Sequence[Path],
+    filled: Filled,
+    advance: progress.Advance,
+) -> dict[str, torch.Tensor]:
+    """Tensors for the modules that take part, each rank's own, on the CPU as those of load_file are.
+
+    Those that may not take a copy get theirs now, before anything else is written.
+    """
+    with load_to_host(None, "independent", paths, lambda: list(files), names, backend="either") as weights:
+        held = {}
+        for name, tensor in weights:
+            held[name] = tensor
+            advance(filled.sizes[name])
+    if not matched.places:
+        filled.stats["cpu"] = weights.stats()
+    for name in matched.first:
+        _put(name, held.pop(name), matched.places[name])
+    return held
+
+
+def _names(
+    matched: Match, filled: Filled, target: Target, files: list[_C.CheckpointFile], strict: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Names that were loaded, are missing and were not expected.
+
+    Raises:
+        StateDictError: modules that had a say in it left names that ``strict`` minds.
+    """
+    if filled.names is None:
+        return matched.loaded, matched.missing, matched.unexpected
+    missing, unexpected = matched.without_tied(filled.names[0]), filled.names[1]
+    surplus = set(unexpected)
+    own_say = matched.turns is not None and matched.turns.has_own_say()
+    if strict and not own_say and (words := differing_names(missing, unexpected)):
+        raise refusal(target, files, [*words, "modules that take part in their loading said so: it is partly loaded"])
+    return [name for name in matched.loaded if name not in surplus], missing, unexpected
 
 
 @plainly
@@ -170,7 +288,7 @@ def _start(
     strategy: str,
 ) -> WeightIterator | DeviceWeightIterator:
     """The load of what goes to one device."""
-    here = {name for name, place in matched.places.items() if place.device == device}
+    here = {name for name, place in matched.places.items() if place.device == device}.difference(matched.first)
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name] if name in matched.direct else None for name in in_order]
     if _shares(group, strategy):
@@ -186,27 +304,29 @@ def _start(
 
 
 def _take(
-    weights: WeightIterator | DeviceWeightIterator, matched: Match, sizes: dict[str, int], advance: progress.Advance
+    weights: WeightIterator | DeviceWeightIterator,
+    matched: Match,
+    sizes: dict[str, int],
+    held: dict[str, torch.Tensor],
+    advance: progress.Advance,
 ) -> None:
-    """Let the load run, and put into place what could not be read there."""
-    held: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for name, tensor in weights:
-            if name in matched.overlapping:
-                held[name] = tensor
-            elif name not in matched.direct:
-                _put(tensor, matched.places[name])
-            advance(sizes[name])
-        # One over the other, as load_state_dict would.
-        for name in matched.overlapping:
-            if name in held:
-                _put(held[name], matched.places[name])
+    """Let the load run, and put into place what could not be read there. What overlaps is held until all is read."""
+    late = set(matched.overlapping)
+    for name, tensor in weights:
+        if name in late:
+            held[name] = tensor
+        elif name not in matched.direct:
+            _put(name, tensor, matched.places[name])
+        advance(sizes[name])
 
 
-def _put(tensor: torch.Tensor, place: torch.Tensor) -> None:
-    value = tensor.reshape(place.shape)
-    if place.is_inference():  # the caller's inference mode is not on here, and torch insists on it
-        with torch.inference_mode():
-            place.copy_(value)
-    else:
-        place.copy_(value)
+def _put(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:
+    """Copy as load_state_dict does, or as inference mode does where only that can."""
+    with torch.inference_mode() if place.is_inference() else torch.no_grad():
+        try:
+            place.copy_(tensor.reshape(place.shape))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            what = f"cannot load into {name!r}, a {type(place).__name__}: {error}\nOthers may be loaded by now"
+            raise located(StateDictError(what), None, name) from error

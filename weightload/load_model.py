@@ -11,14 +11,12 @@ from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
 from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
+from weightload.own_loading import SAVING, is_overridden
 from weightload.paths import Path
+from weightload.places import PLAIN
 from weightload.plain_torch import plainly
 from weightload.selection import open_files
 from weightload.state_dict import match
-
-# What makes loading more than copying under the same names.
-HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
-METHODS = ("_load_from_state_dict", "load_state_dict", "state_dict", "_save_to_state_dict", "get_extra_state")
 
 
 def load_model(
@@ -31,9 +29,9 @@ def load_model(
 ) -> tuple[set[str], list[str]]:
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
-    Bytes are read straight into them, as by ``load_into``. A module that takes part in its own loading (hooks,
-    overridden methods, parameters without memory) gets ``load_state_dict`` with the tensors of ``load_file``, under
-    the caller's torch modes, which change nothing otherwise.
+    Bytes are read straight into them, as by ``load_into``. If any of its modules takes part in its own loading (hooks,
+    overridden methods, parameters without memory), ``load_state_dict`` gets the tensors of ``load_file``,
+    under the caller's torch modes, which change nothing otherwise.
 
     Of names that share memory within the module, one must be in the file: the others are not missing, and are
     unexpected if the file has them too.
@@ -73,16 +71,24 @@ def _load(
     from safetensors.torch import _remove_duplicate_names  # not worth every process's time
 
     names = files[0].names()
-    plain = _is_plain(model)
-    # What takes part is the user's code, and runs in the user's modes.
-    state = plainly(model.state_dict)() if plain else model.state_dict()
-    matched = match(model, files, strict=False) if plain else None
+    matched = match(model, files, strict=False) if _is_plain(model) else None
+    if matched is not None and matched.turns is not None:
+        matched = None
+    # Extra states and hooks are the user's code, and run in the user's modes; with keep_vars, torch's own asks torch
+    # nothing. It is before the loading, which may make other tensors.
+    state = model.state_dict(keep_vars=True) if matched is not None else model.state_dict()
+    duplicates = plainly(_remove_duplicate_names)(state, preferred_names=names)
     if matched is not None:
-        missing, unexpected = set(state).difference(names), [name for name in names if name not in state]
+        missing, unexpected = set(matched.absent), list(matched.unexpected)
     else:
-        report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
+        try:
+            report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            raise located(StateDictError(str(error)), files[0].path) from error
         missing, unexpected = set(report.missing_keys), list(report.unexpected_keys)
-    for others in plainly(_remove_duplicate_names)(state, preferred_names=names).values():
+    for others in duplicates.values():
         unexpected += [name for name in others if name not in missing]
         missing.difference_update(others)
     if strict and (missing or unexpected):
@@ -94,17 +100,15 @@ def _load(
 
 @plainly
 def _is_plain(model: torch.nn.Module) -> bool:
-    """Whether loading the module means no more than copying each tensor to its namesake."""
+    """Whether the state_dict is torch's own, of plain memory; load_state_dict decides what to make of others."""
     for module in model.modules():
-        kind, own = type(module), vars(module)
-        if any(name in own or getattr(kind, name) is not getattr(torch.nn.Module, name) for name in METHODS):
-            return False
-        if any(getattr(module, name) for name in HOOKS):
+        if module._state_dict_hooks or any(is_overridden(module, name) for name in SAVING):
             return False
     return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        type(tensor) in PLAIN
+        and not tensor.is_meta
+        and not tensor.is_nested
         and tensor.layout is torch.strided
-        and tensor.device.type != "meta"
         and (tensor.nbytes == 0 or tensor.untyped_storage().nbytes() > 0)
         for tensor in [*model.parameters(), *model.buffers()]
     )

@@ -32,3 +32,7 @@ class LoadReport:
 
     stats: dict[str, LoadStats]
     """By device (``"cpu"``, ``"cuda:0"``): what the load there did."""
+
+    took_part: list[str] = dataclasses.field(default_factory=list)
+    """Modules that take part in their own loading (hooks, methods of their own). They got their tensors, and those of
+    all modules below them, as ``load_state_dict`` gives them, not in place. ``""`` is the target itself."""

@@ -35,3 +35,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     # Deterministic algorithms fill it, for which torch has no kernel for packed dtypes.
     held = torch.uint8 if dtype.itemsize == 1 else dtype
     return torch.as_tensor(0, device="cpu").new_empty(tuple(shape), dtype=held, device=device).view(dtype)
+
+
+@plainly
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The same for ``torch.zeros``, of packed dtypes, too."""
+    held = torch.uint8 if dtype.itemsize == 1 else dtype
+    return torch.as_tensor(0, device="cpu").new_zeros(tuple(shape), dtype=held, device=device).view(dtype)

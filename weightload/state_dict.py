@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
 from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
+from weightload.own_loading import Turns, Walk
+from weightload.places import READ_ONLY, CopyTrials, Place, Spans, look
 from weightload.plain_torch import plainly
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
+# Of each tensor of the files: dtype, shape, path of its file.
+Here = Mapping[str, tuple[str, Sequence[int], str]]
+# A tensor and what is wrong with it.
+Problems = list[tuple[str, str]]
 
 
 @dataclasses.dataclass
@@ -26,183 +31,181 @@ class Match:
     """Names whose bytes can be read straight into that memory."""
     overlapping: list[str]
     """Names that share memory with others, in the target's order: the last written counts."""
+    first: list[str]
+    """Names of tensors that may turn out not to take a copy: they get theirs before anything else is written."""
     loaded: list[str]
     missing: list[str]
+    absent: list[str]
+    """``missing``, and tied names that others stand for."""
     unexpected: list[str]
+    turns: Turns | None
+    """What is left to modules that take part in their own loading: of their names only they know what is missing."""
+    tied: dict[str, object]
+    """A key for every name of the target, equal for tied ones."""
+
+    def given(self) -> set[str]:
+        """Names of the tensors that go to modules that take part."""
+        return {name for names in self.turns.given.values() for name in names} if self.turns else set()
+
+    def without_tied(self, missing: Iterable[str]) -> list[str]:
+        """The names of these that no name of the checkpoint is tied to."""
+        alive: dict[object, set[str]] = {}
+        for name in self.loaded:
+            alive.setdefault(self.tied.get(name), set()).add(name)
+        # A tensor that is there and that its module calls missing all the same is no stand-in for itself.
+        return [name for name in missing if name not in self.tied or not alive.get(self.tied[name], set()) - {name}]
 
 
-def tensors_of(target: Target) -> dict[str, torch.Tensor]:
-    """Names and tensors to load into; of a module, its parameters and persistent buffers.
-
-    Raises:
-        TypeError: neither a module nor a mapping of tensors.
-        StateDictError: a tensor without memory: on the meta device, or of a lazy module.
-    """
-    if isinstance(target, torch.nn.Module):
-        found = _own_tensors(target)
-    elif isinstance(target, Mapping):
-        found = dict(target)
-    else:
-        raise TypeError(f"cannot load into a {type(target).__name__}: must be a module or a mapping of tensors")
-    _require_loadable(found)
-    return found
-
-
-@plainly
-def _require_loadable(found: Mapping[str, object]) -> None:
-    """Raise what ``tensors_of`` does of tensors."""
-    for name, tensor in found.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
-        plain = type(tensor) in PLAIN and tensor.layout is torch.strided
-        freed = plain and tensor.nbytes > 0 and tensor.untyped_storage().nbytes() == 0
-        if tensor.device.type == "meta" or torch.nn.parameter.is_lazy(tensor) or freed or _is_fake(tensor):
-            raise StateDictError(f"{name!r} has no memory to load into; materialise it first, as Module.to_empty does")
-        if tensor.layout is not torch.strided and not tensor.is_mkldnn:
-            raise StateDictError(f"cannot load into {name!r}: its layout is {tensor.layout}")
-        if plain and _repeats(tensor):
-            raise StateDictError(f"cannot load into {name!r}: several of its elements are one in memory (expanded)")
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    """Whether it only claims to be on its device, as tensors of FakeTensorMode do."""
-    if tensor.layout is not torch.strided or tensor.is_mkldnn:
-        return False
-    try:
-        return tensor.untyped_storage().device.type == "meta"
-    except (RuntimeError, NotImplementedError):  # subclasses that have no storage
-        return False
-
-
-def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the module's state_dict names, where that is the module's own memory.
-
-    Hooks and overrides may make tensors on the fly: what is written to those is lost.
-    """
-    own = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
-    found = {}
-    for name, value in module.state_dict(keep_vars=True).items():
-        if id(value) in own:
-            found[name] = value
-        elif not name.endswith("_extra_state"):  # never in a safetensors file; load_state_dict's alone
-            raise StateDictError(f"{name!r} is made by the module's state_dict on the fly; use load_state_dict")
-    return found
+def wanted_names(target: Target, files: Sequence[_C.CheckpointFile]) -> set[str]:
+    """The names of the files that the target has a use for."""
+    names = {name for file in files for name in file.names()}
+    walk = _walk(target, names)
+    parts = tuple(walk.parts)
+    return {name for name in names if name in walk.tensors or (parts and name.startswith(parts))}
 
 
 def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
     """Decide where every tensor of the files goes, before any byte of them is read.
 
     Raises:
-        StateDictError: shapes differ, or names do under ``strict``. All differences are named.
+        StateDictError: shapes differ, or names do under ``strict``, or tensors cannot be filled. All are named.
         TensorError: torch lacks the dtype of a tensor that is wanted.
+        TypeError: the target is neither a module nor a mapping of tensors.
     """
-    return _match(tensors_of(target), type(target).__name__, files, strict)
-
-
-@plainly
-def _match(tensors: dict[str, torch.Tensor], kind: str, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
-    tied = _tied(tensors)
     here = {
         name: (dtype, shape, path)
         for file in files
         for path in (file.path,)
         for name, dtype, shape, _, _ in file.tensors()
     }
-    problems = []
-    place: tuple[str | None, str | None] | None = None
-    for name, (dtype, shape, path) in here.items():
-        if name not in tensors:
-            continue
-        if dtype not in TORCH_DTYPES:
-            raise located(TensorError(f"{path}: torch has no dtype for {dtype}, that of tensor `{name}`"), path, name)
-        theirs, ours = torch_shape(dtype, shape), tuple(tensors[name].shape)
-        # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
-        if theirs != ours and not (ours == () and theirs == (1,)):
-            problems.append(f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}")
-            place = place or (path, name)
-    alive = {key for name, key in tied.items() if name in here}
-    missing = [name for name in tensors if name not in here and tied[name] not in alive]
-    unexpected = [name for name in here if name not in tensors]
-    if strict and missing:
-        problems.append("missing from the checkpoint: " + ", ".join(missing))
-    if strict and unexpected:
-        problems.append("unexpected in the checkpoint: " + ", ".join(unexpected))
-    if problems:
-        source = files[0].path if len(files) == 1 else f"{len(files)} files"
-        what = f"cannot load {source} into {kind}"
-        place = place or (files[0].path if len(files) == 1 else None, None)
-        raise located(StateDictError(f"{what}:\n\t" + "\n\t".join(problems)), *place)
+    walk = _walk(target, here.keys())
+    made = walk.made_on_the_fly()  # by the user's code, in the user's modes
+    return _match(target, walk, made, here, files, strict)
+
+
+@plainly
+def _match(
+    target: Target, walk: Walk, made: Sequence[str], here: Here, files: Sequence[_C.CheckpointFile], strict: bool
+) -> Match:
+    tensors = walk.tensors
+    places = {name: look(tensor) for name, tensor in tensors.items()}
+    theirs = {name: look(tensor) for name, tensor in walk.theirs.items()}
+    given, unexpected = _others(walk, here)
+    _require_dtypes(here, tensors, given)
+
+    tied = {name: place.key() for name, place in (places | theirs if theirs else places).items()}
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
-    places = {name: tensors[name] for name in here if name in tensors and last[tied[name]] == name}
-    direct = {name for name, place in places.items() if _is_plain(place) and place.dtype == TORCH_DTYPES[here[name][0]]}
-    mixed = _overlapping(places)
-    overlapping = [name for name in tensors if name in mixed]
-    return Match(places, direct - mixed, overlapping, [name for name in here if name in tensors], missing, unexpected)
+    read = {name: places[name] for name in here if name in tensors and last[tied[name]] == name}
+    spans = Spans(read | theirs if theirs else read)
+    mixed = spans.overlapping()
+    direct = {
+        name
+        for name, place in read.items()
+        if place.direct and name not in mixed and place.tensor.dtype == TORCH_DTYPES[here[name][0]]
+    }
 
-
-def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
-    """A key for each name, equal for names of the same memory seen in the same way."""
-    keys: dict[str, object] = {}
-    for name, tensor in tensors.items():
-        if _has_storage(tensor):
-            keys[name] = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        else:
-            keys[name] = id(tensor)
-    return keys
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a strided view of memory with an address; empty ones have none."""
-    if tensor.layout is not torch.strided:
-        return False
-    try:
-        return tensor.data_ptr() != 0  # 0: wrappers around other tensors
-    except (RuntimeError, NotImplementedError):  # fake tensors
-        return False
-
-
-def _repeats(tensor: torch.Tensor) -> bool:
-    """Whether a dimension of more than one element has them all in one place, as expand() makes it."""
-    if tensor.is_contiguous():
-        return False
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is its memory: dense, contiguous, nothing lazy about it."""
-    return (
-        type(tensor) in PLAIN
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
+    alive = {key for name, key in tied.items() if name in here}
+    absent = [name for name in tensors if name not in here and name not in walk.excused] + list(walk.extra.values())
+    missing = [name for name in absent if name not in tied or tied[name] not in alive]
+    surplus = [name for names in unexpected.values() for name in names]
+    untried: list[str] = []
+    problems = [(name, f"{name!r} {place.problem}") for name, place in places.items() if place.problem]
+    # Of other problems, the module that takes part may know a way out.
+    problems += [(name, f"{name!r} {place.problem}") for name, place in theirs.items() if place.hopeless()]
+    on_the_fly = "is made by the module's state_dict on the fly; use load_state_dict"
+    problems += [(name, f"{name!r} {on_the_fly}") for name in made]
+    problems += _differing_shapes(here, tensors)
+    if not problems:
+        problems, untried = _uncopyable(here, {name: read[name] for name in read.keys() - direct})
+        problems += [(name, f"{name!r} {READ_ONLY}") for name in spans.read_only()]
+    # Hooks may forgive names, and are asked after the loading.
+    strictly = differing_names(missing, surplus) if strict and not walk.hooked else []
+    if problems or strictly:
+        raise refusal(target, files, [words for _, words in problems] + strictly, next(iter(problems), (None,))[0])
+    turns = None
+    if walk.parts or walk.hooked:
+        turns = Turns(walk, given, unexpected, set(absent), strict)
+    everywhere = {name for names in given.values() for name in names}
+    return Match(
+        places={name: place.tensor for name, place in read.items()},
+        direct=direct,
+        overlapping=[name for name in tensors if name in mixed and name in read],
+        first=[name for name in untried if name not in mixed],
+        loaded=[name for name in here if name in tensors or name in everywhere],
+        missing=missing,
+        absent=absent,
+        unexpected=[name for name in here if name in set(surplus)] if surplus else [],
+        turns=turns,
+        tied=tied,
     )
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names whose memory may overlap another's: reading both at once would mix them."""
-    devices: dict[torch.device, int] = {}
-    spans = []
-    for name, tensor in tensors.items():
-        if not _has_storage(tensor) or tensor.numel() == 0:
+def refusal(
+    target: Target, files: Sequence[_C.CheckpointFile], problems: Iterable[str], tensor: str | None = None
+) -> StateDictError:
+    """The error that says why files do not go into a target."""
+    source = files[0].path if len(files) == 1 else f"{len(files)} files"
+    path = next((file.path for file in files if tensor is not None and tensor in file.names()), None)
+    if path is None and len(files) == 1:
+        path = files[0].path
+    lines = "\n\t".join(problems)
+    return located(StateDictError(f"cannot load {source} into {type(target).__name__}:\n\t{lines}"), path, tensor)
+
+
+def differing_names(missing: Collection[str], unexpected: Collection[str]) -> list[str]:
+    """In words, what ``strict`` minds."""
+    words = (("missing from", missing), ("unexpected in", unexpected))
+    return [f"{what} the checkpoint: " + ", ".join(names) for what, names in words if names]
+
+
+def _walk(target: Target, names: Collection[str]) -> Walk:
+    """What there is to load into."""
+    if isinstance(target, torch.nn.Module):
+        return Walk.of(target, names)
+    if not isinstance(target, Mapping):
+        raise TypeError(f"cannot load into a {type(target).__name__}: must be a module or a mapping of tensors")
+    for name, tensor in target.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
+    return Walk(tensors=dict(target))
+
+
+def _others(walk: Walk, names: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Names that are none of the tensors': those that parts get, and those that modules do not expect; by prefix."""
+    given: dict[str, list[str]] = {prefix: [] for prefix in walk.parts}
+    unexpected: dict[str, list[str]] = {}
+    for name in names:
+        if name not in walk.tensors and (home := walk.home_of(name)):
+            prefix, is_part = home
+            (given if is_part else unexpected).setdefault(prefix, []).append(name)
+    return given, unexpected
+
+
+def _require_dtypes(here: Here, tensors: Collection[str], given: Mapping[str, Sequence[str]]) -> None:
+    wanted = {name for names in given.values() for name in names}
+    for name, (dtype, _, path) in here.items():
+        if dtype not in TORCH_DTYPES and (name in tensors or name in wanted):
+            raise located(TensorError(f"{path}: torch has no dtype for {dtype}, that of tensor `{name}`"), path, name)
+
+
+def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Problems:
+    problems = []
+    for name, (dtype, shape, _) in here.items():
+        if name not in tensors or torch.nn.parameter.is_lazy(tensor := tensors[name]) or tensor.is_nested:
             continue
-        begin = tensor.data_ptr()
-        spans.append((devices.setdefault(tensor.device, len(devices)), begin, begin + _extent(tensor), name))
-    spans.sort()
-    mixed: set[str] = set()
-    furthest = (0, 0, "")
-    for device, begin, end, name in spans:
-        if device == furthest[0] and begin < furthest[1]:
-            mixed |= {name, furthest[2]}
-        furthest = max(furthest, (device, end, name))
-    return mixed
+        theirs, ours = torch_shape(dtype, tuple(shape)), tuple(tensor.shape)
+        # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
+        if theirs != ours and not (ours == () and theirs == (1,)):
+            problems.append((name, f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}"))
+    return problems
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+def _uncopyable(here: Here, copied: Mapping[str, Place]) -> tuple[Problems, list[str]]:
+    """What is wrong with tensors that cannot be made of the file's dtype; and the names of which that is not known."""
+    trials = CopyTrials()
+    problems = []
+    for name in [name for name in here if name in copied]:
+        if words := trials.problem(name, copied[name], TORCH_DTYPES[here[name][0]]):
+            problems.append((name, f"{name!r} {words}"))
+    return problems, trials.untried

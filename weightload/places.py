@@ -1,0 +1,243 @@
+"""How a tensor of a target can be filled: read into, copied into, or not at all, and what says so before any byte."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import re
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from weightload.plain_torch import empty, zeros
+
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
+DTENSOR = "cannot be loaded into: it is a DTensor; load into its to_local() where that is all of it"
+READ_ONLY = "cannot be loaded into: its memory is read-only, as that of a file that was mapped to be read"
+MAPS = "/proc/self/maps"
+READ_ONLY_RANGE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
+
+
+class Place(NamedTuple):
+    """What was seen of a tensor of the target."""
+
+    tensor: torch.Tensor
+    direct: bool
+    """Whether it is its memory, dense and contiguous: bytes of its dtype can be read straight into it."""
+    problem: str | None
+    """Why it cannot be filled, to be said after its name."""
+    span: tuple[torch.device, int, int] | None
+    """Its device, and the addresses of its first byte and of the end of its last; None without any."""
+
+    def hopeless(self) -> bool:
+        """Whether nobody can fill it, not even a module of its own."""
+        return self.problem in (NO_MEMORY, DTENSOR)
+
+    def key(self) -> object:
+        """Equal for tensors that are the same memory seen in the same way: tied weights."""
+        tensor = self.tensor
+        return (self.span, tensor.dtype, tensor.shape, tensor.stride()) if self.span else id(tensor)
+
+
+def look(tensor: torch.Tensor) -> Place:
+    """Decide how a tensor is filled. Whatever is neither read into nor refused is given to its ``copy_``.
+
+    Whether that knows the file's dtype is asked of ``CopyTrials``.
+    """
+    plain = type(tensor) in PLAIN
+    if not plain and (problem := _problem_of_kind(tensor)):
+        return Place(tensor, False, problem, None)
+    if tensor.is_meta:
+        return Place(tensor, False, NO_MEMORY, None)
+    if tensor.is_nested:
+        return Place(tensor, False, "cannot be loaded into: it is a nested tensor", None)
+    if tensor.layout is not torch.strided:
+        # Tensors of other libraries' layouts are asked whether they can be copied into.
+        problem = None if tensor.is_mkldnn else f"cannot be loaded into: its layout is {tensor.layout}"
+        return Place(tensor, False, problem, None)
+    contiguous = tensor.is_contiguous()
+    extent = tensor.nbytes if contiguous else _extent(tensor)
+    address = _address(tensor)
+    problem = None
+    if plain:
+        if not contiguous and _repeats(tensor):
+            problem = "cannot be loaded into: several of its elements are one in memory (expanded)"
+        elif extent:
+            held = tensor.untyped_storage().nbytes()
+            if held == 0:
+                problem = NO_MEMORY
+            elif address == 0:
+                problem = "cannot be loaded into: its zeros are not in memory"
+            elif held < tensor.storage_offset() * tensor.itemsize + extent:
+                problem = f"cannot be loaded into: its storage of {held} bytes ends before its last element"
+    direct = plain and contiguous and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    span = (tensor.device, address, address + extent) if address and extent else None
+    return Place(tensor, direct, problem, span)
+
+
+def _problem_of_kind(tensor: torch.Tensor) -> str | None:
+    if torch.nn.parameter.is_lazy(tensor):
+        return NO_MEMORY
+    if any(kind.__name__ == "DTensor" and "torch.distributed" in kind.__module__ for kind in type(tensor).__mro__):
+        return DTENSOR
+    if _is_fake(tensor):
+        return NO_MEMORY
+    return None
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it only claims to be on its device, as tensors of FakeTensorMode do."""
+    if tensor.layout is not torch.strided or tensor.is_mkldnn:
+        return False
+    try:
+        return tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):  # subclasses that have no storage
+        return False
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()  # 0: wrappers around other tensors
+    except (RuntimeError, NotImplementedError):  # fake tensors
+        return 0
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    """Whether a dimension of more than one element has them all in one place, as expand() makes it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class Spans:
+    """The memory of many tensors, by address."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        devices: dict[torch.device, int] = {}
+        self._cpu = devices.setdefault(torch.device("cpu"), 0)
+        self._spans = sorted(
+            (devices.setdefault(span[0], len(devices)), span[1], span[2], name)
+            for name, (_, _, _, span) in places.items()
+            if span is not None
+        )
+
+    def overlapping(self) -> set[str]:
+        """Names whose memory may overlap another's: reading both at once would mix them."""
+        mixed: set[str] = set()
+        furthest = (-1, 0, "")
+        for device, begin, end, name in self._spans:
+            if device == furthest[0]:
+                if begin < furthest[1]:
+                    mixed |= {name, furthest[2]}
+                if end <= furthest[1]:
+                    continue
+            furthest = (device, end, name)
+        return mixed
+
+    def read_only(self) -> list[str]:
+        """Names with CPU memory that cannot be written: views of a file mapped to be read, say.
+
+        A read into it fails, and a copy ends the process. Where the system does not say, none.
+        """
+        mine = [span for span in self._spans if span[0] == self._cpu]
+        if not mine:
+            return []
+        try:
+            with open(MAPS, "rb") as maps:
+                text = maps.read()
+        except OSError:
+            return []
+        begins = [begin for _, begin, _, _ in mine]
+        ends = list(itertools.accumulate((end for _, _, end, _ in mine), max))
+        found = []
+        for region in READ_ONLY_RANGE.finditer(text):
+            low, high = int(region[1], 16), int(region[2], 16)
+            before = bisect.bisect_left(begins, high)  # that many begin below its end
+            if before and ends[before - 1] > low:
+                found += [name for _, _, end, name in mine[:before] if end > low]
+        return list(dict.fromkeys(found))
+
+
+class CopyTrials:
+    """Whether ``copy_`` can fill tensors from a file's dtype: tried on a tensor of the same kind that nobody needs."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, str | None] = {}
+        self.untried: list[str] = []
+        """Names of tensors of which no other of their kind could be made."""
+
+    def problem(self, name: str, place: Place, dtype: torch.dtype) -> str | None:
+        """Why it cannot, to be said after the tensor's name."""
+        tensor = place.tensor
+        if _copies_plainly(type(tensor)) and tensor.layout is torch.strided and not tensor.is_quantized:
+            words = _cast_problem(tensor.dtype, dtype, tensor.device.type)
+        else:
+            key = (type(tensor), tensor.layout, tensor.is_quantized, tensor.dtype, dtype, tensor.device)
+            if key not in self._known:
+                self._known[key] = self._try(tensor, dtype)
+            words = self._known[key]
+        if words == "untried":
+            self.untried.append(name)
+            return None
+        return words
+
+    @staticmethod
+    def _try(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                twin = tensor.detach().clone()
+            except Exception:
+                return "untried"
+            if type(twin) is not type(tensor) and not _copies_plainly(type(tensor)):
+                return "untried"
+            try:
+                twin.copy_(zeros(tensor.shape, dtype, tensor.device))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                what = f"a {type(tensor).__name__} of {tensor.dtype}"
+                return f"cannot be loaded into: {what} does not take {dtype}: {_first_line(error)}"
+        return None
+
+
+def _copies_plainly(kind: type[torch.Tensor]) -> bool:
+    """Whether ``copy_`` of this class of tensors is that of torch.Tensor, as of parameters that carry attributes."""
+    if kind in PLAIN:
+        return True
+    same = ("__torch_dispatch__", "copy_")
+    function: object = kind.__torch_function__
+    default = torch.Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__  # type: ignore[attr-defined]
+    return getattr(function, "__func__", function) in default and all(
+        getattr(kind, name) is getattr(torch.Tensor, name) for name in same
+    )
+
+
+@functools.cache
+def _cast_problem(to: torch.dtype, dtype: torch.dtype, device: str) -> str | None:
+    """The same for plain tensors, whatever their strides."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        place, source = (empty((2, 2), of, torch.device(device)) for of in (to, dtype))
+        try:
+            place.t().copy_(source)
+            place.copy_(source)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"cannot be loaded into: {to} cannot be made of {dtype}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
