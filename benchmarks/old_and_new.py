@@ -4,9 +4,9 @@
         [--loads 5] [--json FILE]
 
 CHECKOUT is a folder with another commit, its extension built in place (`python setup.py build_ext --inplace`); "new" is
-the checkout that this file is in. Processes of both take turns, in shuffled order. Each loads once, which is a figure of
-its own, and then `--loads` times, of which the median counts. The files are in the page cache. A ratio in brackets is
-one that an exact rank-sum test (5 %) cannot tell from 1.
+the checkout that this file is in. Processes of both take turns, in shuffled order. Each loads once, which is a figure
+of its own, and then `--loads` times, of which the median counts. The files are in the page cache. A ratio in brackets
+is one that an exact rank-sum test (5 %) cannot tell from 1.
 """
 
 from __future__ import annotations
