@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED
-from simulated_ranks import KINDS, Rank, Ranks
+from simulated_ranks import KINDS, NCCL, Rank, Ranks
 from simulated_support import (
     DEVICE,
+    KIND,
     TUNED,
     assert_same,
     current_stream,
@@ -41,7 +42,7 @@ def every_collective(rank: Rank, kind: str, members: list[int]) -> None:
         if group is None:
             return
         me, size = group.rank(), group.size()
-        assert group._get_backend(torch.device(DEVICE)).name() == "simulated_ccl"
+        assert group._get_backend(torch.device(DEVICE)).name() == NCCL
         for seed in range(4):
             rank.seed(SEED + seed)
             for dtype in (torch.uint8, torch.bool, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
@@ -220,7 +221,7 @@ def defaults(rank: Rank, paths: list[Path]) -> None:
     torch.accelerator.set_device_index(rank.number)
     with settings.override(**TUNED):
         got = dict(weightload.safetensors_weights_iterator(paths))
-    assert_same(got, *paths, device=f"simulated:{rank.number}")
+    assert_same(got, *paths, device=f"{KIND}:{rank.number}")
     # On CUDA every device a process touches costs it half a gigabyte there.
     assert not rank.native.has_context(1 - rank.number)
 
@@ -231,7 +232,7 @@ def test_the_default_group_may_have_no_backend_for_the_cpu(two: Ranks, mixed: li
 
 def leaves_in_the_middle(rank: Rank) -> None:
     """The default group has no backend for the CPU here. The last thing a process does is a collective without end."""
-    device = f"simulated:{torch.accelerator.current_device_index()}"
+    device = f"{KIND}:{torch.accelerator.current_device_index()}"
     value = torch.full((9,), rank.number).to(device)
     dist.broadcast(value, 1)
     assert all_are(value, 1)

@@ -77,7 +77,11 @@ class Native:
             torch._C._host_emptyCache()
 
     def live_bytes(self, device: int) -> int:
-        return torch.cuda.memory_allocated(device) if self.has_context(device) else 0
+        if not self.has_context(device):
+            return 0
+        self.synchronize(device)
+        torch.cuda.empty_cache()  # looks which memory, freed while other streams used it, has become free
+        return torch.cuda.memory_allocated(device)
 
     def reset_peak(self, device: int) -> None:
         torch.cuda.reset_peak_memory_stats(device)
