@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from simulated_ranks import Ranks
 
 pytest_plugins = ["group_support"]  # its fixtures
+# They need an environment of their own: `make test-cuda`.
+collect_ignore = [] if os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR") == "cuda" else ["simulated_cuda"]
 
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {

@@ -18,6 +18,7 @@ struct Capture {
   std::thread::id thread;
   unsigned long long id;
   bool spoilt;
+  bool forked;  // came in by an event, and ends with the capture
 };
 
 std::mutex mutex;
@@ -31,10 +32,28 @@ thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 }  // namespace
 
-bool is_capturing(const Stream& stream) {
-  if (under_way == 0) return false;
+unsigned long long capture_of(const Stream& stream) {
+  if (under_way == 0) return 0;
   std::lock_guard<std::mutex> lock(mutex);
-  return captures().count(&stream) > 0;
+  const auto found = captures().find(&stream);
+  return found == captures().end() ? 0 : found->second.id;
+}
+
+bool is_capturing(const Stream& stream) { return capture_of(stream) != 0; }
+
+void join_capture(const Stream& stream, unsigned long long capture) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& [other, its] : std::map<const Stream*, Capture>(captures())) {
+    if (its.id != capture) continue;
+    captures().emplace(&stream, Capture{its.mode, its.thread, its.id, its.spoilt, true});
+    return;
+  }
+}
+
+void spoil_capture(unsigned long long capture) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (auto& [stream, its] : captures())
+    if (its.id == capture) its.spoilt = true;
 }
 
 cudaError_t check_capture() {
@@ -64,7 +83,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   if (!stream) return finish(cudaErrorInvalidResourceHandle);
   if (stream == legacy_stream(stream->device)) return finish(cudaErrorStreamCaptureUnsupported);
   std::lock_guard<std::mutex> lock(mutex);
-  if (!captures().emplace(stream.get(), Capture{mode, std::this_thread::get_id(), ++captured_ever, false}).second) {
+  if (!captures().emplace(stream.get(), Capture{mode, std::this_thread::get_id(), ++captured_ever, false, false}).second) {
     return finish(cudaErrorIllegalState);
   }
   ++under_way;
@@ -77,8 +96,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = captures().find(stream.get());
   if (found == captures().end()) return finish(cudaErrorIllegalState);
-  const bool spoilt = found->second.spoilt;
-  captures().erase(found);
+  const Capture ended = found->second;
+  if (ended.forked) return finish(cudaErrorStreamCaptureUnmatched);
+  bool spoilt = ended.spoilt;
+  for (auto it = captures().begin(); it != captures().end();) {
+    const bool part = it->second.id == ended.id;
+    spoilt = spoilt || (part && it->second.spoilt);
+    it = part ? captures().erase(it) : std::next(it);
+  }
   --under_way;
   *graph = nullptr;
   if (spoilt) return finish(cudaErrorStreamCaptureInvalidated);

@@ -15,7 +15,8 @@ namespace {
 struct Event {
   int device;
   unsigned flags;
-  MomentRef moment;  // the last recording's
+  MomentRef moment;                // the last recording's
+  unsigned long long capture = 0;  // or the capture that it is part of
 };
 
 std::mutex mutex;
@@ -112,7 +113,15 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
   FIND_STREAM(stream, handle);
   FIND_EVENT(event, event_handle);
-  if (is_capturing(*stream)) return cudaSuccess;
+  const unsigned long long capture = capture_of(*stream);
+  if (event.capture != 0) {
+    if (capture == 0) join_capture(*stream, event.capture);
+    return cudaSuccess;
+  }
+  if (capture != 0 && event.moment) {
+    spoil_capture(capture);
+    return finish(cudaErrorStreamCaptureIsolation);
+  }
   if (event.moment) wait_for(stream, event.moment);
   return cudaSuccess;
 }
@@ -121,7 +130,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
   USE_DEVICE();
   *handle = reinterpret_cast<cudaEvent_t>(new char);
   std::lock_guard<std::mutex> lock(mutex);
-  events()[*handle] = {current_device(), flags, nullptr};
+  events()[*handle] = {current_device(), flags, nullptr, 0};
   return cudaSuccess;
 }
 
@@ -140,10 +149,11 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   FIND_EVENT(event, handle);
   // An event and the stream it is recorded on are of one device.
   if (event.device != stream->device) return finish(cudaErrorInvalidResourceHandle);
-  if (is_capturing(*stream)) return cudaSuccess;
-  const MomentRef moment = mark(stream);
+  const unsigned long long capture = capture_of(*stream);
+  const MomentRef moment = capture == 0 ? mark(stream) : nullptr;
   std::lock_guard<std::mutex> lock(mutex);
   events()[handle].moment = moment;
+  events()[handle].capture = capture;
   return cudaSuccess;
 }
 
@@ -154,12 +164,14 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream, un
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
   FIND_EVENT(event, handle);
   NOT_IN_CAPTURE();
+  if (event.capture != 0) return finish(cudaErrorCapturedEvent);
   return !event.moment || host_query(*event.moment) ? cudaSuccess : cudaErrorNotReady;  // no error of the thread's
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   FIND_EVENT(event, handle);
   NOT_IN_CAPTURE();
+  if (event.capture != 0) return finish(cudaErrorCapturedEvent);
   if (event.moment) host_wait(*event.moment);
   return cudaSuccess;
 }
