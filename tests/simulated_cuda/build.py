@@ -77,7 +77,7 @@ def build(site: Path, out: Path) -> None:
         RuntimeError: what ninja said.
     """
     libraries = Libraries(site)
-    parts = {name: sorted((HERE / name).glob("*.cpp")) for name in ("runtime", "driver", "nccl", "operators")}
+    parts = {name: sorted((HERE / name).glob("*.cpp")) for name in ("runtime", "driver", "nvml", "nccl", "operators")}
     real = {"runtime": "libcudart.so.13", "nccl": "libnccl.so.2"}
     for part, library in real.items():
         missing = exported(libraries.real(library)) - defined(parts[part])
@@ -113,12 +113,13 @@ def ninja(libraries: Libraries, parts: dict[str, list[Path]]) -> str:
         objects[part] = [f"{part}_{source.stem}.o" for source in sources]
         for source, name in zip(sources, objects[part], strict=True):
             lines.append(f"build {name}: compile {source}\n  more = {more}")
-        if part != "operators":
+        if part not in ("operators", "nvml"):
             lines.append(f"build {part}_stubs.o: stub {part}_stubs.c")
             objects[part].append(f"{part}_stubs.o")
     links = {
         "libcudart.so.13": ("runtime", "-Wl,-soname,libcudart.so.13 -Wl,--version-script=runtime.map -ldl", ""),
         "libcuda.so.1": ("driver", "-Wl,-soname,libcuda.so.1 -Wl,--version-script=others.map ./libcudart.so.13", "c"),
+        "libnvidia-ml.so.1": ("nvml", "-Wl,-soname,libnvidia-ml.so.1", ""),
         "libnccl.so.2": (
             "nccl",
             "-Wl,-soname,libnccl.so.2 -Wl,--version-script=others.map ./libcudart.so.13 "
@@ -145,6 +146,7 @@ def link(site: Path, built: Path) -> None:
         ("libcudart.so.13", libraries.cuda),
         ("libcudart.so", libraries.cuda),  # as fastsafetensors calls it
         ("libcuda.so.1", libraries.cuda),
+        ("libnvidia-ml.so.1", libraries.cuda),
         ("libnccl.so.2", libraries.nccl),
     ):
         place = folder / "lib" / name

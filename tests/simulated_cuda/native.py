@@ -76,6 +76,11 @@ class Native:
             torch.cuda.empty_cache()
             torch._C._host_emptyCache()
 
+    def _settle(self) -> None:
+        for device in range(DEVICES):
+            self.synchronize(device)
+        torch._C._host_emptyCache()
+
     def live_bytes(self, device: int) -> int:
         if not self.has_context(device):
             return 0
@@ -101,15 +106,14 @@ class Native:
 
     def fail_pinned_after(self, count: int) -> None:
         if count >= 0:
-            torch.cuda.synchronize()
-            self.empty_cache()
+            self._settle()
         self._library.simulated_cuda_fail_locked_after(ctypes.c_long(count))
 
     def pinned_bytes(self) -> int:
-        """Page-locked memory in use. Torch notices what has become free when it is next asked for some."""
+        """Page-locked memory in use. Torch notices what became free when it is asked for some."""
         if not self._library.simulated_cuda_locked():
             return 0
-        torch.empty(1, pin_memory=True)
+        self._settle()
         return int(torch.cuda.host_memory_stats().get("active_bytes.current", 0))
 
     def pinned_made(self) -> int:

@@ -35,6 +35,7 @@ def filled(value: int) -> torch.Tensor:
 
 def one_report(*words: str) -> None:
     (report,) = simulated_cuda.take_reports()
+    torch.cuda.synchronize()  # what comes now, giving the memory back, is ordered
     for word in words:
         assert word in report, report
 

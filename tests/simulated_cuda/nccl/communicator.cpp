@@ -33,6 +33,7 @@ char* reach(const void* pointer) { return static_cast<char*>(simulated_cuda_reac
 // What a group of operations comes down to.
 struct Communicator::Task {
   std::shared_ptr<Communicator> owner;
+  uint64_t number = 0;
   std::vector<Transfer> transfers;
   std::vector<simulated_cuda_access> accesses;
   std::vector<std::function<bool()>> before, after;  // on the stream; false: not provided
@@ -171,6 +172,7 @@ ncclResult_t Communicator::issue(const std::vector<Operation>& operations) {
   auto task = std::make_unique<Task>();
   task->owner = shared_from_this();
   std::lock_guard<std::mutex> lock(mutex_);
+  task->number = queued_;
   for (const Operation& operation : operations) {
     if (size_of(operation.type) == 0) return ncclInvalidArgument;
     if (operation.peer < 0 || operation.peer >= ranks) return ncclInvalidArgument;
@@ -189,12 +191,23 @@ ncclResult_t Communicator::issue(const std::vector<Operation>& operations) {
       },
       raw, last_);
   if (error != 0) return ncclUnhandledCudaError;
+  ++queued_;
   static_cast<void>(task.release());
   return ncclSuccess;
 }
 
 void Communicator::run(Task& task) {
+  {
+    std::unique_lock<std::mutex> lock(turn_);
+    next_.wait(lock, [&] { return done_ == task.number; });
+  }
+  move(task);
   std::lock_guard<std::mutex> lock(turn_);
+  ++done_;
+  next_.notify_all();
+}
+
+void Communicator::move(Task& task) {
   // After the first error a communicator moves nothing any more.
   if (error_ != ncclSuccess || payload_.aborted()) return;
   std::string why;

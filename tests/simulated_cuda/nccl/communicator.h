@@ -3,6 +3,7 @@
 #include <nccl.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -59,13 +60,17 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   struct Task;
   void plan(const Operation& operation, Task& task);
   void run(Task& task);
+  void move(Task& task);
 
   const std::string name_;
   Wire payload_, talk_;
   std::mutex mutex_;
   simulated_cuda_clock* const last_;
   uint64_t issued_ = 0, splits_ = 0;
-  std::mutex turn_;  // one operation at a time
+  // Operations run in the order of the calls, whatever streams they are on, as NCCL sees to with events of its own.
+  std::mutex turn_;
+  std::condition_variable next_;
+  uint64_t queued_ = 0, done_ = 0;
   std::atomic<ncclResult_t> error_{ncclSuccess};
   std::string reason_;  // before error_ is set
 };

@@ -83,7 +83,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   if (!stream) return finish(cudaErrorInvalidResourceHandle);
   if (stream == legacy_stream(stream->device)) return finish(cudaErrorStreamCaptureUnsupported);
   std::lock_guard<std::mutex> lock(mutex);
-  if (!captures().emplace(stream.get(), Capture{mode, std::this_thread::get_id(), ++captured_ever, false, false}).second) {
+  if (!captures()
+           .emplace(stream.get(), Capture{mode, std::this_thread::get_id(), ++captured_ever, false, false})
+           .second) {
     return finish(cudaErrorIllegalState);
   }
   ++under_way;
