@@ -43,6 +43,7 @@ def whole():
 
 def start(script: str, size: int, backend: str, strategy: str, folder: Path, paths: list[Path], **more: str) -> list:
     text = BEGIN + textwrap.dedent(script)
+    more["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"  # which takes a minute
     environment = {**os.environ, **more, "LOCAL_WORLD_SIZE": str(size), "WEIGHTLOAD_SIMULATED_SEED": str(SEED)}
     store = folder / f"store.{time.monotonic_ns()}"
     processes = []
@@ -76,10 +77,15 @@ def healthy(size: int, backend: str, strategy: str, folder: Path, paths: list[Pa
         assert said.rstrip().endswith("whole")
 
 
-@pytest.mark.parametrize("lost", ["hang", "error"])
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "strategy", "size", "lost"),
+    [
+        ("both", "broadcast", 2, "hang"),
+        ("both", "striped", 3, "error"),
+        ("device", "broadcast", 3, "error"),
+        ("device", "striped", 2, "hang"),
+    ],
+)
 def test_a_rank_that_dies(tmp_path: Path, mixed: list[Path], kind: str, strategy: str, size: int, lost: str) -> None:
     """The others end: by an error of the load, or by torch's watchdog at the group's timeout. No wrong byte before."""
     script = """
