@@ -22,6 +22,7 @@ from simulated_support import (
     assert_same,
     current_stream,
     filled,
+    own_backend_only,
     raw,
 )
 
@@ -98,6 +99,7 @@ def only_streams_wait(rank: Rank) -> None:
             assert work.is_completed()
 
 
+@own_backend_only
 def test_a_collective_is_seen_by_streams_that_wait_for_it(ranks: Ranks) -> None:
     ranks.call(only_streams_wait)
 
@@ -124,6 +126,7 @@ def an_event_is_needed(rank: Rank, with_event: bool) -> None:
         rank.native.synchronize(0)
 
 
+@own_backend_only
 @pytest.mark.parametrize("with_event", [True, False])
 def test_a_collective_waits_for_its_stream_and_no_other(ranks: Ranks, with_event: bool) -> None:
     ranks.call(an_event_is_needed, with_event)
@@ -153,6 +156,7 @@ def memory_is_kept(rank: Rank, kept_by: str) -> None:
         rank.native.synchronize(0)
 
 
+@own_backend_only
 @pytest.mark.parametrize("kept_by", ["work", "allocator", "nobody"])
 def test_memory_is_kept_by_the_work_and_by_nothing_else(ranks: Ranks, kept_by: str) -> None:
     ranks.call(memory_is_kept, kept_by)
@@ -199,6 +203,7 @@ def a_rank_is_missing(rank: Rank) -> None:
     every_collective(rank, "device", [0, 1, 2])
 
 
+@own_backend_only
 def test_a_rank_that_is_missing_ends_the_others_at_the_timeout(ranks: Ranks) -> None:
     ranks.call(a_rank_is_missing)
 
@@ -211,6 +216,7 @@ def sizes_differ(rank: Rank) -> None:
             work.wait()
 
 
+@own_backend_only
 def test_collectives_that_do_not_match_are_errors(ranks: Ranks) -> None:
     ranks.call(sizes_differ)
 
@@ -240,6 +246,7 @@ def leaves_in_the_middle(rank: Rank) -> None:
         atexit.register(lambda: dist.broadcast(torch.zeros(9).to(device), 1, async_op=True))
 
 
+@own_backend_only
 def test_processes_may_end_in_the_middle_of_a_collective(two: Ranks) -> None:
     two.call(leaves_in_the_middle)
     assert two.close() == [0, 0]

@@ -143,6 +143,7 @@ void drop_allocation(void* pointer) {
 }
 
 void* allocate(int device, size_t bytes) {
+  bytes = rounded(bytes, kPage);  // of which a program may use all, as it may on a device
   void* const pointer = reserve_addresses(device, bytes);
   if (pointer == nullptr) return nullptr;
   if (!commit(pointer, bytes, -1)) {

@@ -1,5 +1,6 @@
 #include "copy.h"
 
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -59,9 +60,16 @@ cudaError_t copy(const Copy& given, const StreamRef& stream, bool host_waits) {
   if (c.width == 0 || c.height == 0) return cudaSuccess;
   const size_t read = extent(c.width, c.height, c.from_pitch), written = extent(c.width, c.height, c.to_pitch);
   const Place from = place_of(c.from, read), to = place_of(c.to, written);
-  if (from == Place::nowhere || to == Place::nowhere) return cudaErrorInvalidValue;
+  if (from == Place::nowhere || to == Place::nowhere) {
+    std::fprintf(stderr, "the simulated CUDA refuses a copy of %zu bytes: no memory lies at all of its %s\n",
+                 from == Place::nowhere ? read : written, from == Place::nowhere ? "source" : "target");
+    return cudaErrorInvalidValue;
+  }
   const bool from_device = from == Place::device, to_device = to == Place::device;
-  if (!fits(c.kind, from_device, to_device)) return cudaErrorInvalidValue;
+  if (!fits(c.kind, from_device, to_device)) {
+    std::fprintf(stderr, "the simulated CUDA refuses a copy whose kind, %d, its memory is not of\n", c.kind);
+    return cudaErrorInvalidValue;
+  }
   if (is_capturing(*stream)) return cudaSuccess;
 
   std::vector<Access> accesses;
