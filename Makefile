@@ -15,7 +15,7 @@ OUT = bench-results
 BIG_GB ?= 2.5
 SEEDS ?= 2000
 FUZZ_SECONDS ?= 1800
-CUDA_SEEDS ?= 1
+CUDA_SEEDS ?= 20
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WEIGHTLOAD_WERROR = 1
@@ -52,7 +52,7 @@ test: setup
 	$(RUN) -m pytest -q
 
 # Runs what concerns accelerators on CUDA's own torch, without a GPU: on a simulated CUDA runtime and NCCL, in an
-# environment of its own below .build/cuda (5.5 GB). CUDA_SEEDS: how often the loads run, each time with other delays.
+# environment of its own below .build/cuda (5.5 GB). Ends with loads under CUDA_SEEDS seeds.
 test-cuda:
 	$(PYTHON) tests/simulated_cuda/run.py --seeds $(CUDA_SEEDS)
 

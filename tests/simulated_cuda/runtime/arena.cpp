@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kSpan = size_t{256} << 30;  // addresses of a device
 constexpr size_t kAll = kSpan * kDevices;
 constexpr unsigned char kFresh = 0xCB;
+constexpr size_t kPoisoned = size_t{256} << 20;
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -118,7 +119,8 @@ bool commit(void* pointer, size_t bytes, int descriptor) {
   const int flags = MAP_FIXED | (descriptor < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
   void* const made = ::mmap(reach(pointer), bytes, PROT_READ | PROT_WRITE, flags, descriptor, 0);
   if (made != MAP_FAILED) {
-    if (descriptor < 0) std::fill_n(reach(pointer), bytes, static_cast<char>(kFresh));
+    // Not the gigabytes that some loaders take at once: as pages that nobody has touched they cost nothing.
+    if (descriptor < 0 && bytes <= kPoisoned) std::fill_n(reach(pointer), bytes, static_cast<char>(kFresh));
     return true;
   }
   if (descriptor < 0) give_memory(device, bytes);
