@@ -31,7 +31,7 @@ SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench compare peers test test-cuda setup lint stubs stress defects defects-cuda fuzz clean
+.PHONY: bench compare peers test test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
 
 setup: $(VENV)/built
 
@@ -55,6 +55,10 @@ test: setup
 # environment of its own below .build/cuda (5.5 GB). Ends with loads under CUDA_SEEDS seeds.
 test-cuda:
 	$(PYTHON) tests/simulated_cuda/run.py --seeds $(CUDA_SEEDS)
+
+# The script for the first minutes on a GPU, every step, with the other loaders, on the same; it measures nothing.
+gpu-check-cuda:
+	$(PYTHON) tests/simulated_cuda/run.py --steps benchmarks
 
 # Shows that these tests catch what they are there for.
 defects-cuda:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import environment
 
-LIMIT_S = 1500  # of a step
+LIMIT_S = 1800  # of a step
 STRESS = "tests/simulated_accelerator/stress.py"
 STEPS: dict[str, list[str]] = {
     "checker": ["tests/simulated_cuda/test_checker.py"],
@@ -36,7 +36,9 @@ STEPS: dict[str, list[str]] = {
     "groups": ["tests/test_simulated_group.py", "tests/test_simulated_collectives.py"],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed
+    "benchmarks": [],  # benchmarks/gpu_check.sh, with the other loaders; only where it is asked for
 }  # fmt: skip
+DEFAULT = [name for name in STEPS if name != "benchmarks"]
 
 
 def variables(seed: int, reports: Path) -> dict[str, str]:
@@ -56,10 +58,17 @@ def run_step(name: str, seed: int, seeds: int, options: list[str]) -> tuple[bool
     command = [environment.PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *STEPS[name], *options]
     if name == "seeds":
         command = [environment.PYTHON, STRESS, "--first", str(seed), "--seeds", str(seeds)]
+    environ = variables(seed, reports)
+    if name == "benchmarks":
+        command = ["bash", "benchmarks/gpu_check.sh", environment.BUILD / "gpu-check"]
+        environ |= {
+            "PYTHON": str(environment.PYTHON),
+            "WEIGHTLOAD_PEERS": str(environment.install_peers()),
+            # One of them opens libcudart.so by that name alone.
+            "LD_LIBRARY_PATH": str(environment.site_packages() / "nvidia" / "cu13" / "lib"),
+        }
     passed = 0
-    with subprocess.Popen(
-        command, cwd=environment.TREE, env=variables(seed, reports), stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=environment.TREE, env=environ, stdout=subprocess.PIPE, text=True) as process:
         # Steps end by themselves, as every test has a limit; this is for what has none.
         watch = threading.Timer(LIMIT_S, process.kill)
         watch.start()
@@ -82,7 +91,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="loads of the last step, each under another")
-    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--steps", default=",".join(DEFAULT), help=f"of {', '.join(STEPS)}")
     parser.add_argument("options", nargs="*", help="of pytest")
     chosen = parser.parse_args()
     begin = time.monotonic()
