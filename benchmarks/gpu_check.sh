@@ -180,8 +180,8 @@ elif [ $simulated = 1 ]; then
       --threads 2 --json "$out/limits.json"
   fi
   if wants ranks; then ranks 300 "$dir/ranks" --ranks 2 --repeats 1; fi
-  if wants llama; then benchmark llama 400 "$dir/llama" "tiny" --cold --sweep; fi
-  if wants moe; then benchmark moe 300 "$dir/moe" "tiny" --cold; fi
+  if wants llama; then benchmark llama 600 "$dir/llama" "tiny" --repeats 1 --cold --sweep; fi
+  if wants moe; then benchmark moe 600 "$dir/moe" "tiny" --repeats 1 --cold; fi
 else
   if wants limits; then
     step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
