@@ -109,9 +109,9 @@ const char* ncclGetErrorString(ncclResult_t result) {
   }
 }
 
-const char* ncclGetLastError(ncclComm_t handle) {
-  const CommRef communicator = find(handle);
-  if (communicator && communicator->error() != ncclSuccess) last_error = communicator->reason();
+// torch asks without a communicator, in another thread than the one that failed.
+const char* ncclGetLastError(ncclComm_t) {
+  if (std::string why = last_reason(); !why.empty()) last_error = std::move(why);
   return last_error.c_str();
 }
 

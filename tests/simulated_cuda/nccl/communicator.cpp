@@ -26,6 +26,9 @@ bool lost_ends() {
   return text != nullptr && std::strcmp(text, "error") == 0;
 }
 
+std::mutex reason_mutex;
+std::string newest_reason;
+
 char* reach(const void* pointer) { return static_cast<char*>(simulated_cuda_reach(pointer)); }
 
 }  // namespace
@@ -223,8 +226,13 @@ void Communicator::move(Task& task) {
   }
   if (outcome == Outcome::mismatch) simulated_cuda_report(("collectives do not match: " + why).c_str());
   if (outcome == Outcome::aborted || why.empty()) return;
-  reason_ = why;
+  {
+    std::lock_guard<std::mutex> lock(reason_mutex);
+    newest_reason = why;
+  }
   error_ = outcome == Outcome::lost ? ncclRemoteError : ncclInternalError;
+  // The kernel goes on waiting for what will not come, until somebody who has seen the error aborts.
+  if (outcome == Outcome::lost) payload_.wait_for_abort();
 }
 
 std::shared_ptr<Communicator> Communicator::split(int color, int key) {
@@ -244,6 +252,11 @@ std::shared_ptr<Communicator> Communicator::split(int color, int key) {
 void Communicator::abort() {
   payload_.abort();
   talk_.abort();
+}
+
+std::string last_reason() {
+  std::lock_guard<std::mutex> lock(reason_mutex);
+  return newest_reason;
 }
 
 ncclUniqueId new_id() {

@@ -51,7 +51,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Communicator> split(int color, int key);  // null for those without a color
   void abort();
   ncclResult_t error() const { return error_; }
-  const std::string& reason() const { return reason_; }
 
   const int rank, ranks;
   const int device;
@@ -72,8 +71,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::condition_variable next_;
   uint64_t queued_ = 0, done_ = 0;
   std::atomic<ncclResult_t> error_{ncclSuccess};
-  std::string reason_;  // before error_ is set
 };
+
+std::string last_reason();  // why a communicator of this process broke; empty: none did
 
 ncclUniqueId new_id();
 std::string text_of(const ncclUniqueId& id);

@@ -130,6 +130,11 @@ void Wire::abort() {
     if (socket >= 0) ::shutdown(socket, SHUT_RDWR);
 }
 
+void Wire::wait_for_abort() {
+  pollfd forever{wake_, POLLIN, 0};
+  while (!aborted_) ::poll(&forever, 1, -1);
+}
+
 Outcome Wire::run(const std::vector<Transfer>& transfers, bool lost_ends, std::string* why) {
   std::map<std::pair<int, bool>, Queue> queues;
   for (const Transfer& transfer : transfers) queues[{transfer.peer, transfer.out}].transfers.push_back(transfer);
@@ -146,8 +151,7 @@ Outcome Wire::run(const std::vector<Transfer>& transfers, bool lost_ends, std::s
       if (step == Step::gone && !aborted_) {
         *why = "rank " + std::to_string(peer) + " has gone";
         if (lost_ends) return Outcome::lost;
-        pollfd forever{wake_, POLLIN, 0};
-        ::poll(&forever, 1, -1);
+        wait_for_abort();
         return Outcome::aborted;
       }
       if (step == Step::more) {

@@ -45,6 +45,7 @@ class Wire {
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine);
 
   void abort();
+  void wait_for_abort();
   bool aborted() const { return aborted_; }
 
  private:
