@@ -1,6 +1,7 @@
 # make bench:   sets everything up and measures loads of a real and of synthetic checkpoints.
 # make compare: the same against every other loader, each in a folder of its own below .build/peers.
 # make test:    sets everything up and runs all tests.
+# make test-cuda: the tests of accelerators on CUDA's torch, on a simulated CUDA; needs no GPU.
 #
 # They work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
 # install there; an environment that already has one keeps it.
@@ -14,6 +15,7 @@ OUT = bench-results
 BIG_GB ?= 2.5
 SEEDS ?= 2000
 FUZZ_SECONDS ?= 1800
+CUDA_SEEDS ?= 20
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WEIGHTLOAD_WERROR = 1
@@ -29,7 +31,7 @@ SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench compare peers test setup lint stubs stress defects fuzz clean
+.PHONY: bench compare peers test test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
 
 setup: $(VENV)/built
 
@@ -48,6 +50,19 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 
 test: setup
 	$(RUN) -m pytest -q
+
+# Runs what concerns accelerators on CUDA's own torch, without a GPU: on a simulated CUDA runtime and NCCL, in an
+# environment of its own below .build/cuda (5.5 GB). Ends with loads under CUDA_SEEDS seeds.
+test-cuda:
+	$(PYTHON) tests/simulated_cuda/run.py --seeds $(CUDA_SEEDS)
+
+# The script for the first minutes on a GPU, every step, with the other loaders, on the same; it measures nothing.
+gpu-check-cuda:
+	$(PYTHON) tests/simulated_cuda/run.py --steps benchmarks
+
+# Shows that these tests catch what they are there for.
+defects-cuda:
+	$(PYTHON) tests/simulated_cuda/defects.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

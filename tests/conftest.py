@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from simulated_ranks import Ranks
 
 pytest_plugins = ["group_support"]  # its fixtures
+# They need an environment of their own: `make test-cuda`.
+collect_ignore = [] if os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR") == "cuda" else ["simulated_cuda"]
 
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {
@@ -99,12 +101,19 @@ def all_dtypes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """After every test: no thread more, no descriptor of a safetensors file, no armed fault."""
+    """After every test: no thread more, no descriptor of a safetensors file, no armed fault, no race."""
     yield
     _C.disarm_fault()
+    if REPORTS is not None:
+        races = REPORTS.read_text().splitlines() if REPORTS.exists() else []
+        REPORTS.unlink(missing_ok=True)
+        assert races == []
     assert thread_count() == 0
     assert open_checkpoints() == []
 
+
+# Where the simulated CUDA writes down what must not be, if the tests run on it (simulated_cuda/runtime/report.h).
+REPORTS = Path(path) if (path := os.environ.get("WEIGHTLOAD_SIMULATED_CUDA_REPORTS")) else None
 
 # Of the kernel, in /proc/PID/task/TID/stat: the thread runs no code of the process any more.
 PF_EXITING = 4
@@ -200,11 +209,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The simulated accelerator, there for one test, its delays seeded; nothing of it may be in use afterwards."""
-    import simulated_accelerator
+    """A simulated accelerator, there for one test, its delays seeded; nothing of it may be in use afterwards."""
+    from simulated_support import KIND
+    from simulated_support import native as start_native
 
-    native = simulated_accelerator.load()
-    native.set_available(True)
+    native = start_native()
     native.seed_delays(SEED + zlib.crc32(request.node.nodeid.encode()) % 10_000)
     torch.accelerator.set_stream(torch.accelerator.current_stream(0))
     yield native
@@ -213,17 +222,18 @@ def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
     gc.collect()
     native.empty_cache()
     in_use = [native.live_bytes(0), native.live_bytes(1), native.pinned_bytes()]
-    native.set_available(False)
+    if KIND == "simulated":
+        native.set_available(False)
     assert in_use == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Three processes with the simulated accelerator, whose collectives are late."""
-    import simulated_accelerator
+    """Three processes with a simulated accelerator, whose collectives are late."""
     from simulated_ranks import Ranks
+    from simulated_support import native
 
-    simulated_accelerator.load()  # built once, not by every process
+    native()  # built once, not by every process
     with Ranks(3, tmp_path_factory.mktemp("ranks"), SEED) as started:
         yield started
 

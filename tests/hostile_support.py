@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import open_checkpoints, thread_count
+from simulated_support import DEVICE
 
 import weightload
 from weightload.dtypes import TORCH_DTYPES, torch_shape
@@ -127,11 +128,11 @@ CPU_WAYS: dict[str, Way] = {
     "prefetch-pread": lambda paths: prefetched(paths, backend="pread"),
 }
 SIMULATED_WAYS: dict[str, Way] = {
-    "simulated-iterator": lambda paths: iterate(paths, device="simulated:0"),
-    "simulated-load_file": lambda paths: load_files(paths, device="simulated:0"),
-    "simulated-safe_open": lambda paths: get_tensors(paths, device="simulated:0"),
-    "simulated-prefetch": lambda paths: prefetched(paths, device="simulated:0"),
-    "simulated-load_into": lambda paths: load_into(paths, "simulated:0"),
+    "simulated-iterator": lambda paths: iterate(paths, device=DEVICE),
+    "simulated-load_file": lambda paths: load_files(paths, device=DEVICE),
+    "simulated-safe_open": lambda paths: get_tensors(paths, device=DEVICE),
+    "simulated-prefetch": lambda paths: prefetched(paths, device=DEVICE),
+    "simulated-load_into": lambda paths: load_into(paths, DEVICE),
 }
 WAYS = [*CPU_WAYS, *(pytest.param(name, marks=pytest.mark.simulated) for name in SIMULATED_WAYS)]
 # Ways that hand out memory of the reader's own, whatever becomes of the file.

@@ -22,6 +22,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simulated_support import KIND
+from simulated_support import native as start_native
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -29,7 +32,8 @@ GROUP_TIMEOUT_S = 60
 """Of collectives: what a rank that waits for another that has left goes through. On a busy machine ranks are late."""
 
 # With a backend for the CPU and without, as "cpu:gloo,cuda:nccl" and "nccl" are.
-BACKENDS = {"both": "cpu:gloo,simulated:simulated_ccl", "device": "simulated_ccl"}
+NCCL = "nccl" if KIND == "cuda" else "simulated_ccl"  # or what stands in for it
+BACKENDS = {"both": f"cpu:gloo,{KIND}:{NCCL}", "device": NCCL}
 KINDS = list(BACKENDS)
 
 
@@ -177,12 +181,13 @@ class Ranks:
 
 
 def _serve(number: int, size: int, store: str, seed: int, backend: str, pipe: Connection) -> None:
-    import simulated_accelerator
     import torch.distributed as dist
 
-    native = simulated_accelerator.load()
-    simulated_accelerator.register_process_group()
-    native.set_available(True)
+    native = start_native()
+    if KIND == "simulated":
+        import simulated_accelerator
+
+        simulated_accelerator.register_process_group()
     rank = Rank(number, size, native)
     gc.collect()
     gc.freeze()  # as in conftest.py

@@ -1,12 +1,14 @@
-"""What the tests on the simulated accelerator share."""
+"""What the tests on a simulated accelerator share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -14,7 +16,10 @@ import weightload
 from weightload.iterator import DeviceWeightIterator
 from weightload.load_stats import LoadStats
 
-DEVICE = "simulated:0"
+# Which stand-in: the backend of our own, or CUDA's torch on the simulated CUDA ("cuda").
+KIND = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")
+DEVICE, OTHER = f"{KIND}:0", f"{KIND}:1"
+own_backend_only = pytest.mark.skipif(KIND != "simulated", reason="about the backend of our own")
 # Small enough that slots and blocks are reused many times by a checkpoint of a few megabytes.
 SMALL: dict[str, Any] = {
     "slot_bytes": 64 << 10,
@@ -23,6 +28,17 @@ SMALL: dict[str, Any] = {
     "threads": 4,
 }
 TUNED: dict[str, Any] = {**SMALL, "threads": 3}  # of loads that ranks share
+
+
+def native() -> Any:
+    """The knobs of the stand-in, which is there for torch afterwards."""
+    if KIND == "cuda":
+        import simulated_cuda.native as stand_in
+    else:
+        import simulated_accelerator as stand_in  # type: ignore[no-redef]
+    made = stand_in.load()
+    made.set_available(True)
+    return made
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,8 +85,14 @@ def current_stream(stream: torch.Stream) -> Iterator[None]:
 
 
 def take_freed_memory() -> list[torch.Tensor]:
-    """Tensors that get device memory which was given back just now, of every size that blocks had; all fives."""
-    return [torch.full((size << 10,), 5, dtype=torch.uint8).to(DEVICE) for size in (256, 256, 64, 1024)]
+    """Tensors that get device memory which was given back just now, of every size that blocks had; all fives.
+
+    Does not wait for streams that a test has stopped: on CUDA a copy of pageable memory would.
+    """
+    sizes = (256 << 10, 256 << 10, 64 << 10, 1 << 20)
+    if KIND == "cuda":
+        return [torch.full((size,), 5, dtype=torch.uint8, device=DEVICE) for size in sizes]
+    return [torch.full((size,), 5, dtype=torch.uint8).to(DEVICE) for size in sizes]
 
 
 def assert_untouched(taken: list[torch.Tensor]) -> None:

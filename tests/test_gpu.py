@@ -45,12 +45,9 @@ def test_every_call(gpu: torch.device, all_dtypes: Path) -> None:
     assert_same(dict(weightload.safetensors_weights_iterator([all_dtypes])), all_dtypes, device="cuda:0")
 
 
-def busy(seconds_of_work: int = 40) -> None:
-    """Occupy the current stream."""
-    matrix = torch.rand(4096, 4096, device="cuda")
-    for _ in range(seconds_of_work):
-        matrix = matrix @ matrix
-        matrix /= matrix.norm()
+def busy(amount: int = 40) -> None:
+    """Occupy the current stream, for some milliseconds each."""
+    torch.cuda._sleep(amount * 5_000_000)
 
 
 def test_use_and_drop_at_once_under_load(gpu: torch.device, mixed: list[Path]) -> None:

@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import evict, thread_count, write_tensors
-from simulated_support import SMALL, current_stream
+from simulated_support import DEVICE, OTHER, SMALL, current_stream
 
 import weightload
 from weightload import errors, settings
 
-DEVICES = ["cpu", pytest.param("simulated:0", marks=pytest.mark.simulated)]
+DEVICES = ["cpu", pytest.param(DEVICE, marks=pytest.mark.simulated)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -95,7 +95,7 @@ def test_a_mapping_is_a_target_too(device: str, checkpoint: Any) -> None:
 @pytest.mark.simulated
 def test_in_place_needs_no_device_memory(simulated: Any, checkpoint: Any) -> None:
     paths, state = checkpoint
-    model = Model().to("simulated:0")
+    model = Model().to(DEVICE)
     simulated.synchronize(0)
     simulated.limit_device_memory(simulated.live_bytes(0))
     with settings.override(**SMALL):
@@ -254,12 +254,12 @@ def test_errors_of_matching_name_file_and_tensor(tmp_path: Path) -> None:
 def test_a_target_on_several_devices(simulated: Any, checkpoint: Any) -> None:
     paths, state = checkpoint
     model = Model()
-    model.layers[:6].to("simulated:0")
-    model.layers[6:].to("simulated:1")
+    model.layers[:6].to(DEVICE)
+    model.layers[6:].to(OTHER)
     with settings.override(**SMALL):
         report = weightload.load_into(model, paths)
     assert_holds(model.state_dict(), state)
-    assert sorted(report.stats) == ["cpu", "simulated:0", "simulated:1"]
+    assert sorted(report.stats) == ["cpu", DEVICE, OTHER]
     assert report.in_place == len(state)
     del model
 
@@ -270,9 +270,9 @@ def test_work_before_and_after_keeps_its_order(simulated: Any, checkpoint: Any) 
     paths, state = checkpoint
     for seed in range(5):
         simulated.seed_delays(seed, longest_us=2000)
-        for stream in (torch.accelerator.current_stream(0), torch.Stream(device="simulated:0")):
+        for stream in (torch.accelerator.current_stream(0), torch.Stream(device=DEVICE)):
             with current_stream(stream), settings.override(**{**SMALL, "pinned_bytes": 4 << 20}):
-                target = {name: torch.zeros_like(tensor).to("simulated:0") for name, tensor in state.items()}
+                target = {name: torch.zeros_like(tensor).to(DEVICE) for name, tensor in state.items()}
                 gate = simulated.hold_stream(0, stream.stream_id)
                 before = {name: tensor.clone() for name, tensor in target.items()}
                 threading.Timer(0.05, gate).start()  # a slot may be needed again
@@ -359,7 +359,7 @@ def test_a_state_dict_that_is_made_on_the_fly_is_refused(tmp_path: Path) -> None
 def test_a_failed_start_keeps_nothing(simulated: Any, checkpoint: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(checkpoint[0][0].read_bytes()[:-1])
     with pytest.raises(errors.HeaderError) as caught:
-        weightload.safetensors_weights_iterator([tmp_path / "bad.safetensors"], device="simulated:0")
+        weightload.safetensors_weights_iterator([tmp_path / "bad.safetensors"], device=DEVICE)
     assert (simulated.pinned_bytes(), thread_count()) == (0, 0)  # while the exception lives
     del caught
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
+from simulated_support import DEVICE
 
 import weightload
 from weightload import settings
@@ -136,7 +137,7 @@ def test_load_into_reports_them_by_device(files: list[Path]) -> None:
 def test_on_an_accelerator(simulated: Any, files: list[Path]) -> None:
     evict(files)
     with settings.override(read="direct"):
-        weights = weightload.safetensors_weights_iterator(files, device="simulated:0", strategy="independent")
+        weights = weightload.safetensors_weights_iterator(files, device=DEVICE, strategy="independent")
         assert len(list(weights)) == 11
     stats = weights.stats()
     assert stats.device is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import evict, write_tensors
+from simulated_support import DEVICE
 
 import weightload
 from weightload import _C, settings
@@ -69,6 +70,6 @@ def test_warm_pages_are_mapped_without_reading_them(overlaid: Path) -> None:
 
 def test_to_an_accelerator(simulated: object, overlaid: Path) -> None:
     overlaid.read_bytes()
-    weights = weightload.safetensors_weights_iterator(overlaid, device="simulated:0", strategy="independent")
+    weights = weightload.safetensors_weights_iterator(overlaid, device=DEVICE, strategy="independent")
     assert len(list(weights)) == 6
     assert weights.stats().direct_bytes == 0, "in memory already"

@@ -11,7 +11,18 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SEED, evict, on_a_local_disk, run_script, write_tensors
-from simulated_support import DEVICE, SMALL, assert_same, load, load_stats_of, raw, reference_of
+from simulated_support import (
+    DEVICE,
+    KIND,
+    OTHER,
+    SMALL,
+    assert_same,
+    load,
+    load_stats_of,
+    own_backend_only,
+    raw,
+    reference_of,
+)
 
 import weightload
 from weightload import _C, settings
@@ -75,10 +86,9 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
     script = f"""
     import sys
     sys.path.insert(0, {str(Path(__file__).parent)!r})
-    import simulated_accelerator
-    simulated_accelerator.load().set_available(True)
     from pathlib import Path
-    from simulated_support import assert_same, load
+    from simulated_support import assert_same, load, native
+    native()
     from weightload import settings
     path = Path(sys.argv[1])
     with settings.override(slot_bytes=1 << 20):
@@ -137,10 +147,10 @@ def test_selected_names_are_all_that_is_read(simulated: Any, mixed: list[Path]) 
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
-        ("simulated:1", "simulated:1"),
-        ("simulated", "simulated:0"),
-        (lambda: torch.device("simulated", 1), "simulated:1"),
-        (1, "simulated:1"),
+        (OTHER, OTHER),
+        (KIND, DEVICE),
+        (lambda: torch.device(KIND, 1), OTHER),
+        (1, OTHER),
     ],
 )
 def test_devices_are_named_in_every_way(simulated: Any, all_dtypes: Path, device: Any, expected: str) -> None:
@@ -152,17 +162,18 @@ def test_devices_are_named_in_every_way(simulated: Any, all_dtypes: Path, device
 def test_the_default_device_is_that_of_the_local_rank(
     simulated: Any, all_dtypes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, expected in (("1", "simulated:1"), ("0", "simulated:0"), ("7", "simulated:0")):
+    for number, expected in (("1", OTHER), ("0", DEVICE), ("7", DEVICE)):
         monkeypatch.setenv("LOCAL_RANK", number)
         assert_same(dict(load(all_dtypes, device=None)), all_dtypes, device=expected)
     monkeypatch.delenv("LOCAL_RANK")
     torch.accelerator.set_device_index(1)
     try:
-        assert_same(dict(load(all_dtypes, device=None)), all_dtypes, device="simulated:1")
+        assert_same(dict(load(all_dtypes, device=None)), all_dtypes, device=OTHER)
     finally:
         torch.accelerator.set_device_index(0)
 
 
+@own_backend_only
 def test_devices_that_are_not_there_are_refused(simulated: Any, all_dtypes: Path) -> None:
     for device in ("simulated:2", "cuda:0", "meta", 5):
         with pytest.raises(ValueError, match=r"cannot load to|sees 2"):

@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED
-from simulated_ranks import KINDS, Rank, Ranks
+from simulated_ranks import KINDS, NCCL, Rank, Ranks
 from simulated_support import (
     DEVICE,
+    KIND,
     TUNED,
     assert_same,
     current_stream,
     filled,
+    own_backend_only,
     raw,
 )
 
@@ -41,7 +43,7 @@ def every_collective(rank: Rank, kind: str, members: list[int]) -> None:
         if group is None:
             return
         me, size = group.rank(), group.size()
-        assert group._get_backend(torch.device(DEVICE)).name() == "simulated_ccl"
+        assert group._get_backend(torch.device(DEVICE)).name() == NCCL
         for seed in range(4):
             rank.seed(SEED + seed)
             for dtype in (torch.uint8, torch.bool, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
@@ -97,6 +99,7 @@ def only_streams_wait(rank: Rank) -> None:
             assert work.is_completed()
 
 
+@own_backend_only
 def test_a_collective_is_seen_by_streams_that_wait_for_it(ranks: Ranks) -> None:
     ranks.call(only_streams_wait)
 
@@ -123,6 +126,7 @@ def an_event_is_needed(rank: Rank, with_event: bool) -> None:
         rank.native.synchronize(0)
 
 
+@own_backend_only
 @pytest.mark.parametrize("with_event", [True, False])
 def test_a_collective_waits_for_its_stream_and_no_other(ranks: Ranks, with_event: bool) -> None:
     ranks.call(an_event_is_needed, with_event)
@@ -152,6 +156,7 @@ def memory_is_kept(rank: Rank, kept_by: str) -> None:
         rank.native.synchronize(0)
 
 
+@own_backend_only
 @pytest.mark.parametrize("kept_by", ["work", "allocator", "nobody"])
 def test_memory_is_kept_by_the_work_and_by_nothing_else(ranks: Ranks, kept_by: str) -> None:
     ranks.call(memory_is_kept, kept_by)
@@ -198,6 +203,7 @@ def a_rank_is_missing(rank: Rank) -> None:
     every_collective(rank, "device", [0, 1, 2])
 
 
+@own_backend_only
 def test_a_rank_that_is_missing_ends_the_others_at_the_timeout(ranks: Ranks) -> None:
     ranks.call(a_rank_is_missing)
 
@@ -210,6 +216,7 @@ def sizes_differ(rank: Rank) -> None:
             work.wait()
 
 
+@own_backend_only
 def test_collectives_that_do_not_match_are_errors(ranks: Ranks) -> None:
     ranks.call(sizes_differ)
 
@@ -220,7 +227,7 @@ def defaults(rank: Rank, paths: list[Path]) -> None:
     torch.accelerator.set_device_index(rank.number)
     with settings.override(**TUNED):
         got = dict(weightload.safetensors_weights_iterator(paths))
-    assert_same(got, *paths, device=f"simulated:{rank.number}")
+    assert_same(got, *paths, device=f"{KIND}:{rank.number}")
     # On CUDA every device a process touches costs it half a gigabyte there.
     assert not rank.native.has_context(1 - rank.number)
 
@@ -231,7 +238,7 @@ def test_the_default_group_may_have_no_backend_for_the_cpu(two: Ranks, mixed: li
 
 def leaves_in_the_middle(rank: Rank) -> None:
     """The default group has no backend for the CPU here. The last thing a process does is a collective without end."""
-    device = f"simulated:{torch.accelerator.current_device_index()}"
+    device = f"{KIND}:{torch.accelerator.current_device_index()}"
     value = torch.full((9,), rank.number).to(device)
     dist.broadcast(value, 1)
     assert all_are(value, 1)
@@ -239,6 +246,7 @@ def leaves_in_the_middle(rank: Rank) -> None:
         atexit.register(lambda: dist.broadcast(torch.zeros(9).to(device), 1, async_op=True))
 
 
+@own_backend_only
 def test_processes_may_end_in_the_middle_of_a_collective(two: Ranks) -> None:
     two.call(leaves_in_the_middle)
     assert two.close() == [0, 0]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from simulated_accelerator.defects import DEFECTS, ROOT, Defect
 
-README = (Path(__file__).parent / "simulated_accelerator" / "README.md").read_text()
+HERE = Path(__file__).parent
+README = (HERE / "simulated_accelerator" / "README.md").read_text()
+ON_CUDA = (HERE / "simulated_cuda" / "README.md").read_text()
 
 
 def test_there_are_enough() -> None:
@@ -17,9 +19,10 @@ def test_there_are_enough() -> None:
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_every_defect_still_applies(defect: Defect) -> None:
-    """Its line is in its file once, its tests exist, and the README lists it."""
+    """Its line is in its file once, its tests exist, and both READMEs list it."""
     assert (ROOT / defect.file).read_text().count(defect.right) == 1
     for test in defect.tests:
         file, name = test.split("::")
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
     assert f"| {defect.name} |" in README
+    assert f"| {defect.name} |" in ON_CUDA

@@ -35,7 +35,6 @@ from weightload import _C, errors, settings
 pytestmark = pytest.mark.simulated
 
 STRATEGIES = ["broadcast", "striped"]
-POOL = range(1, 5)  # ids of the streams that a side stream may be
 
 
 # Shared loads.
@@ -183,7 +182,7 @@ def held(rank: Rank, strategy: str, paths: list[Path]) -> None:
 
 
 def hold_everything(rank: Rank, own: bool) -> list[Any]:
-    streams = [*([0] if own else []), *POOL, *rank.native.communicator_streams(0)]
+    streams = [*([0] if own else []), *rank.native.side_streams(0), *rank.native.communicator_streams(0)]
     return [rank.native.hold_stream(0, stream) for stream in streams]
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import SEED, run_script, write_tensors
 from simulated_support import (
     DEVICE,
+    OTHER,
     SMALL,
     assert_same,
     assert_untouched,
@@ -26,8 +27,6 @@ from weightload import settings
 
 pytestmark = pytest.mark.simulated
 
-POOL = range(1, 5)  # ids of the streams that a side stream may be
-
 
 def seeds(simulated: Any, count: int, longest_us: int = 1500) -> Any:
     for seed in range(SEED, SEED + count):
@@ -37,7 +36,7 @@ def seeds(simulated: Any, count: int, longest_us: int = 1500) -> Any:
 
 def test_the_host_never_waits_for_the_device(simulated: Any, shards: list[Path]) -> None:
     """With every stream held, a checkpoint that fits the ring is yielded all the same; nothing has moved yet."""
-    gates = [simulated.hold_stream(0, stream) for stream in (0, *POOL)]
+    gates = [simulated.hold_stream(0, stream) for stream in (0, *simulated.side_streams(0))]
     with settings.override(device_block_bytes=1 << 20):
         got = dict(load(*shards))
     for gate in gates:
@@ -147,7 +146,7 @@ def test_a_stream_that_was_not_current_at_the_start_is_known_to_the_allocator(
 def test_blocks_that_nobody_took_outlive_their_copies(simulated: Any, shards: list[Path], taken: int) -> None:
     """Leaving early frees blocks whose copies are still queued. What takes their memory next must stay whole."""
     for _ in seeds(simulated, 3):
-        gates = [simulated.hold_stream(0, stream) for stream in POOL]
+        gates = [simulated.hold_stream(0, stream) for stream in simulated.side_streams(0)]
         with settings.override(**{**SMALL, "pinned_bytes": 64 << 20}):
             weights = load(*shards)
             for _ in range(taken):
@@ -187,7 +186,7 @@ def test_loads_from_several_threads_to_several_devices(simulated: Any, mixed: li
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(f"simulated:{i % 2}",)) for i in range(4)]
+    threads = [threading.Thread(target=run, args=((DEVICE, OTHER)[i % 2],)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -212,7 +211,7 @@ def test_the_current_device_is_left_alone(simulated: Any, mixed: list[Path]) -> 
     try:
         assert_same(dict(load(*mixed)), *mixed)
         assert torch.accelerator.current_device_index() == 1
-        assert torch.accelerator.current_stream("simulated:1").stream_id == 0
+        assert torch.accelerator.current_stream(OTHER).stream_id == 0
     finally:
         torch.accelerator.set_device_index(0)
 
@@ -222,22 +221,22 @@ def test_a_load_to_one_device_touches_no_other(simulated: Any, mixed: list[Path]
     script = f"""
     import gc, sys
     sys.path.insert(0, {str(Path(__file__).parent)!r})
-    import simulated_accelerator
-    native = simulated_accelerator.load()
-    native.set_available(True)
+    import simulated_support
+    from simulated_support import OTHER
+    native = simulated_support.native()
     from pathlib import Path
     import torch, weightload
     from simulated_support import SMALL, load
     from weightload import settings
     paths = [Path(path) for path in sys.argv[1:]]
     with settings.override(**SMALL):
-        got = dict(load(*paths, device="simulated:1"))
-        dict(load(*paths, device="simulated:1"))
-        with load(*paths, device="simulated:1") as weights:
+        got = dict(load(*paths, device=OTHER))
+        dict(load(*paths, device=OTHER))
+        with load(*paths, device=OTHER) as weights:
             next(weights)
         weightload.load_into(got, paths)
         native.fail_pinned_after(0)
-        got = dict(load(*paths, device="simulated:1"))
+        got = dict(load(*paths, device=OTHER))
     del got, weights
     gc.collect()
     print(native.has_context(0), native.has_context(1))

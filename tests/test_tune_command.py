@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tensors
+from simulated_support import DEVICE
 
 from weightload import _C, cli, settings, tune_storage
 from weightload.cpus import usable_cpus
@@ -372,8 +373,8 @@ def test_to_an_accelerator(
     for name, value in (("SLOT", 65536), ("PINNED", 1 << 20), ("DEVICE_BLOCK", 1 << 20)):
         monkeypatch.setenv(f"WEIGHTLOAD_{name}_BYTES", str(value))
     path = write_tensors(tmp_path / "m.safetensors", [(f"{i}", "F32", [100_000]) for i in range(6)])
-    out = tuned(capsys, path, "--device", "simulated:0", "--seconds", PLENTY)
-    assert "to:          simulated:0;" in out
+    out = tuned(capsys, path, "--device", DEVICE, "--seconds", PLENTY)
+    assert f"to:          {DEVICE};" in out
     for setting in ("threads", "read direct", "read buffered", "slot_bytes", "pinned_bytes", "device_block_bytes"):
         assert setting in out
     assert "task_bytes" not in out

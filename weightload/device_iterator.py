@@ -119,6 +119,7 @@ def load_to_device(
         # Shares of blocks, which are cut where blocks and files are.
         pieces += 2 * (1 + own_bytes * group.size() // settings.current().device_block_bytes)
     try:
+        devices.require_no_capture(device)
         target = make_target(device, own_bytes, pieces)
     except Exception as error:
         if group is not None:

@@ -82,6 +82,19 @@ def kind_of(device: Device | None) -> str:
     return kind.type if kind else "cpu"
 
 
+def require_no_capture(device: torch.device) -> None:
+    """Say it before anything is queued: what a capture records does not run, and asking for events would spoil it.
+
+    Raises:
+        WeightLoadError: the current stream of the accelerator is being captured, as for a CUDA graph.
+    """
+    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    if capturing is not None and capturing():
+        raise WeightLoadError(
+            f"cannot load to {device} while its current stream is being captured: load before the capture or after it"
+        )
+
+
 def _require_unforked() -> None:
     """Say it before torch is asked for anything that would set the accelerator up."""
     kind = accelerator()

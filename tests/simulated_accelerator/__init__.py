@@ -37,6 +37,7 @@ def load() -> Any:
     )
     torch.utils.rename_privateuse1_backend("simulated")
     torch._register_device_module("simulated", _device_module(native))
+    native.side_streams = lambda device: range(1, 5)  # ids of the streams that a side stream may be
     native.seed_delays(0)
     atexit.register(native.stop_streams)
     return native

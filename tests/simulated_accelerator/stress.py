@@ -2,7 +2,8 @@
 
     python tests/simulated_accelerator/stress.py [--first SEED] [--seeds N]
 
-Stops at the first load that gives a wrong byte, and says its seed, which repeats the choices (not the scheduling).
+On CUDA's torch and the simulated CUDA with WEIGHTLOAD_TEST_ACCELERATOR=cuda, where a race stops it, too. Stops at the
+first load that gives a wrong byte, and says its seed, which repeats the choices (not the scheduling).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import write_tensors
-from simulated_support import DEVICE, current_stream, load, raw, reference_of
+from simulated_support import DEVICE, KIND, current_stream, load, raw, reference_of
+from simulated_support import native as start_native
 
-import simulated_accelerator
 import weightload
 from weightload import settings
 
@@ -118,6 +119,11 @@ def run(seed: int, native: Any, files: list[Path], reference: Tensors) -> None:
         want = reference[name]
         same = torch.equal(raw(tensor), raw(want.to(tensor.dtype)))
         assert same, f"{what}: {name}"
+    if KIND == "cuda":
+        from simulated_cuda.native import take_reports
+
+        races = take_reports()
+        assert races == [], f"{what}: {races}"
 
 
 def main() -> None:
@@ -126,8 +132,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=2000)
     options = parser.parse_args()
-    native = simulated_accelerator.load()
-    native.set_available(True)
+    native = start_native()
     with tempfile.TemporaryDirectory() as folder:
         small = [(f"small.{i}", "F32", [i % 7, 11]) for i in range(120)]
         odd = [(f"odd.{i}", "U8", [i * i * 37 % 4001]) for i in range(60)]
@@ -140,7 +145,7 @@ def main() -> None:
         begin = time.monotonic()
         for number, seed in enumerate(range(options.first, options.first + options.seeds), 1):
             run(seed, native, files, reference)
-            if number % 100 == 0:
+            if number % 100 == 0 or number == options.seeds:
                 native.empty_cache()
                 print(f"{number} of {options.seeds} seeds, {time.monotonic() - begin:.0f} s", flush=True)
 
