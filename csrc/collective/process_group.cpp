@@ -204,7 +204,13 @@ class DeviceRecords final : public Pending {
     }
     return true;
   }
-  Records records() override { return split(on_host_, ranks_); }
+  Records records() override {
+    Records records = split(on_host_, ranks_);
+    const auto is_empty = [](const std::string& record) { return record.find_first_not_of('\0') == std::string::npos; };
+    if (std::any_of(records.begin(), records.end(), is_empty))
+      throw Error(ErrorKind::group, "the communicator was aborted before every rank's record had come");
+    return records;
+  }
 
  private:
   void start_copy() {
@@ -265,11 +271,15 @@ class ProcessGroupCollective final : public Collective {
         records_on_device_ = at::empty({total}, at::TensorOptions().dtype(at::kByte).device(type_));
         records_on_host_ = pinned_bytes(type_, static_cast<uint64_t>(total));
       }
-      at::Tensor mine = records_on_host_.narrow(0, size * group_->getRank(), size);
-      std::memcpy(mine.data_ptr(), record.data(), record.size());
-      at::Tensor mine_there = records_on_device_.narrow(0, size * group_->getRank(), size);
-      mine_there.copy_(mine, /*non_blocking=*/true);
-      work = gather_into(*group_, records_on_device_.narrow(0, 0, total), mine_there);
+      const at::Tensor on_host = records_on_host_.narrow(0, 0, total);
+      const at::Tensor on_device = records_on_device_.narrow(0, 0, total);
+      // The others' places become zeros: where a communicator is aborted and its process lives on, the gather ends
+      // early, and what the last one has left there would be believed.
+      auto* const records = static_cast<char*>(on_host.data_ptr());
+      std::memset(records, 0, static_cast<size_t>(total));
+      std::memcpy(records + size * group_->getRank(), record.data(), record.size());
+      on_device.copy_(on_host, /*non_blocking=*/true);
+      work = gather_into(*group_, on_device, on_device.narrow(0, size * group_->getRank(), size));
     });
     return std::make_unique<DeviceRecords>(std::move(work), records_on_device_.narrow(0, 0, total),
                                            records_on_host_.narrow(0, 0, total), device_, ranks());
