@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -19,6 +20,7 @@ from conftest import SEED, write_tensors
 
 import weightload
 from weightload import settings
+from weightload.handlers import forgiven
 
 TRIALS = 120
 SMALL = [(f"t{i:03d}", "I32", [64]) for i in range(400)]
@@ -195,3 +197,36 @@ def test_a_prefetch_goes_on_or_says_why(folder: Path, lost: list[Any]) -> None:
 
 
 SMALL_NAMES = [f"1.{name}" for name, _, _ in SMALL]
+
+
+def raise_timeout(*_: object) -> None:
+    raise TimeoutError
+
+
+class Handler:
+    def __call__(self, *_: object) -> None:
+        raise_stop_here()
+
+    def method(self, *_: object) -> None:
+        raise Stop
+
+
+def raise_stop_here() -> None:
+    raise Stop
+
+
+@pytest.mark.parametrize(
+    "handler", [raise_timeout, Handler(), Handler().method, functools.partial(raise_timeout, 1)], ids=str
+)
+def test_what_is_forgiven_is_not_a_handlers(handler: Any) -> None:
+    """An alarm's TimeoutError is an OSError, and much is done in statements that forgive those."""
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises((TimeoutError, Stop)), forgiven(Exception):
+            signal.raise_signal(signal.SIGALRM)
+        with forgiven(OSError):
+            os.stat("/nonexistent")
+        with pytest.raises(ValueError, match="other"), forgiven(OSError):
+            raise ValueError("other")
+    finally:
+        signal.signal(signal.SIGALRM, before)

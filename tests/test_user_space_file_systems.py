@@ -5,6 +5,7 @@ Each call runs in a process of its own, as a byte that is touched and cannot be 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections.abc import Iterator
@@ -212,3 +213,38 @@ def test_every_byte_is_asked_for_once(odd: Path, folder: Path) -> None:
 def test_resolving_several_files(odd: Path, folder: Path) -> None:
     names = ["large.safetensors", "small.safetensors"]
     assert outcomes(folder, odd, *names, which="resolve")["resolve"][0] == "right"
+
+
+SMALL_ONES = """
+import sys, weightload
+found = {}
+with weightload.safe_open(sys.argv[1]) as file:
+    names = file.offset_keys()
+    for name in names if sys.argv[2] == "forwards" else reversed(names):
+        try:
+            file.get_tensor(name).sum()
+        except weightload.ReadError as error:
+            found[name] = error.errno
+print(found)
+"""
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+def test_a_bad_page_that_small_tensors_share_with_good_ones(tmp_path: Path, order: str) -> None:
+    """No tensor of less than a page may be taken for cached because one of its two pages is."""
+    tensors = [(f"t{i:03d}", "F32", [1000]) for i in range(60)]
+    (tmp_path / "files").mkdir()
+    path = write_tensors(tmp_path / "files" / "m.safetensors", tensors)
+    first = path.stat().st_size // 2 // 4096 * 4096
+    with fuse_server.mounted(path.parent, tmp_path / "mount", error_from=first, error_to=first + 1) as mount:
+        done = run_script(SMALL_ONES, mount / path.name, order)
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout)
+    begin = path.stat().st_size - 60 * 4000
+    touched = {
+        name
+        for i, (name, _, _) in enumerate(tensors)
+        if begin + i * 4000 < first + 4096 and first < begin + (i + 1) * 4000
+    }
+    assert set(found) == touched
+    assert set(found.values()) == {5}

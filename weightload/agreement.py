@@ -15,6 +15,7 @@ import torch
 from weightload import _C, errors, settings
 from weightload._version import __version__
 from weightload.distributed import NODE, RECORD_BYTES, load_name
+from weightload.handlers import pass_on
 from weightload.selection import Names, Path, open_and_select
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def _describe(error: BaseException, load: str) -> bytes:
     tensor = known["tensor"] if isinstance(known["tensor"], str) else None
     try:
         message = str(error)
-    except Exception:  # of other people's exceptions anything may come
+    except Exception as failed:  # of other people's exceptions anything may come
+        pass_on(failed)
         message = ""
     while True:
         fields = {

@@ -6,13 +6,16 @@ import functools
 import os
 from pathlib import Path
 
+from weightload.handlers import pass_on
+
 
 def usable_cpus() -> int:
     """CPUs the process may use, at least 1. A quota of 1.5 CPUs counts as 2; a change of it is not noticed."""
     try:
         count = len(os.sched_getaffinity(0))
     # A sandbox that does not allow the question; EINVAL Python takes for too small a mask, which it doubles in vain.
-    except (OSError, OverflowError, MemoryError):
+    except (OSError, OverflowError, MemoryError) as failed:
+        pass_on(failed)
         count = os.cpu_count() or 1
     quota = _own_quota()
     return max(1, count if quota is None else min(count, -int(-quota // 1)))
@@ -34,7 +37,8 @@ def cgroup_cpu_quota(
     """
     try:
         lines = membership.read_text().splitlines()
-    except OSError:
+    except OSError as failed:
+        pass_on(failed)
         return None
     quotas: list[float] = []
     for line in lines:
@@ -71,7 +75,8 @@ def _version2(group: Path) -> float | None:
     try:
         quota, period = (group / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ZeroDivisionError) as failed:
+        pass_on(failed)
         return None
 
 
@@ -79,5 +84,6 @@ def _version1(group: Path) -> float | None:
     try:
         quota = int((group / "cpu.cfs_quota_us").read_text())
         return None if quota <= 0 else quota / int((group / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ZeroDivisionError) as failed:
+        pass_on(failed)
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from weightload import _C, devices, settings
 from weightload.agreement import Sharing
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
+from weightload.handlers import forgiven, pass_on
 from weightload.load_stats import LoadStats
 from weightload.plain_torch import empty, plainly
 from weightload.selection import Names, Path, open_and_select
@@ -180,7 +180,8 @@ def fail_arguments_together(
     try:
         chosen = strategy if strategy in STRATEGIES else "auto"
         group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths))
-    except Exception:
+    except Exception as failed:
+        pass_on(failed)
         return  # the arguments' error comes first
     if group is not None:
         fail_together(error, group, chosen, paths)
@@ -197,6 +198,6 @@ def bytes_of_files(paths: Sequence[Path]) -> int:
     """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better."""
     total = 0
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with forgiven(OSError, ValueError, TypeError):
             total += os.stat(path).st_size
     return total

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
 
 from weightload.errors import WeightLoadError
+from weightload.handlers import forgiven, pass_on
 from weightload.plain_torch import plainly
 
 Device = torch.device | str | int
@@ -45,6 +45,7 @@ def resolve(device: Device | None) -> torch.device:
     try:
         named = torch.device(device) if isinstance(device, (str, torch.device)) else None
     except RuntimeError as error:
+        pass_on(error)
         raise ValueError(f"no such device: {str(error).splitlines()[0]}") from None
     if named is None and device is not None and not isinstance(device, int):
         raise ValueError(f"device={device!r}: must be a torch.device, its name or its number")
@@ -76,7 +77,7 @@ def resolve(device: Device | None) -> torch.device:
 def kind_of(device: Device | None) -> str:
     """The type of device that is meant, whether or not it is there; of what is none, the default's."""
     if isinstance(device, (str, torch.device)):
-        with contextlib.suppress(RuntimeError):
+        with forgiven(RuntimeError):
             return torch.device(device).type
     kind = accelerator()
     return kind.type if kind else "cpu"

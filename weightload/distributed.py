@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from weightload import _C
 from weightload.errors import GroupError
+from weightload.handlers import pass_on
 from weightload.paths import Path as PathLike
 from weightload.plain_torch import plainly
 
@@ -74,11 +75,13 @@ def node_of_this_process() -> str:
             return f"{variable}={os.environ[variable]}"
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
+    except OSError as failed:
+        pass_on(failed)
         boot = ""
     try:
         name = socket.gethostname()
-    except OSError:  # a sandbox without uname
+    except OSError as failed:  # a sandbox without uname
+        pass_on(failed)
         name = ""
     return f"{name} {boot}"
 
@@ -170,6 +173,7 @@ def _names_of_nodes(group: Any, stage: str) -> list[str]:
     try:
         torch.distributed.all_gather_object(names, mine, group=group)
     except (RuntimeError, OSError) as error:
+        pass_on(error)
         raise GroupError(f"{stage}: {error}") from error
     return names
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Literal
 
 from weightload import _C
 from weightload.errors import CheckpointError, DuplicateTensor, located
+from weightload.handlers import forgiven, pass_on
 from weightload.index import is_index, shards_of_tensors
 
 Duplicates = Literal["error", "last"]
@@ -101,7 +101,7 @@ def _refusal_of(files: Sequence[_C.CheckpointFile], name: str, places: list[Plac
 
 def refusal(name: str, first: str, second: str) -> DuplicateTensor:
     """The error for a name that two files have."""
-    with contextlib.suppress(OSError):
+    with forgiven(OSError):
         if os.path.samefile(first, second):
             what = f"{second}: tensor `{name}` is there twice, as this file is listed twice, the first time as {first}"
             return located(DuplicateTensor(what), second, name)
@@ -166,12 +166,14 @@ def _read(folder: str, theirs: bool) -> Iterator[tuple[dict[str, str], set[str]]
     """Of every index in the folder the path of each tensor's shard, and all these paths."""
     try:
         names = sorted(name for name in os.listdir(folder) if is_index(name) and not name.startswith("."))
-    except OSError:
+    except OSError as failed:
+        pass_on(failed)
         return  # a folder that may be passed through but not listed
     for name in names:
         try:
             shards = shards_of_tensors(Path(folder, name))
-        except (CheckpointError, OSError):
+        except (CheckpointError, OSError) as failed:
+            pass_on(failed)
             if theirs:
                 raise
             continue

@@ -11,6 +11,7 @@ from weightload import _C
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError, located
+from weightload.handlers import pass_on
 from weightload.iterator import WeightIterator
 from weightload.plain_torch import empty, plainly
 from weightload.rows import Run
@@ -125,7 +126,8 @@ def meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes; empty where there is none."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    except OSError as failed:
+        pass_on(failed)
         return {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 

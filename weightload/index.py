@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from weightload.errors import CheckpointError, located
+from weightload.handlers import pass_on
 from weightload.paths import natural_key
 
 # model.safetensors.index.json, and with a variant: model.safetensors.index.fp16.json (transformers),
@@ -39,7 +40,8 @@ def is_missing(path: Path) -> bool:
     """Whether nothing is there. Other errors on the way (a link loop, no permission) are the system's ``OSError``."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as failed:
+        pass_on(failed)
         return True
     return False
 
@@ -70,7 +72,8 @@ def read_index(path: Path) -> Index:
     for shard in sorted(set(weight_map.values()), key=lambda shard: natural_key(str(shard))):
         try:
             status = shard.stat()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as failed:
+            pass_on(failed)
             missing.append(shard)
             one[shard] = shard
         else:
@@ -103,6 +106,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         # The hook sees every object of the file, and duplicates before a dict swallows them.
         content = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, path))
     except (ValueError, RecursionError) as problem:
+        pass_on(problem)
         raise _refuse(path, f"is not JSON: {problem}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -143,7 +147,8 @@ def _open(path: Path) -> int:
     while True:
         try:
             return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        except BlockingIOError:
+        except BlockingIOError as failed:
+            pass_on(failed)
             if time.monotonic() > deadline:
                 raise
             time.sleep(BETWEEN_TRIES)

@@ -19,6 +19,7 @@ from weightload.device_iterator import (
 from weightload.distributed import load_name, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload.errors import StateDictError, located
+from weightload.handlers import pass_on
 from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
@@ -328,5 +329,6 @@ def _put(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            pass_on(error)
             what = f"cannot load into {name!r}, a {type(place).__name__}: {error}\nOthers may be loaded by now"
             raise located(StateDictError(what), None, name) from error

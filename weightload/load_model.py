@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
 from weightload import _C, devices
 from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
+from weightload.handlers import pass_on
 from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
 from weightload.own_loading import SAVING, is_overridden
@@ -68,8 +69,6 @@ def _load(
     device: torch.device,
     backend: str,
 ) -> tuple[set[str], list[str]]:
-    from safetensors.torch import _remove_duplicate_names  # not worth every process's time
-
     names = files[0].names()
     matched = match(model, files, strict=False) if _is_plain(model) else None
     if matched is not None and matched.turns is not None:
@@ -77,13 +76,14 @@ def _load(
     # Extra states and hooks are the user's code, and run in the user's modes; with keep_vars, torch's own asks torch
     # nothing. It is before the loading, which may make other tensors.
     state = model.state_dict(keep_vars=True) if matched is not None else model.state_dict()
-    duplicates = plainly(_remove_duplicate_names)(state, preferred_names=names)
+    duplicates = _duplicates(state, names)
     if matched is not None:
         missing, unexpected = set(matched.absent), list(matched.unexpected)
     else:
         try:
             report = model.load_state_dict(load_all(files[0], device, backend), strict=False)
         except RuntimeError as error:
+            pass_on(error)
             if type(error) is not RuntimeError:
                 raise
             raise located(StateDictError(str(error)), files[0].path) from error
@@ -96,6 +96,19 @@ def _load(
     if matched is not None:
         fill(matched, devices_of(matched), files, paths)
     return missing, unexpected
+
+
+@plainly
+def _duplicates(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
+    """As safetensors sees them: of names that share memory the one that counts, and the others."""
+    plain = [tensor for tensor in state.values() if type(tensor) in PLAIN and tensor.layout is torch.strided]
+    memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}
+    if len(memory) == len(state):  # safetensors takes a while, and forgives errors in which a signal handler may run
+        return {}
+    from safetensors.torch import _remove_duplicate_names  # not worth every process's time
+
+    found: dict[str, list[str]] = _remove_duplicate_names(state, preferred_names=names)
+    return found
 
 
 @plainly

@@ -17,6 +17,7 @@ from torch.nn.modules import batchnorm, instancenorm, module
 from torch.nn.modules.module import _IncompatibleKeys
 
 from weightload.errors import StateDictError
+from weightload.handlers import pass_on
 from weightload.places import PLAIN
 
 Module = torch.nn.Module
@@ -145,7 +146,8 @@ class Walk:
         for prefix, part in self.makers:
             try:
                 state = part.state_dict(prefix=prefix, keep_vars=True)
-            except TypeError:  # of other arguments
+            except TypeError as failed:  # of other arguments
+                pass_on(failed)
                 continue
             for name, value in state.items():
                 home = self.home_of(name)
@@ -253,6 +255,7 @@ class Turns:
         try:
             told: Any = root.load_state_dict(dict(tensors), strict=self.strict)
         except RuntimeError as error:
+            pass_on(error)
             if type(error) is not RuntimeError:
                 raise
             raise StateDictError(f"{error}\nIt was raised by the load_state_dict of {_named(root)}") from error

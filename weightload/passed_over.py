@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from weightload.file_names import ENDING
+from weightload.handlers import forgiven, pass_on
 
 MOST_NAMED = 5  # of the groups of files in one sentence
 MOST_FOLDERS = 50  # that are looked into for an error's sake
@@ -90,8 +90,9 @@ def folders_with_models(folder: str) -> list[str]:
             inside = os.listdir(os.path.join(folder, name))
             if any(file.endswith(ENDING) and not file.startswith(".") for file in inside):
                 found.append(name)
-    except OSError:
-        pass  # a hint less
+    except OSError as failed:
+        pass_on(failed)
+        # a hint less
     return found
 
 
@@ -110,7 +111,7 @@ def about_folder(folder: str) -> str:
 def _snapshot(folder: str, snapshots: str) -> str:
     """The snapshot that the branch `main` stands for, if it is there, or the only one."""
     only: list[str] = []
-    with contextlib.suppress(OSError):
+    with forgiven(OSError):
         only = os.listdir(snapshots)
         with open(os.path.join(folder, "refs", "main"), "rb") as file:
             commit = file.read(100).decode("ascii", "replace").strip()

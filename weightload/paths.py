@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from weightload.handlers import pass_on
+
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Paths = Iterable[Path] | Path
 
@@ -21,7 +23,8 @@ def as_text(path: Path) -> str:
     """
     try:
         text = os.fsdecode(path)
-    except TypeError:
+    except TypeError as failed:
+        pass_on(failed)
         raise TypeError(f"expected str, bytes or os.PathLike object, not {_shown(path)}") from None
     if "\0" in text:
         raise ValueError(f"embedded null byte in path {text!r}")
@@ -60,6 +63,7 @@ def _number(digits: str) -> tuple[int, str]:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except Exception:  # of other people's objects anything may come
+    except Exception as failed:  # of other people's objects anything may come
+        pass_on(failed)
         text = "an object"
     return f"{text[:MAX_SHOWN]}{'...' * (len(text) > MAX_SHOWN)} ({type(value).__name__})"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from weightload.handlers import pass_on
 from weightload.plain_torch import empty, zeros
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -95,14 +96,16 @@ def _is_fake(tensor: torch.Tensor) -> bool:
         return False
     try:
         return tensor.untyped_storage().device.type == "meta"
-    except (RuntimeError, NotImplementedError):  # subclasses that have no storage
+    except (RuntimeError, NotImplementedError) as failed:  # subclasses that have no storage
+        pass_on(failed)
         return False
 
 
 def _address(tensor: torch.Tensor) -> int:
     try:
         return tensor.data_ptr()  # 0: wrappers around other tensors
-    except (RuntimeError, NotImplementedError):  # fake tensors
+    except (RuntimeError, NotImplementedError) as failed:  # fake tensors
+        pass_on(failed)
         return 0
 
 
@@ -155,7 +158,8 @@ class Spans:
         try:
             with open(MAPS, "rb") as maps:
                 text = maps.read()
-        except OSError:
+        except OSError as failed:
+            pass_on(failed)
             return []
         begins = [begin for _, begin, _, _ in mine]
         ends = list(itertools.accumulate((end for _, _, end, _ in mine), max))
@@ -197,7 +201,8 @@ class CopyTrials:
             warnings.simplefilter("ignore")
             try:
                 twin = tensor.detach().clone()
-            except Exception:
+            except Exception as failed:
+                pass_on(failed)
                 return "untried"
             if type(twin) is not type(tensor) and not _copies_plainly(type(tensor)):
                 return "untried"
@@ -206,6 +211,7 @@ class CopyTrials:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                pass_on(error)
                 what = f"a {type(tensor).__name__} of {tensor.dtype}"
                 return f"cannot be loaded into: {what} does not take {dtype}: {_first_line(error)}"
         return None
@@ -235,6 +241,7 @@ def _cast_problem(to: torch.dtype, dtype: torch.dtype, device: str) -> str | Non
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            pass_on(error)
             return f"cannot be loaded into: {to} cannot be made of {dtype}: {_first_line(error)}"
     return None
 

@@ -15,6 +15,7 @@ from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES
 from weightload.errors import TensorError, located
 from weightload.fetch import find
+from weightload.handlers import pass_on
 from weightload.iterator import WeightIterator
 from weightload.plain_torch import plainly
 
@@ -103,13 +104,15 @@ def _entry(reader: _C.TensorReader, name: str, wanted: slice | None) -> tuple[in
     for bound in (wanted.start, wanted.stop):
         try:
             whole = 0 if bound is None else operator.index(bound)
-        except TypeError:
+        except TypeError as failed:
+            pass_on(failed)
             raise TensorError(f"prefetch plan slice bounds for {name} must be integers or None") from None
         if not -shape[0] <= whole <= shape[0]:  # Python would clamp it; a plan that goes past the tensor is a mistake
             raise TensorError(f"prefetch plan slice bound {whole} for {name} is out of range for {shape[0]} rows")
     try:
         first, last, step = wanted.indices(shape[0])
     except (TypeError, ValueError) as error:
+        pass_on(error)
         raise TensorError(f"invalid prefetch plan slice for {name}: {error}") from error
     if step != 1:
         raise TensorError(f"prefetch plan slices must have step 1, got {step} for {name}")

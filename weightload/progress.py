@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightload import _C, terminal
 from weightload.distributed import global_rank
+from weightload.handlers import pass_on
 from weightload.plain_torch import plainly
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def _bar(total: int, always: bool) -> Any:
             delay=0 if always else SECONDS_BEFORE_THE_BAR,
             file=terminal.Forgiving(sys.stderr),
         )
-    except Exception:  # a notebook without widgets, a stream unlike others: no bar is worth a load
+    except Exception as failed:  # a notebook without widgets, a stream unlike others: no bar is worth a load
+        pass_on(failed)
         return NoBar()
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from weightload.handlers import pass_on
+
 # Tensors that are their elements.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 # Between rows that lie closer than this the kernel reads on anyway.
@@ -111,7 +113,8 @@ def _as_tensor(item: Any) -> torch.Tensor | None:
         return None  # it may have no elements, as a fake tensor
     try:
         array = torch.as_tensor(item, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as failed:
+        pass_on(failed)
         return None
     if isinstance(item, torch.Tensor) and array.dtype not in (torch.int64, torch.int32, torch.bool):
         return None

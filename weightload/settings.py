@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from weightload.cpus import usable_cpus
+from weightload.handlers import pass_on
 
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
@@ -182,7 +183,8 @@ def _from_environment() -> dict[str, Any]:
         if text:
             try:
                 values[name] = text if name == "read" else int(text)
-            except ValueError:
+            except ValueError as failed:
+                pass_on(failed)
                 raise ValueError(f"{variable(name)}={text!r}: must be a whole number") from None
     return values
 

@@ -82,10 +82,11 @@ void PyGroup::close() {
 }
 
 void register_group(py::module_& module) {
-  py::enum_<Strategy>(module, "Strategy")
-      .value("independent", Strategy::independent)
+  py::enum_<Strategy> strategy(module, "Strategy");
+  strategy.value("independent", Strategy::independent)
       .value("broadcast", Strategy::broadcast)
       .value("striped", Strategy::striped);
+  copy_by_number(strategy);
 
   py::class_<PyGroup> made(
       module, "Group", "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.");

@@ -18,10 +18,9 @@ using PyHostLoader = PyLoader<HostLoader, HostTensor, wrap_host_tensor>;
 }  // namespace
 
 void register_host_loader(py::module_& module) {
-  py::enum_<ReadMode>(module, "ReadMode")
-      .value("auto", ReadMode::automatic)
-      .value("buffered", ReadMode::buffered)
-      .value("direct", ReadMode::direct);
+  py::enum_<ReadMode> readmode(module, "ReadMode");
+  readmode.value("auto", ReadMode::automatic).value("buffered", ReadMode::buffered).value("direct", ReadMode::direct);
+  copy_by_number(readmode);
 
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");
   loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,

@@ -9,8 +9,13 @@ namespace py = pybind11;
 namespace weightload {
 
 void register_kept_memory(py::module_& module) {
-  module.def("release_memory", &spare_memory::release, py::call_guard<ReleaseGil>(),
-             "Gives the memory that is kept for later loads back to the system, and returns its bytes.");
+  module.def(
+      "release_memory",
+      [] {
+        const ReleaseGil release(AtExit::go_on);
+        return spare_memory::release();
+      },
+      "Gives the memory that is kept for later loads back to the system, and returns its bytes.");
 }
 
 }  // namespace weightload

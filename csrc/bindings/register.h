@@ -21,6 +21,15 @@ void refuse_copies(Class& python_class) {
   python_class.def("__reduce_ex__", refuse).def("__reduce__", refuse);
 }
 
+// The same of an enumeration, which may be copied.
+template <typename Class>
+void copy_by_number(Class& python_class) {
+  const auto reduce = [](const pybind11::object& self, const pybind11::args&) {
+    return pybind11::make_tuple(pybind11::type::of(self), pybind11::make_tuple(pybind11::int_(self)));
+  };
+  python_class.def("__reduce_ex__", reduce).def("__reduce__", reduce);
+}
+
 // One noun a file; module.cpp calls them all.
 void register_gil(pybind11::module_& module);
 void register_errors(pybind11::module_& module);

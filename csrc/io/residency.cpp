@@ -46,8 +46,12 @@ struct Cachestat {
   uint64_t cached, dirty, writeback, evicted, recently_evicted;
 };
 
-// The bytes of `range` in `pages` of the pages around it: exact when all or none are cached.
-uint64_t clip(uint64_t pages, ByteRange range) { return std::min(range.size(), pages * page_bytes()); }
+// The bytes of `range` in `pages` of the pages around it: exact when all or none are cached. A small range may have
+// more pages than would hold it.
+uint64_t clip(uint64_t pages, ByteRange range) {
+  const uint64_t bytes = std::min(range.size(), pages * page_bytes());
+  return pages * page_bytes() < pages_around(range).size() ? std::min(bytes, range.size() - 1) : bytes;
+}
 
 // mincore answers "all cached" to those who may not know (mm/mincore.c, can_do_mincore).
 bool may_ask_mincore(const File& file) {
