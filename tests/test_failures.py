@@ -123,6 +123,34 @@ def test_a_forked_child_gets_an_error_and_ends_cleanly(shards: list[Path], backe
     assert done.returncode == 0, done.stderr
 
 
+def test_a_child_that_is_forked_while_a_thread_waits_is_told_so(shards: list[Path]) -> None:
+    script = """
+        import os, signal, sys, threading, weightload
+        from weightload import _C
+        _C.arm_fault("delay", count=1, delay_ms=3_000)
+        weights = weightload.safetensors_weights_iterator(sys.argv[1:], to_cpu=True, backend="pread")
+        thread = threading.Thread(target=lambda: list(weights))
+        thread.start()
+        thread.join(0.5)  # until it waits
+        for _ in range(5):
+            if not thread.is_alive():
+                break  # a busy machine
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                try:
+                    next(weights)
+                except weightload.WeightLoadError as error:
+                    os._exit(0 if "begun before fork" in str(error) else 4)
+                os._exit(3)
+            status = os.waitpid(child, 0)[1]
+            assert status == 0 or not thread.is_alive(), status
+        thread.join()
+    """
+    done = run_script(script, *shards)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["end", "exit", "exception"])
 def test_interpreter_exit_with_a_live_iterator(shards: list[Path], backend: str, how: str) -> None:

@@ -155,3 +155,44 @@ def test_a_forked_child_exits_while_a_thread_of_its_parent_is_in_the_core(path: 
         path,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_child_exits_while_a_thread_of_its_parent_waits_in_an_iterator(path: Path) -> None:
+    """That thread has the load to itself, which in the child would be for ever."""
+    done = run_script(
+        """
+        import os, signal, sys, threading, weightload
+        from weightload import _C
+        _C.arm_fault("delay", first=0, count=1, delay_ms=3_000)
+        weights = weightload.safetensors_weights_iterator(sys.argv[1], to_cpu=True, backend="pread")
+        thread = threading.Thread(target=lambda: dict(weights))
+        thread.start()
+        while _C.reads_since_armed() < 1:
+            pass
+        thread.join(0.5)  # until it waits
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            sys.exit(7)  # with all exit hooks
+        status = os.waitpid(child, 0)[1]
+        thread.join()
+        sys.exit(os.waitstatus_to_exitcode(status) != 7)
+        """,
+        path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_child_that_was_forked_by_python_code_within_a_call_exits_at_once() -> None:
+    done = run_script(
+        """
+        import os, sys, time, weightload
+        child = weightload._C.plainly(os.fork, (), {})
+        begin = time.monotonic()
+        if not child:
+            sys.exit(7)  # with all exit hooks
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert time.monotonic() - begin < 8, "the child waited for a call that it had left"
+        """,
+    )
+    assert done.returncode == 0, done.stderr

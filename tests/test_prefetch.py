@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import BACKENDS, evict, file_bytes, run_script, thread_count, write_tensors
+from conftest import BACKENDS, evict, file_bytes, interrupted_after, run_script, thread_count, write_tensors
 from conftest import entry as header_entry
 from simulated_support import raw
 
@@ -263,6 +263,24 @@ def test_a_forked_child_is_told(path: Path) -> None:
         """,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_handler_that_asks_for_what_is_being_waited_for(path: Path, arm: Callable[..., None]) -> None:
+    """It would wait for whom it interrupts."""
+    said = []
+
+    def ask(*_: object) -> None:
+        with pytest.raises(errors.WeightLoadError, match="what interrupted") as caught:
+            loader.take("0")
+        said.append(caught.value)
+
+    evict([path])
+    with weightload.safe_open(path, backend="pread") as file, interrupted_after(0.1, ask):
+        arm("delay", count=3, delay_ms=300)
+        with file.prefetch() as loader:
+            assert loader.take("1").shape == (256, 1024)
+            assert loader.take("0").shape == (256, 1024)
+    assert len(said) == 1
 
 
 def test_a_plan_that_is_no_mapping(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, interrupted_after, write_tensors
+from conftest import BACKENDS, interrupted_after, run_script, write_tensors
 
 import weightload
 from weightload import _C
@@ -99,6 +99,34 @@ def test_a_handler_that_asks_for_the_next_tensor(path: Path, wanted: dict[str, t
         got.extend(weights)
     assert sorted(name for name, _ in got) == sorted(NAMES)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in got)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_handler_that_closes_the_iterator_and_raises(path: Path, alone: bool) -> None:
+    """Without threads, too, where it runs within the reading."""
+    done = run_script(
+        """
+        import signal, sys, weightload
+        from weightload import _C
+        _C.refuse_threads(sys.argv[2] == "alone")
+        _C.arm_fault("delay", count=10**6, delay_ms=300)
+        weights = weightload.safetensors_weights_iterator(sys.argv[1], to_cpu=True, backend="pread")
+        def close(*_):
+            weights.close()
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, close)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            list(weights)
+        except KeyboardInterrupt:
+            assert list(weights) == []
+        else:
+            sys.exit("the interrupt was lost")
+        """,
+        path,
+        "alone" if alone else "threads",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def _first(weights: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:

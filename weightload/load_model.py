@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 
@@ -99,7 +99,7 @@ def _load(
 
 
 @plainly
-def _duplicates(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
+def _duplicates(state: dict[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
     """As safetensors sees them: of names that share memory the one that counts, and the others."""
     plain = [tensor for tensor in state.values() if type(tensor) in PLAIN and tensor.layout is torch.strided]
     memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}

@@ -40,7 +40,8 @@ std::chrono::nanoseconds coarse_now() {
 }
 
 // Guarded by the GIL, but for what is atomic. In a forked child the other threads are gone, wherever they were: it has
-// no more threads in the core than it will count itself.
+// no more threads in the core than it will count itself, and no loads but its own. Those of the parent have no threads
+// here, and one that a thread was in keeps its mutex for ever.
 struct State {
   std::atomic<bool> ending{false};
   std::atomic<bool> abandoned{false};  // the interpreter goes although threads are in the core
@@ -63,7 +64,6 @@ State& state() {
     auto* const fresh = new State;
     fresh->ending = current->ending.load();
     fresh->error = current->error;
-    fresh->live = current->live;
     current = fresh;
   }
   return *current;
@@ -122,16 +122,16 @@ void fail_at_exit() {
   throw py::error_already_set();
 }
 
-Inside::Inside(AtExit at_exit) {
+Inside::Inside(AtExit at_exit) : count_(state().inside) {
   State& all = state();
   if (at_exit == AtExit::raise && all.ending.load(std::memory_order_relaxed) && all.hook != std::this_thread::get_id())
     fail_at_exit();
-  all.inside.fetch_add(1, std::memory_order_relaxed);
+  count_.fetch_add(1, std::memory_order_relaxed);
 }
 
 Inside::~Inside() {
+  count_.fetch_sub(1, std::memory_order_relaxed);
   State& all = state();
-  all.inside.fetch_sub(1, std::memory_order_relaxed);
   if (!all.ending.load(std::memory_order_relaxed)) return;
   std::lock_guard<std::mutex> lock(all.mutex);
   all.left.notify_all();

@@ -1,6 +1,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -33,6 +34,9 @@ class Inside {
   ~Inside();
   Inside(const Inside&) = delete;
   Inside& operator=(const Inside&) = delete;
+
+ private:
+  std::atomic<int>& count_;  // where it was counted: Python code in a call may fork, and the child counts anew
 };
 
 // Lets go of the GIL until its end; in place of pybind11's, everywhere. Calls that go on while the interpreter is

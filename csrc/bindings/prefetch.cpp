@@ -32,7 +32,10 @@ constexpr const char* kClosed = "the prefetch loader is closed";
 // While a thread asks the load. Others are told when it has done so, however it ends.
 class Prefetch::Pulling {
  public:
-  explicit Pulling(Prefetch& prefetch) : prefetch_(prefetch) { prefetch_.pulling_ = true; }
+  explicit Pulling(Prefetch& prefetch) : prefetch_(prefetch) {
+    prefetch_.pulling_ = true;
+    prefetch_.puller_ = std::this_thread::get_id();
+  }
   ~Pulling() {
     prefetch_.pulling_ = false;
     prefetch_.tell_of_change();
@@ -128,6 +131,9 @@ void Prefetch::pull() {
   if (error_) raise_again(error_);
   if (interrupted_) fail(ErrorKind::usage, "the prefetch was interrupted");
   if (pulling_) {
+    // A signal's handler, or what else ran in the middle: it would wait for what it interrupts.
+    if (puller_ == std::this_thread::get_id())
+      fail(ErrorKind::usage, "a tensor was asked for by what interrupted the waiting for another");
     await_change();
     return;
   }

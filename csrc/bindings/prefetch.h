@@ -6,6 +6,7 @@
 #include <list>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -64,6 +65,7 @@ class Prefetch {
   size_t taken_ = 0;
   bool closed_ = false;
   bool pulling_ = false;  // a thread asks the load, without the GIL
+  std::thread::id puller_;
   const uint32_t generation_ = fork_generation();
 
   std::mutex mutex_;  // taken for a moment only, with or without the GIL

@@ -75,7 +75,8 @@ class PyLoader {
       const ReleaseGil release;
       lock.lock();
     }
-    if (running_) throw Error(ErrorKind::usage, "next() was called while it runs, by what interrupted it");
+    if (running_ && !loader().forked())
+      throw Error(ErrorKind::usage, "next() was called while it runs, by what interrupted it");
     try {
       run_signal_handlers();  // or, while a load is drained that never waits, Ctrl-C would be felt at its end
       Item item;

@@ -63,14 +63,17 @@ bool OrderedPool::work_here(size_t task, std::chrono::milliseconds patience) {
     if (failure_) std::rethrow_exception(failure_);
     if (std::chrono::steady_clock::now() >= until) return false;
     const size_t mine = next_;
+    bool by_pause = false;
     try {
-      work_(mine, [this, mine] {
+      work_(mine, [this, mine, &by_pause] {
         look(mine);
+        by_pause = true;
         pause_();
+        by_pause = false;
         look(mine);
       });
     } catch (...) {
-      if (stopped_) return false;
+      if (stopped_ && !by_pause) return false;  // a signal's handler may stop the load and raise, too
       failed_task_ = mine;
       failure_ = std::current_exception();
       throw;

@@ -136,7 +136,6 @@ class HostLoader {
   SelectedTensors selected_;
   LoadCounts counts_;
   std::vector<HostMemoryRef> maps_;                    // by file; empty for those that need no mapping
-  std::vector<bool> map_tried_;                        // by file
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; of those with private blocks
   std::vector<uint32_t> last_task_of_file_;            // by file; meaningful where tensors of it were selected
   std::vector<Readiness> readiness_;                   // by tensor

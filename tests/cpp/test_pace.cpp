@@ -162,3 +162,17 @@ TEST(without_threads_the_consumer_works_and_is_interrupted) {
   pool.stop();
   CHECK(!pool.wait(2, milliseconds(60'000)));
 }
+
+TEST(who_stops_the_work_and_throws_is_heard) {
+  threads_refused() = true;
+  OrderedPool* made = nullptr;
+  OrderedPool pool(
+      {1}, 1, 1, [](size_t, const Look& look) { look(); },
+      [&] {
+        made->stop();
+        throw std::runtime_error("interrupted");
+      });
+  threads_refused() = false;
+  made = &pool;
+  CHECK_THROWS(pool.wait(0, milliseconds(60'000)), std::runtime_error, true);
+}
