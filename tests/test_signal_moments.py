@@ -19,7 +19,7 @@ import torch
 from conftest import SEED, write_tensors
 
 import weightload
-from weightload import settings
+from weightload import _C, settings
 from weightload.handlers import forgiven
 
 TRIALS = 120
@@ -230,3 +230,28 @@ def test_what_is_forgiven_is_not_a_handlers(handler: Any) -> None:
             raise ValueError("other")
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_in_a_finaliser(lost: list[Any]) -> None:
+    """What a bar's own close() raises is forgotten, what a handler raises meanwhile is not."""
+
+    class Bar:
+        __del__ = _C.finish
+
+        def __init__(self, error: Exception | None) -> None:
+            self.error = error
+
+        def close(self) -> None:
+            if self.error is not None:
+                raise self.error
+            signal.raise_signal(signal.SIGALRM)
+
+    Bar(ValueError("I/O operation on closed file"))
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    try:
+        with pytest.raises(TimeoutError):
+            for _ in range(100):  # a moment later
+                Bar(None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert lost == []

@@ -15,9 +15,16 @@ int raise_now(void* exception) {
   return -1;
 }
 
-// A bar that cannot be written, or that was never made whole.
+// A bar that cannot be written, or that was never made whole, and not what a signal handler raised.
 bool is_of_the_bar(const py::error_already_set& error) {
-  return error.matches(PyExc_OSError) || error.matches(PyExc_ValueError) || error.matches(PyExc_AttributeError);
+  if (!error.matches(PyExc_Exception)) return false;
+  if (error.trace()) PyException_SetTraceback(error.value().ptr(), error.trace().ptr());
+  try {
+    py::module_::import("weightload.handlers").attr("pass_on")(error.value());
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+  return true;
 }
 
 // Calls `self.close()` for a finaliser, whose exceptions Python can only report as ignored. That of a signal handler,
