@@ -122,15 +122,20 @@ void fail_at_exit() {
   throw py::error_already_set();
 }
 
+// Written with the GIL held only: what is dear about atomics is not needed, at every tensor.
+static void add(std::atomic<int>& count, int number) {
+  count.store(count.load(std::memory_order_relaxed) + number, std::memory_order_relaxed);
+}
+
 Inside::Inside(AtExit at_exit) : count_(state().inside) {
   State& all = state();
   if (at_exit == AtExit::raise && all.ending.load(std::memory_order_relaxed) && all.hook != std::this_thread::get_id())
     fail_at_exit();
-  count_.fetch_add(1, std::memory_order_relaxed);
+  add(count_, 1);
 }
 
 Inside::~Inside() {
-  count_.fetch_sub(1, std::memory_order_relaxed);
+  add(count_, -1);
   State& all = state();
   if (!all.ending.load(std::memory_order_relaxed)) return;
   std::lock_guard<std::mutex> lock(all.mutex);
