@@ -101,7 +101,11 @@ def _load(
 @plainly
 def _duplicates(state: dict[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
     """As safetensors sees them: of names that share memory the one that counts, and the others."""
-    plain = [tensor for tensor in state.values() if type(tensor) in PLAIN and tensor.layout is torch.strided]
+    plain = [
+        tensor
+        for tensor in state.values()
+        if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_quantized
+    ]
     memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}
     if len(memory) == len(state):  # safetensors takes a while, and forgives errors in which a signal handler may run
         return {}
