@@ -106,9 +106,12 @@ def _duplicates(state: dict[str, torch.Tensor], names: list[str]) -> dict[str, l
         for tensor in state.values()
         if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_quantized
     ]
-    memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}
-    if len(memory) == len(state):  # safetensors takes a while, and forgives errors in which a signal handler may run
-        return {}
+    try:
+        memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}
+        if len(memory) == len(state):  # safetensors takes a while, and forgives errors in which a handler may run
+            return {}
+    except RuntimeError as failed:  # wrappers of torch.func have no memory of their own
+        pass_on(failed)
     from safetensors.torch import _remove_duplicate_names  # not worth every process's time
 
     found: dict[str, list[str]] = _remove_duplicate_names(state, preferred_names=names)
