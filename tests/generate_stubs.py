@@ -26,6 +26,7 @@ MORE_PRECISELY = {
     ),
     "files: list,": "files: list[CheckpointFile],",
     "places: list,": "places: list[torch.Tensor | None],",
+    "def __exit__(self, *args) -> None:": "def __exit__(self, *args: object) -> None:",
     "import typing\n": "import typing\n\nimport torch\nimport typing_extensions\n",
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,32 @@ def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> N
             assert (now.threads, now.task_bytes, now.window_bytes) == (5, 8192, 123456)
         assert settings.current().task_bytes == settings.Settings().task_bytes
     assert settings.current().threads == 3
+
+
+def test_an_override_counts_where_it_was_begun() -> None:
+    """Once more in the same block, in a generator that another task lets go of, and not in threads."""
+    seen = []
+    twice = settings.override(threads=5)
+    with twice, settings.override(threads=6), twice:
+        thread = threading.Thread(target=lambda: seen.append(settings.current().threads))
+        thread.start()
+        thread.join()
+        seen.append(settings.current().threads)
+
+    def generator() -> Iterator[int]:
+        with settings.override(threads=9):
+            yield settings.current().threads
+
+    def abandon(left: Iterator[int]) -> None:
+        seen.append(next(left))
+        del left
+
+    contextvars.copy_context().run(abandon, generator())
+    half = generator()
+    contextvars.copy_context().run(next, half)
+    del half
+    assert seen == [0, 5, 9]
+    assert settings.current() == settings.Settings()
 
 
 def test_bad_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,26 @@ def test_a_prefetch_goes_on_or_says_why(folder: Path, lost: list[Any]) -> None:
     assert lost == []
 
 
+def test_settings_are_taken_back(folder: Path, lost: list[Any]) -> None:
+    moments = random.Random(SEED)
+
+    @settings.override(task_bytes=4096)
+    def decorated() -> None:
+        assert (settings.current().threads, settings.current().task_bytes) == (7, 4096)
+
+    def again(_: Path) -> None:
+        for _ in range(20):
+            with settings.override(threads=7):
+                decorated()
+
+    caught = 0
+    for _ in range(5 * TRIALS):
+        caught += interrupted(again, folder, moments.uniform(1e-6, 5e-4))[1]
+        assert set(settings.origins().values()) == {"default"}
+    assert caught > 0
+    assert lost == []
+
+
 SMALL_NAMES = [f"1.{name}" for name, _, _ in SMALL]
 
 

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "HostLoader",
     "Prefetch",
     "ReadMode",
+    "ScopedVariable",
     "Strategy",
     "TensorReader",
     "arm_fault",
@@ -269,6 +270,14 @@ class Prefetch:
         All names, taken or not, in the order in which they load.
         """
     def take(self, name: str) -> typing.Any: ...
+
+class ScopedVariable:
+    """
+    A context manager that adds values to the dictionary of a context variable.
+    """
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: object) -> None: ...
+    def __init__(self, variable: typing.Any, values: dict[str, typing.Any]) -> None: ...
 
 class TensorReader:
     """

@@ -9,9 +9,9 @@ import contextlib
 import contextvars
 import dataclasses
 import os
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from weightload import _C
 from weightload.cpus import usable_cpus
 from weightload.handlers import pass_on
 
@@ -206,18 +206,21 @@ def origins() -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def override(**values: int | str) -> Iterator[None]:
-    """Settings for the loads begun inside a ``with`` block (in this thread or task).
+class override(_C.ScopedVariable, contextlib.ContextDecorator):
+    """Settings for the loads begun in a ``with`` block, or in a function that it decorates (in this thread or task).
+
+    An exception at any moment, Ctrl-C's included, leaves the settings as they were outside.
 
     Raises:
         TypeError: a name that is no setting.
     """
-    unknown = set(values) - set(NAMES)
-    if unknown:
-        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-    token = _overrides.set({**_overrides.get({}), **values})
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
+
+    def __init__(self, **values: int | str) -> None:
+        unknown = set(values) - set(NAMES)
+        if unknown:
+            raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+        self._values = values
+        super().__init__(_overrides, values)
+
+    def _recreate_cm(self) -> override:
+        return override(**self._values)

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, module) {
   weightload::register_device_loader(module);
   weightload::register_prefetch(module);
   weightload::register_finaliser(module);
+  weightload::register_scoped_variable(module);
   weightload::register_plain_torch(module);
   weightload::register_tensor_reader(module);
   weightload::register_kept_memory(module);
