@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,7 +121,7 @@ def load_into(
         loaded=loaded,
         missing=missing,
         unexpected=unexpected,
-        bytes=sum(filled.sizes[name] for name in loaded),
+        bytes=sum(matched.sizes[name] for name in loaded),
         in_place=len(matched.direct),
         seconds={"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin},
         stats=filled.stats,
@@ -132,8 +133,6 @@ def load_into(
 class Filled:
     """What a load did."""
 
-    sizes: dict[str, int]
-    """Bytes of each tensor of the files."""
     stats: dict[str, LoadStats]
     """By device."""
     names: tuple[list[str], list[str]] | None = None
@@ -182,8 +181,8 @@ def _read(
     Returns:
         What was done, the tensors that wait for their turn, and the versions of what was filled.
     """
-    sizes = {name: stop - start for file in files for name, _, _, start, stop in file.tensors()}
-    filled = Filled(sizes, {})
+    sizes = matched.sizes
+    filled = Filled({})
     given = matched.given()
     total = sum(sizes[name] for name in matched.places) + sum(sizes[name] for name in given)
     to = list(to)
@@ -201,7 +200,7 @@ def _read(
             for device in to:
                 with _start(device, files, paths, matched, group, strategy) as weights:
                     began = True
-                    _take(weights, matched, sizes, held, advance)
+                    _take(weights, matched, held, advance)
                 filled.stats[str(device)] = weights.stats()
     finally:
         if began:
@@ -233,7 +232,7 @@ def _beside(
         held = {}
         for name, tensor in weights:
             held[name] = tensor
-            advance(filled.sizes[name])
+            advance(matched.sizes[name])
     if not matched.places:
         filled.stats["cpu"] = weights.stats()
     for name in matched.first:
@@ -307,18 +306,20 @@ def _start(
 def _take(
     weights: WeightIterator | DeviceWeightIterator,
     matched: Match,
-    sizes: dict[str, int],
     held: dict[str, torch.Tensor],
     advance: progress.Advance,
 ) -> None:
     """Let the load run, and put into place what could not be read there. What overlaps is held until all is read."""
+    if advance is progress.unseen and not matched.overlapping and len(matched.direct) == len(matched.places):
+        collections.deque(weights, maxlen=0)  # nothing is left to do for tens of thousands of them, perhaps
+        return
     late = set(matched.overlapping)
     for name, tensor in weights:
         if name in late:
             held[name] = tensor
         elif name not in matched.direct:
             _put(name, tensor, matched.places[name])
-        advance(sizes[name])
+        advance(matched.sizes[name])
 
 
 def _put(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:

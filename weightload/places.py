@@ -31,8 +31,10 @@ class Place(NamedTuple):
     """Whether it is its memory, dense and contiguous: bytes of its dtype can be read straight into it."""
     problem: str | None
     """Why it cannot be filled, to be said after its name."""
-    span: tuple[torch.device, int, int] | None
-    """Its device, and the addresses of its first byte and of the end of its last; None without any."""
+    begin: int
+    """The address of its first byte; 0 without any in memory."""
+    end: int
+    """The address of the end of its last byte."""
 
     def hopeless(self) -> bool:
         """Whether nobody can fill it, not even a module of its own."""
@@ -41,7 +43,20 @@ class Place(NamedTuple):
     def key(self) -> object:
         """Equal for tensors that are the same memory seen in the same way: tied weights."""
         tensor = self.tensor
-        return (self.span, tensor.dtype, tensor.shape, tensor.stride()) if self.span else id(tensor)
+        if not self.begin:
+            return (id(tensor),)
+        return tensor.device, self.begin, self.end, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def keys(places: Mapping[str, Place]) -> dict[str, object]:
+    """A key for every name, equal for tied tensors."""
+    # As few objects as can be: there may be tens of thousands of tensors, and the garbage collector looks at all.
+    first: dict[int, str] = {}
+    several = {0}
+    for name, place in places.items():
+        if first.setdefault(place.begin, name) is not name:
+            several.add(place.begin)
+    return {name: place.key() if place.begin in several else place.begin for name, place in places.items()}
 
 
 def look(tensor: torch.Tensor) -> Place:
@@ -51,15 +66,15 @@ def look(tensor: torch.Tensor) -> Place:
     """
     plain = type(tensor) in PLAIN
     if not plain and (problem := _problem_of_kind(tensor)):
-        return Place(tensor, False, problem, None)
+        return Place(tensor, False, problem, 0, 0)
     if tensor.is_meta:
-        return Place(tensor, False, NO_MEMORY, None)
+        return Place(tensor, False, NO_MEMORY, 0, 0)
     if tensor.is_nested:
-        return Place(tensor, False, "cannot be loaded into: it is a nested tensor", None)
+        return Place(tensor, False, "cannot be loaded into: it is a nested tensor", 0, 0)
     if tensor.layout is not torch.strided:
         # Tensors of other libraries' layouts are asked whether they can be copied into.
         problem = None if tensor.is_mkldnn else f"cannot be loaded into: its layout is {tensor.layout}"
-        return Place(tensor, False, problem, None)
+        return Place(tensor, False, problem, 0, 0)
     contiguous = tensor.is_contiguous()
     extent = tensor.nbytes if contiguous else _extent(tensor)
     address = _address(tensor)
@@ -76,8 +91,11 @@ def look(tensor: torch.Tensor) -> Place:
             elif held < tensor.storage_offset() * tensor.itemsize + extent:
                 problem = f"cannot be loaded into: its storage of {held} bytes ends before its last element"
     direct = plain and contiguous and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-    span = (tensor.device, address, address + extent) if address and extent else None
-    return Place(tensor, direct, problem, span)
+    return (
+        Place(tensor, direct, problem, address, address + extent)
+        if address and extent
+        else Place(tensor, direct, problem, 0, 0)
+    )
 
 
 def _problem_of_kind(tensor: torch.Tensor) -> str | None:
@@ -126,25 +144,23 @@ class Spans:
     """The memory of many tensors, by address."""
 
     def __init__(self, places: Mapping[str, Place]) -> None:
-        devices: dict[torch.device, int] = {}
-        self._cpu = devices.setdefault(torch.device("cpu"), 0)
-        self._spans = sorted(
-            (devices.setdefault(span[0], len(devices)), span[1], span[2], name)
-            for name, (_, _, _, span) in places.items()
-            if span is not None
-        )
+        self._devices: dict[torch.device, list[tuple[str, Place]]] = {}
+        for item in places.items():
+            if item[1].begin:
+                self._devices.setdefault(item[1].tensor.device, []).append(item)
+        for spans in self._devices.values():
+            spans.sort(key=_begin)
 
     def overlapping(self) -> set[str]:
         """Names whose memory may overlap another's: reading both at once would mix them."""
         mixed: set[str] = set()
-        furthest = (-1, 0, "")
-        for device, begin, end, name in self._spans:
-            if device == furthest[0]:
-                if begin < furthest[1]:
-                    mixed |= {name, furthest[2]}
-                if end <= furthest[1]:
-                    continue
-            furthest = (device, end, name)
+        for spans in self._devices.values():
+            furthest, end = "", 0
+            for name, place in spans:
+                if place.begin < end:
+                    mixed |= {name, furthest}
+                if place.end > end:
+                    furthest, end = name, place.end
         return mixed
 
     def read_only(self) -> list[str]:
@@ -152,7 +168,7 @@ class Spans:
 
         A read into it fails, and a copy ends the process. Where the system does not say, none.
         """
-        mine = [span for span in self._spans if span[0] == self._cpu]
+        mine = self._devices.get(torch.device("cpu"))
         if not mine:
             return []
         try:
@@ -161,15 +177,19 @@ class Spans:
         except OSError as failed:
             pass_on(failed)
             return []
-        begins = [begin for _, begin, _, _ in mine]
-        ends = list(itertools.accumulate((end for _, _, end, _ in mine), max))
+        begins = [place.begin for _, place in mine]
+        ends = list(itertools.accumulate((place.end for _, place in mine), max))
         found = []
         for region in READ_ONLY_RANGE.finditer(text):
             low, high = int(region[1], 16), int(region[2], 16)
             before = bisect.bisect_left(begins, high)  # that many begin below its end
             if before and ends[before - 1] > low:
-                found += [name for _, _, end, name in mine[:before] if end > low]
+                found += [name for name, place in mine[:before] if place.end > low]
         return list(dict.fromkeys(found))
+
+
+def _begin(item: tuple[str, Place]) -> int:
+    return item[1].begin
 
 
 class CopyTrials:

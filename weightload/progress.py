@@ -120,11 +120,15 @@ class WeightsWithBar:
         return self._weights.stats()
 
 
+def unseen(_: int) -> None:
+    """What ``bar`` gives where there is none."""
+
+
 @contextmanager
 def bar(total: int, show_progress: bool | None) -> Iterator[Advance]:
     """A function to call with bytes as they are loaded, and a bar if one is wanted."""
     if not wanted(show_progress):
-        yield lambda _: None
+        yield unseen
         return
     with _bar(total, show_progress is True) as shown:
         yield shown.update

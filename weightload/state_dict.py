@@ -11,12 +11,12 @@ from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
 from weightload.own_loading import Turns, Walk
-from weightload.places import READ_ONLY, CopyTrials, Place, Spans, look
+from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
-# Of each tensor of the files: dtype, shape, path of its file.
-Here = Mapping[str, tuple[str, Sequence[int], str]]
+# Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
+Here = Mapping[str, tuple[str, str, tuple[int, ...], int, int]]
 # A tensor and what is wrong with it.
 Problems = list[tuple[str, str]]
 
@@ -40,6 +40,8 @@ class Match:
     unexpected: list[str]
     turns: Turns | None
     """What is left to modules that take part in their own loading: of their names only they know what is missing."""
+    sizes: dict[str, int]
+    """Bytes of each tensor of the files."""
     tied: dict[str, object]
     """A key for every name of the target, equal for tied ones."""
 
@@ -72,12 +74,7 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         TensorError: torch lacks the dtype of a tensor that is wanted.
         TypeError: the target is neither a module nor a mapping of tensors.
     """
-    here = {
-        name: (dtype, shape, path)
-        for file in files
-        for path in (file.path,)
-        for name, dtype, shape, _, _ in file.tensors()
-    }
+    here = {tensor[0]: tensor for file in files for tensor in file.tensors()}
     walk = _walk(target, here.keys())
     made = walk.made_on_the_fly()  # by the user's code, in the user's modes
     return _match(target, walk, made, here, files, strict)
@@ -91,9 +88,9 @@ def _match(
     places = {name: look(tensor) for name, tensor in tensors.items()}
     theirs = {name: look(tensor) for name, tensor in walk.theirs.items()}
     given, unexpected = _others(walk, here)
-    _require_dtypes(here, tensors, given)
+    _require_dtypes(here, tensors, given, files)
 
-    tied = {name: place.key() for name, place in (places | theirs if theirs else places).items()}
+    tied = keys(places | theirs if theirs else places)
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
     read = {name: places[name] for name in here if name in tensors and last[tied[name]] == name}
@@ -102,7 +99,7 @@ def _match(
     direct = {
         name
         for name, place in read.items()
-        if place.direct and name not in mixed and place.tensor.dtype == TORCH_DTYPES[here[name][0]]
+        if place.direct and name not in mixed and place.tensor.dtype == TORCH_DTYPES[here[name][1]]
     }
 
     alive = {key for name, key in tied.items() if name in here}
@@ -137,6 +134,7 @@ def _match(
         absent=absent,
         unexpected=[name for name in here if name in set(surplus)] if surplus else [],
         turns=turns,
+        sizes={name: end - begin for name, _, _, begin, end in here.values()},
         tied=tied,
     )
 
@@ -146,11 +144,13 @@ def refusal(
 ) -> StateDictError:
     """The error that says why files do not go into a target."""
     source = files[0].path if len(files) == 1 else f"{len(files)} files"
-    path = next((file.path for file in files if tensor is not None and tensor in file.names()), None)
-    if path is None and len(files) == 1:
-        path = files[0].path
+    path = files[0].path if len(files) == 1 else None if tensor is None else _path_of(tensor, files)
     lines = "\n\t".join(problems)
     return located(StateDictError(f"cannot load {source} into {type(target).__name__}:\n\t{lines}"), path, tensor)
+
+
+def _path_of(tensor: str, files: Sequence[_C.CheckpointFile]) -> str | None:
+    return next((file.path for file in files if tensor in file.names()), None)
 
 
 def differing_names(missing: Collection[str], unexpected: Collection[str]) -> list[str]:
@@ -182,22 +182,25 @@ def _others(walk: Walk, names: Iterable[str]) -> tuple[dict[str, list[str]], dic
     return given, unexpected
 
 
-def _require_dtypes(here: Here, tensors: Collection[str], given: Mapping[str, Sequence[str]]) -> None:
+def _require_dtypes(
+    here: Here, tensors: Collection[str], given: Mapping[str, Sequence[str]], files: Sequence[_C.CheckpointFile]
+) -> None:
     wanted = {name for names in given.values() for name in names}
-    for name, (dtype, _, path) in here.items():
+    for name, dtype, _, _, _ in here.values():
         if dtype not in TORCH_DTYPES and (name in tensors or name in wanted):
+            path = _path_of(name, files)
             raise located(TensorError(f"{path}: torch has no dtype for {dtype}, that of tensor `{name}`"), path, name)
 
 
 def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Problems:
     problems = []
-    for name, (dtype, shape, _) in here.items():
+    for name, dtype, shape, _, _ in here.values():
         if name not in tensors or torch.nn.parameter.is_lazy(tensor := tensors[name]) or tensor.is_nested:
             continue
-        theirs, ours = torch_shape(dtype, tuple(shape)), tuple(tensor.shape)
+        theirs, ours = torch_shape(dtype, shape), tensor.shape
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
-            problems.append((name, f"size mismatch for {name}: the checkpoint has {theirs}, the target {ours}"))
+            problems.append((name, f"size mismatch for {name}: the checkpoint has {theirs}, the target {tuple(ours)}"))
     return problems
 
 
@@ -206,6 +209,6 @@ def _uncopyable(here: Here, copied: Mapping[str, Place]) -> tuple[Problems, list
     trials = CopyTrials()
     problems = []
     for name in [name for name in here if name in copied]:
-        if words := trials.problem(name, copied[name], TORCH_DTYPES[here[name][0]]):
+        if words := trials.problem(name, copied[name], TORCH_DTYPES[here[name][1]]):
             problems.append((name, f"{name!r} {words}"))
     return problems, trials.untried
