@@ -3,6 +3,7 @@
     python benchmarks/fixed_costs.py [--json FILE]
 
 The tensor's cost is that of a drained iterator over 20,000 small tensors, with the time to open the file taken off.
+Giving memory back: 1 GB of private memory that is kept when its tensors are gone, in a process of its own.
 Handles are safe_open's, ours and safetensors' in turn: opening a file of 20,000 small tensors and one of a single
 tensor, and opening with get_tensor of every key, none touched.
 """
@@ -36,6 +37,48 @@ def import_milliseconds(module: str) -> float:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     done = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)]
     return float(done[1].stdout)
+
+
+RELEASE = """
+import json, os, sys, time
+import weightload
+from proc import MEMORY_FIELDS, process_memory
+
+def held():
+    return process_memory(os.getpid(), MEMORY_FIELDS)
+
+begin = held()
+weights = weightload.safetensors_weights_iterator([sys.argv[1]], to_cpu=True, backend="pread", show_progress=False)
+tensors = dict(weights)
+loaded = held()
+del tensors
+kept = held()
+start = time.perf_counter()
+weightload.release_memory()
+took = (time.perf_counter() - start) * 1e3
+print(json.dumps({"begin": begin, "loaded": loaded, "kept": kept, "released": held(), "milliseconds": took}))
+"""
+
+
+def releasing(path: Path) -> dict[str, float]:
+    """Bytes that a process holds as it loads a file, lets go of it, and gives the memory back; and what that takes."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", RELEASE, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def write_giga(path: Path) -> None:
+    """16 tensors of 64 MB."""
+    size = 64 * 10**6
+    header = {f"{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(16)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in header:
+            file.write(os.urandom(size))
 
 
 def write_header(path: Path, tensors: int) -> None:
@@ -135,11 +178,19 @@ def main() -> None:
         single = Path(folder, "single.safetensors")
         write_header(single, 16)
         rows["handles"] = handles(small, single)
+        write_giga(giga := Path(folder, "giga.safetensors"))
+        rows["release_memory"] = releasing(giga)
     print(f"import weightload, over import torch   {rows['import']:8.1f} ms")
     print(f"header of 100,000 tensors              {rows['open_100k']:8.1f} ms", end="")
     print(f"   (safetensors {rows['open_100k_safetensors']:.1f} ms)")
     print(f"a tensor                               {rows['tensor_us']:8.2f} us", end="")
     print(f"   (safetensors {rows['tensor_us_safetensors']:.2f} us)")
+    memory = {name: bytes_ / 1e9 for name, bytes_ in rows["release_memory"].items()}
+    print(
+        f"release_memory()                       {rows['release_memory']['milliseconds']:8.1f} ms   (anonymous memory: "
+        f"{memory['begin']:.2f} GB, with a load's {memory['loaded']:.2f}, its tensors gone {memory['kept']:.2f}, "
+        f"given back {memory['released']:.2f})"
+    )
     for row in rows["handles"]:
         what = f"safe_open, {row['backend']}: {row['what']}"
         print(f"{what:50} {row['weightload']:8.3f} ms   (safetensors {row['safetensors']:.3f} ms, {row['ratio']:.1f}x)")

@@ -1,6 +1,5 @@
 #include "bindings/gil.h"
 
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/coarse_clock.h"
 #include "base/fork_generation.h"
 #include "bindings/register.h"
 #include "pipeline/group_registry.h"
@@ -32,13 +32,6 @@ constexpr std::chrono::milliseconds kLately{500};
 // How often the exit looks whether such threads have ended.
 constexpr std::chrono::milliseconds kLook{5};
 
-// Good to a few milliseconds, and five times as fast as std::chrono's.
-std::chrono::nanoseconds coarse_now() {
-  struct timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-  return std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
-}
-
 // Guarded by the GIL, but for what is atomic. In a forked child the other threads are gone, wherever they were: it has
 // no more threads in the core than it will count itself, and no loads but its own. Those of the parent have no threads
 // here, and one that a thread was in keeps its mutex for ever.
@@ -50,7 +43,8 @@ struct State {
   PyObject* error = nullptr;
   std::vector<std::weak_ptr<LiveLoad>> live;
   size_t next_purge = 64;
-  std::unordered_map<unsigned long, std::chrono::nanoseconds> visits;  // by thread: when it was last in the core
+  std::unordered_map<unsigned long, std::chrono::steady_clock::time_point>
+      visits;  // by thread: when it was last in the core
   uint32_t generation = fork_generation();
 
   std::mutex mutex;

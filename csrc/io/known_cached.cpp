@@ -1,9 +1,8 @@
 #include "io/known_cached.h"
 
-#include <time.h>
-
 #include <algorithm>
 
+#include "base/coarse_clock.h"
 #include "base/pages.h"
 #include "io/page_tables.h"
 #include "io/residency.h"
@@ -24,14 +23,6 @@ constexpr uint64_t kMostMapped = 8 << 20;  // at once, where the kernel does not
 constexpr microseconds kQuick{200};     // between two questions of a loop
 constexpr milliseconds kForgotten{10};  // between two that have nothing to do with each other
 
-// Behind the other one by a few milliseconds at most, and several times as cheap: each small tensor asks for it.
-std::chrono::steady_clock::time_point coarse_now() {
-  struct timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-  return std::chrono::steady_clock::time_point(std::chrono::seconds(now.tv_sec) +
-                                               std::chrono::nanoseconds(now.tv_nsec));
-}
-
 }  // namespace
 
 bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
@@ -47,7 +38,8 @@ bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
 }
 
 bool KnownCached::contains(const File& file, char* mapping, ByteRange range) {
-  if (known_.begin <= range.begin && range.end <= known_.end && coarse_now() < known_until_) return true;
+  if (known_.begin <= range.begin && range.end <= known_.end && coarse_now() < known_until_)
+    return true;  // it is asked for each small tensor
   const auto now = Clock::now();
   if (range.size() > kSmall) return ask(file, mapping, range);
   const auto since = now - asked_;

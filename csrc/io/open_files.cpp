@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/fork_generation.h"
+#include "base/of_this_process.h"
 
 namespace weightload::open_files {
 namespace {
@@ -97,16 +98,8 @@ struct Pool {
 
 namespace {
 
-// Never destroyed. A forked child begins anew, and what the parent had open stays open there.
-Pool& pool() {
-  static std::atomic<Pool*> current{new Pool};
-  Pool* all = current.load();
-  while (all->generation != fork_generation()) {
-    auto mine = std::make_unique<Pool>();
-    if (current.compare_exchange_strong(all, mine.get())) return *mine.release();
-  }
-  return *all;
-}
+// In a forked child what the parent had open stays open.
+Pool& pool() { return of_this_process<Pool>(); }
 
 // Note [Descriptors and fork]
 // The kernel copies a process's descriptors first and its memory later, while other threads go on: what one of them

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/fork_generation.h"
+#include "base/of_this_process.h"
 
 namespace weightload {
 namespace {
@@ -31,21 +32,10 @@ struct FileSystems {
   std::map<std::pair<uint64_t, ReadInto>, std::unique_ptr<ReadRates>> rates;
 };
 
-// Never destroyed. In a forked child a thread of the parent may hold the mutexes for ever: it begins anew.
-FileSystems& file_systems() {
-  static std::atomic<FileSystems*> current{new FileSystems};
-  FileSystems* all = current.load();
-  while (all->generation != fork_generation()) {
-    auto mine = std::make_unique<FileSystems>();
-    if (current.compare_exchange_strong(all, mine.get())) return *mine.release();
-  }
-  return *all;
-}
-
 }  // namespace
 
 ReadRates& ReadRates::of(const File& file, ReadInto memory) {
-  FileSystems& all = file_systems();
+  auto& all = of_this_process<FileSystems>();
   std::lock_guard<std::mutex> lock(all.mutex);
   auto& found = all.rates[{file.device(), memory}];
   if (!found) found = std::make_unique<ReadRates>();

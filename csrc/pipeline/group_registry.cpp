@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "base/fork_generation.h"
+#include "base/of_this_process.h"
 #include "base/start_thread.h"
 #include "base/thread_name.h"
 
@@ -32,16 +33,11 @@ struct Registry {
   std::map<const void*, std::weak_ptr<GroupExchange>> active;
   std::list<Farewell> farewells;
   bool stopping = false;
-  uint32_t generation = fork_generation();
+  const uint32_t generation = fork_generation();
 };
 
-// Never destroyed: the interpreter's exit stops its threads, and a forked child starts with a new one, because the
-// parent's mutex may be held for ever there.
-Registry& registry() {
-  static Registry* current = new Registry;
-  if (current->generation != fork_generation()) current = new Registry;
-  return *current;
-}
+// The interpreter's exit stops its threads.
+Registry& registry() { return of_this_process<Registry>(); }
 
 // Joins those that are done. With the mutex held.
 void reap(Registry& all) {
