@@ -249,8 +249,7 @@ HostMemoryRef HostLoader::allocate(uint64_t bytes) {
     return block_cache_->allocate(bytes);
   } catch (const Error&) {
     filler_.give_up();
-    block_cache_->release();
-    spare_memory::release();
+    block_cache_->release();  // to the spare memory, which goes before the system's refusal is believed
   }
   return block_cache_->allocate(bytes);
 }

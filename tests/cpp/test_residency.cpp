@@ -113,6 +113,14 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
   }
 }
 
+TEST(who_gave_up_fills_no_more) {
+  const Cached cached;
+  cached.evict();
+  CacheFiller filler;
+  filler.give_up();
+  CHECK(!filler.fill(*cached.file, cached.range, /*known=*/true));
+}
+
 TEST(only_what_says_nothing_of_the_bytes_is_a_refusal) {
   for (const int error_number : {0, EFAULT, EIO, EHWPOISON, ENOMEM}) CHECK(!PageTables::is_refusal(error_number));
   for (const int error_number : {EPERM, ENOSYS, EINVAL, EACCES, EAGAIN, ENODEV, EOPNOTSUPP})

@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <thread>
 #include <vector>
 
 #include "base/error.h"
+#include "base/pages.h"
 #include "check.h"
 
 using namespace weightload;
@@ -31,6 +33,13 @@ struct Limit {
     CHECK(spare_memory::kept_bytes() == 0);
   }
 };
+
+// Of this process, in bytes.
+uint64_t address_space() {
+  uint64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  return pages * page_bytes();
+}
 
 }  // namespace
 
@@ -145,6 +154,20 @@ TEST(nothing_is_kept_where_address_space_is_limited) {
     CHECK(spare_memory::kept_bytes() == 0);
     CHECK(::setrlimit(what, &before) == 0);
   }
+}
+
+TEST(what_is_kept_goes_before_memory_is_refused) {
+  const Limit limit(512 * kMiB);
+  spare_memory::give(spare_memory::take(512 * kMiB));
+  CHECK(spare_memory::kept_bytes() == 512 * kMiB);
+  struct rlimit before;
+  CHECK(::getrlimit(RLIMIT_AS, &before) == 0);
+  const struct rlimit tight{address_space() + 64 * kMiB, before.rlim_max};
+  CHECK(::setrlimit(RLIMIT_AS, &tight) == 0);
+  const HugeRegion larger = spare_memory::take(544 * kMiB);
+  CHECK(spare_memory::kept_bytes() == 0);
+  CHECK(::setrlimit(RLIMIT_AS, &before) == 0);
+  unmap_huge(larger);
 }
 
 TEST(release_says_how_much_it_gave_back) {
