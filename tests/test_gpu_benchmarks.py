@@ -14,7 +14,7 @@ import pytest
 from conftest import write_tensors
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+SCRIPT = ROOT / "benchmarks" / "gpu" / "check.sh"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 LOGIC_ONLY = "cpu (logic only, not a measurement)"
 

@@ -61,6 +61,26 @@ def test_every_way_of_reading(simulated: Any, mixed: list[Path], read: str, cold
         assert stats.buffered_bytes == 0
 
 
+@own_backend_only
+@pytest.mark.parametrize("behind", [16, 512, 4080])
+@pytest.mark.parametrize("slot_bytes", [8192, 20480, 65536])
+def test_direct_reads_into_memory_that_is_not_page_aligned(
+    simulated: Any, mixed: list[Path], behind: int, slot_bytes: int
+) -> None:
+    """As torch locks malloc's memory with pinned_use_cuda_host_register. No more is locked for it."""
+    simulated.shift_pinned(behind)
+    with settings.override(**{**SMALL, "read": "direct", "slot_bytes": slot_bytes}):
+        weights = load(*mixed)
+        next(weights)
+        assert simulated.pinned_bytes() <= SMALL["pinned_bytes"]
+        weights.close()
+        weights = load(*mixed)
+        assert_same(dict(weights), *mixed)
+    stats = weights.stats()
+    if on_a_local_disk(mixed[0]):
+        assert stats.direct_bytes == weights.total_bytes, stats
+
+
 def test_direct_reads_leave_the_page_cache_alone(simulated: Any, tmp_path: Path) -> None:
     """Larger than any readahead that reading the header may start."""
     path = write_tensors(tmp_path / "cold.safetensors", [(f"{i}", "F32", [1_000_003]) for i in range(12)])

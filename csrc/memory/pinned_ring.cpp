@@ -3,6 +3,7 @@
 #include <chrono>
 #include <utility>
 
+#include "base/byte_range.h"
 #include "base/error.h"
 #include "base/fork_generation.h"
 #include "base/start_thread.h"
@@ -64,6 +65,8 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
   lock.lock();
   if (slot) {
     if (!slot->pinned()) ++pageable_;
+    if (!known_) aligned_ = slot->before_aligned() == 0;
+    known_ = true;
     idle_.push_back(std::move(slot));
   } else {
     --slots_;
@@ -131,6 +134,20 @@ void PinnedRing::give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexc
     }
   }
   changed_.notify_one();
+}
+
+size_t PinnedRing::room(size_t slot_bytes) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Stopwatch watch(make_ns_);
+  while (!known_ && !stopped_ && capacity_ > 0) {
+    if (slots_ == 0) {
+      grow(lock);
+    } else {
+      changed_.wait(lock);  // for the one that is being made
+    }
+  }
+  // A slot of one page stays as it is: what is read into it goes through the page cache.
+  return aligned_ || slot_bytes <= kDirectAlignment ? slot_bytes : slot_bytes - kDirectAlignment;
 }
 
 void PinnedRing::stop() noexcept {

@@ -55,6 +55,11 @@ class PinnedRing {
   // Waits for a slot. Throws Error{memory} when not one can be had, Error{usage} once stopped.
   Lease acquire();
 
+  // What is to be put into the slots of so many bytes, so that it can lie where direct reads may write (HostSlot::
+  // place_for): all, or kDirectAlignment less where the allocator does not align. Waits for the first slot, which
+  // tells; the slots stay as they are, so that not a byte more is page-locked.
+  size_t room(size_t slot_bytes);
+
   // Makes acquire() throw, in all threads. Does not wait.
   void stop() noexcept;
 
@@ -66,7 +71,7 @@ class PinnedRing {
     size_t slots = 0;           // made so far
     size_t pageable_slots = 0;  // of these, not page-locked
     uint64_t wait_ns = 0;       // of all reading threads together, for the device to give a slot back
-    uint64_t make_ns = 0;       // the same for slots to be made, and making them
+    uint64_t make_ns = 0;       // the same for slots to be made, and making them; and of those who ask for room()
   };
   Stats stats() const;
 
@@ -86,6 +91,8 @@ class PinnedRing {
   size_t capacity_;                  // shrinks when page-locking fails
   size_t slots_ = 0;                 // made or being made
   std::atomic<size_t> pageable_{0};
+  bool known_ = false;     // a slot has been made
+  bool aligned_ = true;    // the first one began where direct reads may write
   bool pin_ = true;        // false once page-locking has failed without a single slot
   bool demanded_ = false;  // acquire() was called
   bool stopped_ = false;

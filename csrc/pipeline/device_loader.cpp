@@ -72,8 +72,9 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   layout.block_bytes = options.block_bytes;
   layout_ = plan_layout(extents, layout);
 
-  const ReadPlan reads = plan_reads(layout_, shared_.reads(options.slot_bytes));
-  slots_ = plan_slots(reads.tasks, layout_.blocks.size(), options.slot_bytes);
+  slot_bytes_ = layout_.blocks.empty() ? options.slot_bytes : ring_->room(options.slot_bytes);
+  const ReadPlan reads = plan_reads(layout_, shared_.reads(slot_bytes_));
+  slots_ = plan_slots(reads.tasks, layout_.blocks.size(), slot_bytes_);
 
   blocks_.resize(layout_.blocks.size());
   in_place_.resize(layout_.blocks.size());
@@ -138,8 +139,9 @@ void DeviceLoader::work(size_t number, const Look& look) {
   copies([&](const SlotCopy& copy) { block(copy.block); });
   {
     Stopwatch watch(copy_ns_);
+    const uint64_t image = slot->place_for(slot_bytes_) + task.lead;
     copies([&](const SlotCopy& copy) {
-      device_->copy(*slot, task.lead + copy.image_offset, block(copy.block), copy.block_offset, copy.bytes);
+      device_->copy(*slot, image + copy.image_offset, block(copy.block), copy.block_offset, copy.bytes);
     });
     device_->mark_slot(*slot);
     slot.release_to_device();
@@ -150,7 +152,7 @@ void DeviceLoader::work(size_t number, const Look& look) {
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
 void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& look) {
   RangeReader& reader = *readers_[task.file];
-  char* const image = slot.data() + task.lead;
+  char* const image = slot.data() + slot.place_for(slot_bytes_) + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
   RangeReader::Attempt attempt = reader.begin(task.bytes, look, slot.pinned() || DirectFile::suits_private_memory());

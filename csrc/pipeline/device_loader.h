@@ -107,6 +107,7 @@ class DeviceLoader {
   SelectedTensors selected_;
   LoadCounts counts_;
   Layout layout_;
+  uint64_t slot_bytes_ = 0;  // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
   Pace pace_;
   CacheFiller filler_;

@@ -2,10 +2,12 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -73,22 +75,26 @@ class FakeDevice final : public weightload::Device {
   std::atomic<bool> no_pageable{false};
   std::atomic<int> copies{0};
   std::atomic<int> slots_alive{0};
+  std::atomic<size_t> shift{0};  // slots begin so many bytes behind a page
 
  private:
   struct Slot final : weightload::HostSlot {
     Slot(FakeDevice* device, size_t bytes, bool is_pinned) : device(device) {
-      data_ = static_cast<char*>(std::aligned_alloc(4096, bytes));
+      // Of exactly this size, so that the address sanitizer sees the end.
+      if (::posix_memalign(&memory, 4096, bytes + device->shift) != 0) throw std::bad_alloc();
+      data_ = static_cast<char*>(memory) + device->shift;
       size_ = bytes;
       pinned_ = is_pinned;
       ++device->slots_alive;
     }
     ~Slot() override {
       device->wait(copied);
-      std::free(data_);
+      std::free(memory);
       --device->slots_alive;
     }
     bool copies_done() override { return device->passed(copied); }
     FakeDevice* device;
+    void* memory = nullptr;
     uint64_t copied = 0;
   };
 

@@ -27,7 +27,10 @@ void evict(const std::string& path) {
 struct Load {
   explicit Load(const std::vector<std::string>& paths, DeviceLoaderOptions options = small(), size_t slots = 4,
                 std::vector<DeviceBlockRef> places = {})
-      : files(CheckpointFile::open_all(paths, 2)) {
+      : Load(std::make_shared<FakeDevice>(), paths, options, slots, std::move(places)) {}
+  Load(std::shared_ptr<FakeDevice> on, const std::vector<std::string>& paths, DeviceLoaderOptions options, size_t slots,
+       std::vector<DeviceBlockRef> places = {})
+      : device(std::move(on)), files(CheckpointFile::open_all(paths, 2)) {
     ring = PinnedRing::make(
         slots, [device = device, options](bool pinned) { return device->allocate_slot(options.slot_bytes, pinned); });
     loader =
@@ -64,7 +67,7 @@ struct Load {
       CHECK(static_cast<unsigned char>(bytes[i]) == byte_at(file, tensor.info->bytes.begin + i));
   }
 
-  std::shared_ptr<FakeDevice> device = std::make_shared<FakeDevice>();
+  std::shared_ptr<FakeDevice> device;
   CheckpointFiles files;
   std::shared_ptr<PinnedRing> ring;
   std::unique_ptr<DeviceLoader> loader;
@@ -97,6 +100,24 @@ TEST(every_byte_arrives_whatever_way_it_is_read) {
       CHECK(read == load.loader->total_bytes());
       CHECK(load.loader->counts().tensors == 309 && load.loader->counts().tensor_bytes == read);
       if (mode == ReadMode::buffered) CHECK(direct_bytes(load) == 0);
+    }
+  }
+}
+
+TEST(slots_that_begin_behind_a_page_are_read_into_directly_all_the_same) {
+  const Checkpoint checkpoint;
+  DeviceLoaderOptions options = Load::small();
+  options.read = ReadMode::direct;
+  Load aligned(checkpoint.paths(), options);
+  CHECK(aligned.drain() == 309);
+  for (const uint64_t slot_bytes : {8192u, 64u << 10}) {
+    for (const size_t shift : {1u, 16u, 4095u}) {
+      const auto device = std::make_shared<FakeDevice>();
+      device->shift = shift;
+      options.slot_bytes = slot_bytes;
+      Load load(device, checkpoint.paths(), options, 3);
+      CHECK(load.drain() == 309);
+      CHECK(direct_bytes(load) == direct_bytes(aligned));
     }
   }
 }

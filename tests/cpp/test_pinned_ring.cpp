@@ -90,6 +90,50 @@ TEST(without_any_memory_it_is_an_error) {
   CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::memory);
 }
 
+TEST(room_is_what_direct_reads_can_have) {
+  struct Case {
+    size_t shift, slot_bytes, room, place;
+  };
+  for (const Case& one : {Case{0, 16384, 16384, 0},
+                          {16, 16384, 12288, 4080},
+                          {4095, 16384, 12288, 1},
+                          {16, 8192, 4096, 4080},
+                          {16, 4096, 4096, 0},
+                          {0, 4096, 4096, 0}}) {
+    FakeDevice device;
+    device.shift = one.shift;
+    const auto ring = PinnedRing::make(3, [&](bool pinned) { return device.allocate_slot(one.slot_bytes, pinned); });
+    CHECK(ring->room(one.slot_bytes) == one.room);
+    const PinnedRing::Lease lease = ring->acquire();
+    CHECK(lease->place_for(one.room) == one.place);
+    CHECK(lease->size() == one.slot_bytes);
+  }
+}
+
+TEST(room_is_asked_of_the_first_slot_and_later_ones_may_be_less_lucky) {
+  FakeDevice device;
+  const auto ring = PinnedRing::make(2, [&, first = true](bool pinned) mutable {
+    device.shift = first ? 0 : 16;
+    first = false;
+    return device.allocate_slot(8192, pinned);
+  });
+  CHECK(ring->room(8192) == 8192);
+  const PinnedRing::Lease one = ring->acquire(), other = ring->acquire();
+  CHECK(one->place_for(8192) == 0 && other->place_for(8192) == 0);
+  CHECK(one->before_aligned() + other->before_aligned() == 4080);
+}
+
+TEST(room_does_not_wait_for_slots_that_never_come) {
+  FakeDevice device;
+  device.no_pageable = true;
+  device.pinned_left = 0;
+  CHECK(PinnedRing::make(3, from(device))->room(8192) == 8192);
+  device.pinned_left = 1;
+  const auto stopped = PinnedRing::make(3, from(device));
+  stopped->stop();
+  CHECK(stopped->room(8192) == 8192);
+}
+
 TEST(allocators_may_throw) {
   FakeDevice device;
   const auto ring = PinnedRing::make(4, [&](bool pinned) -> std::unique_ptr<HostSlot> {

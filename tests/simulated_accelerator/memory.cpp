@@ -42,6 +42,7 @@ uint64_t limit = kArenaBytes;
 std::map<const char*, PinnedChunk*> pinned;  // all, by address
 std::vector<PinnedChunk*> idle_pinned;
 int64_t pinned_allocations_left = -1;
+size_t pinned_shift = 0;
 uint64_t pinned_live = 0;
 
 Arena& arena(int device) {
@@ -180,16 +181,16 @@ PinnedChunk* allocate_pinned(size_t size) {
     PinnedChunk* chunk = idle_pinned[i];
     const bool done = std::all_of(chunk->copies.begin(), chunk->copies.end(),
                                   [](const MomentRef& moment) { return moment->reached(); });
-    if (chunk->size != size || !done) continue;
+    if (chunk->size != size || !done || reinterpret_cast<uintptr_t>(chunk->data) % 4096 != pinned_shift) continue;
     idle_pinned.erase(idle_pinned.begin() + static_cast<std::ptrdiff_t>(i));
     chunk->copies.clear();
     std::memset(chunk->data, kPinned, size);
     return chunk;
   }
-  void* memory = std::aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+  auto* const memory = static_cast<char*>(std::aligned_alloc(4096, (pinned_shift + size + 4095) / 4096 * 4096));
   if (!memory) throw std::bad_alloc();
-  std::memset(memory, kPinned, size);
-  auto* chunk = new PinnedChunk{static_cast<char*>(memory), size, {}};
+  std::memset(memory + pinned_shift, kPinned, size);
+  auto* chunk = new PinnedChunk{memory + pinned_shift, size, {}};
   pinned[chunk->data] = chunk;
   return chunk;
 }
@@ -221,6 +222,11 @@ void record_copy(PinnedChunk* chunk, MomentRef moment) {
 void fail_pinned_after(int64_t allocations) {
   std::lock_guard<std::mutex> lock(mutex);
   pinned_allocations_left = allocations;
+}
+
+void shift_pinned(size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex);
+  pinned_shift = bytes;
 }
 
 uint64_t pinned_made() {

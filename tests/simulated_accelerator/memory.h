@@ -45,6 +45,7 @@ void free_pinned(PinnedChunk* chunk);
 PinnedChunk* pinned_chunk(const void* address);  // null for other memory
 void record_copy(PinnedChunk* chunk, MomentRef moment);
 void fail_pinned_after(int64_t allocations);  // -1: never
+void shift_pinned(size_t bytes);              // fresh chunks begin so many bytes behind a page, as malloc's may
 uint64_t pinned_bytes();                      // in use
 uint64_t pinned_made();                       // chunks ever made; the others were reused
 

@@ -24,6 +24,7 @@ PYBIND11_MODULE(simulated_accelerator, module) {
   module.def("peak_bytes", &peak_bytes, py::arg("device") = 0);
   module.def("reset_peak", &reset_peak, py::arg("device") = 0);
   module.def("fail_pinned_after", &fail_pinned_after);
+  module.def("shift_pinned", &shift_pinned);
   module.def("pinned_bytes", &pinned_bytes);
   module.def("pinned_made", &pinned_made);
   // Occupies the stream until the matching function that is returned is called.

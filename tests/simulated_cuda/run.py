@@ -36,7 +36,7 @@ STEPS: dict[str, list[str]] = {
     "groups": ["tests/test_simulated_group.py", "tests/test_simulated_collectives.py"],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed
-    "benchmarks": [],  # benchmarks/gpu_check.sh, with the other loaders; only where it is asked for
+    "benchmarks": [],  # benchmarks/gpu/check.sh, with the other loaders; only where it is asked for
 }  # fmt: skip
 DEFAULT = [name for name in STEPS if name != "benchmarks"]
 
@@ -60,7 +60,7 @@ def run_step(name: str, seed: int, seeds: int, options: list[str]) -> tuple[bool
         command = [environment.PYTHON, STRESS, "--first", str(seed), "--seeds", str(seeds)]
     environ = variables(seed, reports)
     if name == "benchmarks":
-        command = ["bash", "benchmarks/gpu_check.sh", environment.BUILD / "gpu-check"]
+        command = ["bash", "benchmarks/gpu/check.sh", environment.BUILD / "gpu-check"]
         environ |= {
             "PYTHON": str(environment.PYTHON),
             "WEIGHTLOAD_PEERS": str(environment.install_peers()),

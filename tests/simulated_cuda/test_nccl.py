@@ -20,22 +20,23 @@ from simulated_ranks import BACKENDS, KINDS
 STRATEGIES = ["broadcast", "striped"]
 TIMEOUT_S = 10  # of the group; what torch's watchdog waits for before it ends the process
 BEGIN = f"""
-import datetime, os, signal, sys, time
+import datetime, os, select, signal, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 from pathlib import Path
 import torch, torch.distributed as dist, weightload
 from simulated_support import TUNED, raw, reference_of
-from weightload import settings
+from weightload import errors, settings
 rank, size, store, backend, strategy = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
 paths = [Path(path) for path in sys.argv[6:]]
 limit = datetime.timedelta(seconds={TIMEOUT_S})
 dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=limit)
-def load():
-    return weightload.safetensors_weights_iterator(paths, device="cuda:0", strategy=strategy, group=dist.group.WORLD)
-def whole():
+def load(group=None):
+    group = group or dist.group.WORLD
+    return weightload.safetensors_weights_iterator(paths, device="cuda:0", strategy=strategy, group=group)
+def whole(group=None):
     with settings.override(**TUNED):
-        got = dict(load())
+        got = dict(load(group))
     for name, tensor in reference_of(*paths).items():
         assert torch.equal(raw(got[name]), raw(tensor)), name
 """
@@ -144,3 +145,87 @@ def test_a_rank_that_stops_for_a_while(tmp_path: Path, mixed: list[Path], kind: 
     for status, said in ended(ranks, tmp_path, 120):
         assert status == 0, said
         assert said.rstrip().endswith("whole")
+
+
+# Of a rank whose group is aborted while it waits for the others' records. The last rank stops, before its load or
+# between two tensors; the others come to have issued a collective more, which is a gather of records, since nothing
+# travels without one. A handler that has run twice since then says that they wait for it.
+WHILE_IT_GATHERS = """
+words = dist.FileStore(store + ".words", size)
+group = dist.new_group(backend=backend)
+whole(group)  # its communicator is made with the first collective, by all ranks
+backend_of_it = group._get_backend(torch.device("cuda"))
+issued = backend_of_it._get_sequence_number_for_group
+last, interrupts = size - 1, threading.Semaphore(0)
+signal.signal(signal.SIGUSR1, lambda *_: interrupts.release())
+def abort(beyond):
+    if rank != last:
+        beyond, pid = map(int, words.get("stopped").split())
+        died = os.pidfd_open(pid)
+    while issued() == beyond:
+        time.sleep(0.01)
+    for _ in range(2):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        interrupts.acquire()
+    if rank != last and dies:
+        select.select([died], [], [])
+    backend_of_it.abort()
+def stop():
+    words.set("stopped", f"{issued()} {os.getpid()}")
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for other in range(last):
+        words.get(f"ended.{other}")
+thread = threading.Thread(target=lambda: abort(issued()))
+if rank != last:
+    thread.start()
+reference, copies = reference_of(*paths), {}
+def consume():
+    for number, (name, tensor) in enumerate(load(group)):
+        copies[name] = tensor.cpu()
+        if rank == last and number == 150 and stage == "status":
+            stop()
+            thread.start()
+try:
+    with settings.override(**TUNED):
+        if rank == last and stage == "agreement":
+            stop()
+            thread.start()
+        consume()
+    print("all of it")
+except errors.GroupError as error:
+    print("a group's error:", error)
+thread.join()
+words.set(f"ended.{rank}", "")
+for name, tensor in copies.items():
+    assert torch.equal(raw(tensor), raw(reference[name])), name
+print("right so far", flush=True)
+if not dies:
+    whole(dist.new_group(backend=backend))
+    print("whole", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dies", [False, True], ids=["abort", "death"])
+@pytest.mark.parametrize("stage", ["agreement", "status"])
+def test_an_abort_while_records_are_gathered(
+    tmp_path: Path, mixed: list[Path], stage: str, dies: bool, strategy: str, size: int
+) -> None:
+    """The gather ends early, and what lies in its memory are no records of the others': an error, on every rank."""
+    script = f"stage, dies = {stage!r}, {dies}" + WHILE_IT_GATHERS
+    outcomes = ended(start(script, size, BACKENDS["device"], strategy, tmp_path, mixed), tmp_path, 150)
+    for rank, (status, said) in enumerate(outcomes):
+        if dies and rank == size - 1:
+            assert status == -signal.SIGKILL, said
+            continue
+        assert status == 0, said
+        assert "a group's error:" in said, said
+        # The last rank's record never came; those of the others had reached it.
+        assert rank == size - 1 or "the communicator was aborted before every rank's record had come" in said, said
+        assert "right so far" in said
+        assert dies or said.rstrip().endswith("whole")
+    if dies:
+        healthy(size, BACKENDS["device"], strategy, tmp_path, mixed)

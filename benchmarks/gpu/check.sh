@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures everything on a machine with one GPU and no network, in under nine minutes.
 #
-#   benchmarks/gpu_check.sh [--dry-run] [OUTDIR]        OUTDIR: default $OUT, else bench-results/gpu
+#   benchmarks/gpu/check.sh [--dry-run] [OUTDIR]        OUTDIR: default $OUT, else bench-results/gpu
 #
 # WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 32 GB are needed)
 # WEIGHTLOAD_BENCH_SECONDS all that it may take (default 520)
@@ -15,7 +15,7 @@
 # On the simulated CUDA (tests/simulated_cuda) every step runs, on tiny checkpoints, and no figure is printed.
 # Every step has a time limit, and a step that fails does not keep the others from running.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 dry=0
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
