@@ -39,6 +39,14 @@ COPIED_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"
 LEFT_OUT = ("*.so", "__pycache__", "_build_info.py")
 
 
+# What all of it takes on disk, and some more for what tests write.
+LEAST_FREE = 12 << 30
+
+
+class Unavailable(RuntimeError):
+    """The environment's packages cannot be had here."""
+
+
 def say(begin: float, what: str) -> None:
     print(f"[{time.monotonic() - begin:4.0f} s] {what}", flush=True)
 
@@ -52,7 +60,11 @@ def pip(*arguments: str) -> None:
 
 
 def install() -> None:
-    """The environment's packages."""
+    """The environment's packages.
+
+    Raises:
+        Unavailable: they cannot be installed.
+    """
     done = BUILD / "installed"
     wanted = "\n".join((*TORCH, *TESTS, CHECKPOINT))
     if done.exists() and done.read_text() == wanted:
@@ -60,9 +72,18 @@ def install() -> None:
     # The simulated libraries take the real ones' places: with other packages everything is made anew.
     shutil.rmtree(VENV, ignore_errors=True)
     BUILD.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(BUILD).free
+    if free < LEAST_FREE:
+        raise Unavailable(f"{TORCH[0]} for CUDA needs {LEAST_FREE >> 30} GiB of disk, and {free >> 30} are free")
     subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-    pip(*TORCH, *TESTS)
-    pip("--no-deps", CHECKPOINT)
+    try:
+        pip(*TORCH, *TESTS)
+        pip("--no-deps", CHECKPOINT)
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"pip cannot install {TORCH[0]}, built for CUDA, and what its tests need") from error
+    # An index for CPUs has a torch of the same number.
+    if next(site_packages().glob("torch/lib/libtorch_cuda.so"), None) is None:
+        raise Unavailable(f"{TORCH[0]} of the package index in use is not built for CUDA")
     done.write_text(wanted)
 
 

@@ -2,7 +2,8 @@
 
     python3 tests/simulated_cuda/run.py [--seeds N] [--steps NAME,NAME] [-- PYTEST OPTION ...]
 
-Exits with 1 if a step fails; the last line says the steps, tests, seeds and time.
+Exits with 1 if a step fails, with 3 if CUDA's torch cannot be had here; the last line says the steps, tests, seeds and
+time, or why.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import environment
 
 LIMIT_S = 1800  # of a step
+UNAVAILABLE = 3  # the exit status
 STRESS = "tests/simulated_accelerator/stress.py"
 STEPS: dict[str, list[str]] = {
     "checker": ["tests/simulated_cuda/test_checker.py"],
@@ -95,7 +97,11 @@ def main() -> int:
     parser.add_argument("options", nargs="*", help="of pytest")
     chosen = parser.parse_args()
     begin = time.monotonic()
-    environment.set_up()
+    try:
+        environment.set_up()
+    except environment.Unavailable as error:
+        print(f"make test-cuda: not possible here: {error}")
+        return UNAVAILABLE
     first = int(os.environ.get("WEIGHTLOAD_SIMULATED_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
     failed, tests = [], 0
     for name in chosen.steps.split(","):
