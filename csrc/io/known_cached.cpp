@@ -39,6 +39,7 @@ bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
     const auto cached = cached_bytes_by_mincore(file, range, mapping);
     if (cached) return *cached == range.size();
     untold_ = true;
+    return contains(file, mapping, range);
   }
   if (!seems_cached(file, range, mapping).value_or(false)) return false;
   const ByteRange pages = pages_around(range);
@@ -49,29 +50,32 @@ bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
 bool KnownCached::contains(const File& file, char* mapping, ByteRange range) {
   if (known_.begin <= range.begin && range.end <= known_.end && coarse_now() < known_until_) return true;
   const auto now = Clock::now();
-  if (range.size() > kSmall) return ask(file, mapping, range);
+  if (range.size() > kSmall) return ask_and_remember(file, mapping, range, now);
   const auto since = now - asked_;
   asked_ = now;
   if (since > kForgotten) {
-    width_ = 0;
+    width_ = untold_ ? kFirstWidth : 0;  // then asking takes several calls, for however little
   } else if (since < kQuick && width_ < kMostWidth) {
-    width_ = std::max(kFirstWidth, 4 * width_);
+    width_ = std::max(kFirstWidth, (untold_ ? 16 : 4) * width_);
     if (untold_) width_ = std::min(width_, kMostMapped);
   }
-  if (width_ > 0 && now >= mixed_until_ && ask_around(file, mapping, range, now)) return true;
+  if (width_ > 0 && now >= mixed_until_) {
+    const ByteRange around{round_down(range.begin, width_), std::min(file.size(), round_up(range.end, width_))};
+    if (ask_and_remember(file, mapping, around, now)) return true;
+  }
   return ask(file, mapping, range);
 }
 
-bool KnownCached::ask_around(const File& file, char* mapping, ByteRange range, Clock::time_point now) {
-  const ByteRange around{round_down(range.begin, width_), std::min(file.size(), round_up(range.end, width_))};
-  const bool cached = ask(file, mapping, around);
+bool KnownCached::ask_and_remember(const File& file, char* mapping, ByteRange range, Clock::time_point now) {
+  const bool cached = ask(file, mapping, range);
   const auto answered = Clock::now();
-  const auto valid = answered + std::min<Clock::duration>(kForgotten, 30 * (answered - now));
+  // What had to be mapped for an answer is worth more than one.
+  const Clock::duration valid = untold_ ? kForgotten : std::min<Clock::duration>(kForgotten, 30 * (answered - now));
   if (cached) {
-    known_ = around;
-    known_until_ = valid;
+    known_ = range;
+    known_until_ = answered + valid;
   } else {
-    mixed_until_ = valid;
+    mixed_until_ = answered + valid;
   }
   return cached;
 }

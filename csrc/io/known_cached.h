@@ -22,7 +22,7 @@ class KnownCached {
   using Clock = std::chrono::steady_clock;
 
   bool ask(const File& file, char* mapping, ByteRange range);
-  bool ask_around(const File& file, char* mapping, ByteRange range, Clock::time_point now);
+  bool ask_and_remember(const File& file, char* mapping, ByteRange range, Clock::time_point now);
 
   ByteRange known_;  // in the page cache, until
   Clock::time_point known_until_;
