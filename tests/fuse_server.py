@@ -60,6 +60,9 @@ class Faults:
     error_from: int = -1
     """Reads that touch these bytes of a file fail with EIO; -1: none."""
     error_to: int = -1
+    holds: str = ""
+    """While there is a file of this path outside, questions for a file's attributes get no answer; one of that name and
+    ``.met`` says that one has come, one of ``.late`` that it got its answer after 10 s all the same."""
     threads: int = 1
     """How many requests are served at once."""
 
@@ -111,9 +114,11 @@ class Server:
             if name != SERVED and name not in self.names:
                 raise OSError(errno.ENOENT, name)
             number = 2 + len(self.names) if name == SERVED else 2 + self.names.index(name)
-            return struct.pack("<QQQQII", number, 0, 0, 1, 0, 0) + self.attributes(number)
+            valid = 0 if self.faults.holds else 1
+            return struct.pack("<QQQQII", number, 0, 0, valid, 0, 0) + self.attributes(number)
         if operation == GETATTR:
-            return struct.pack("<QII", 1, 0, 0) + self.attributes(node)
+            self.hold(node)
+            return struct.pack("<QII", 0 if self.faults.holds else 1, 0, 0) + self.attributes(node)
         if operation == OPEN:
             past = self.faults.direct_io or node == 2 + len(self.names)
             return struct.pack("<QII", 0, FOPEN_DIRECT_IO if past else 0, 0)
@@ -130,6 +135,15 @@ class Server:
         if operation in (RELEASE, RELEASEDIR):
             return b""
         raise OSError(errno.ENOSYS, "not served")
+
+    def hold(self, node: int) -> None:
+        until = time.monotonic() + 10  # who waits cannot be killed
+        while node != ROOT and self.faults.holds and os.path.exists(self.faults.holds):
+            open(self.faults.holds + ".met", "wb").close()
+            if time.monotonic() > until:
+                open(self.faults.holds + ".late", "wb").close()
+                return
+            time.sleep(0.002)
 
     def attributes(self, node: int) -> bytes:
         if node == ROOT:

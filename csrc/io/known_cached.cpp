@@ -34,12 +34,12 @@ std::chrono::steady_clock::time_point coarse_now() {
 
 }  // namespace
 
-bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
+std::optional<bool> KnownCached::ask(const File& file, char* mapping, ByteRange range, bool may_wait) {
   if (!untold_) {
     const auto cached = cached_bytes_by_mincore(file, range, mapping);
     if (cached) return *cached == range.size();
     untold_ = true;
-    return contains(file, mapping, range);
+    return contains(file, mapping, range, may_wait);
   }
   if (!seems_cached(file, range, mapping).value_or(false)) return false;
   const ByteRange pages = pages_around(range);
@@ -47,10 +47,14 @@ bool KnownCached::ask(const File& file, char* mapping, ByteRange range) {
   return PageTables().map_unknown(mapping + pages.begin, mapping + pages.end, was_read) == 0;
 }
 
-bool KnownCached::contains(const File& file, char* mapping, ByteRange range) {
-  if (known_.begin <= range.begin && range.end <= known_.end && coarse_now() < known_until_) return true;
+bool KnownCached::remembers(ByteRange range) const {
+  return known_.begin <= range.begin && range.end <= known_.end && coarse_now() < known_until_;
+}
+
+std::optional<bool> KnownCached::contains(const File& file, char* mapping, ByteRange range, bool may_wait) {
+  if (!may_wait && untold_) return std::nullopt;
+  if (range.size() > kSmall) return ask_and_remember(file, mapping, range, may_wait);
   const auto now = Clock::now();
-  if (range.size() > kSmall) return ask_and_remember(file, mapping, range, now);
   const auto since = now - asked_;
   asked_ = now;
   if (since > kForgotten) {
@@ -61,17 +65,20 @@ bool KnownCached::contains(const File& file, char* mapping, ByteRange range) {
   }
   if (width_ > 0 && now >= mixed_until_) {
     const ByteRange around{round_down(range.begin, width_), std::min(file.size(), round_up(range.end, width_))};
-    if (ask_and_remember(file, mapping, around, now)) return true;
+    const std::optional<bool> cached = ask_and_remember(file, mapping, around, may_wait);
+    if (cached != false) return cached;
   }
-  return ask(file, mapping, range);
+  return ask(file, mapping, range, may_wait);
 }
 
-bool KnownCached::ask_and_remember(const File& file, char* mapping, ByteRange range, Clock::time_point now) {
-  const bool cached = ask(file, mapping, range);
+std::optional<bool> KnownCached::ask_and_remember(const File& file, char* mapping, ByteRange range, bool may_wait) {
+  const auto asked = Clock::now();
+  const std::optional<bool> cached = ask(file, mapping, range, may_wait);
+  if (!cached) return cached;
   const auto answered = Clock::now();
   // What had to be mapped for an answer is worth more than one.
-  const Clock::duration valid = untold_ ? kForgotten : std::min<Clock::duration>(kForgotten, 30 * (answered - now));
-  if (cached) {
+  const Clock::duration valid = untold_ ? kForgotten : std::min<Clock::duration>(kForgotten, 30 * (answered - asked));
+  if (*cached) {
     known_ = range;
     known_until_ = answered + valid;
   } else {
