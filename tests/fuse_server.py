@@ -61,8 +61,8 @@ class Faults:
     """Reads that touch these bytes of a file fail with EIO; -1: none."""
     error_to: int = -1
     holds: str = ""
-    """While there is a file of this path outside, questions for a file's attributes get no answer; one of that name and
-    ``.met`` says that one has come, one of ``.late`` that it got its answer after 10 s all the same."""
+    """While there is a file of this path outside, each question for a file's attributes makes one of that name and
+    ``.met``, and gets its answer when that is gone, or after 10 s; one of ``.late`` says that it was so."""
     threads: int = 1
     """How many requests are served at once."""
 
@@ -137,11 +137,14 @@ class Server:
         raise OSError(errno.ENOSYS, "not served")
 
     def hold(self, node: int) -> None:
+        if node == ROOT or not self.faults.holds or not os.path.exists(self.faults.holds):
+            return
         until = time.monotonic() + 10  # who waits cannot be killed
-        while node != ROOT and self.faults.holds and os.path.exists(self.faults.holds):
-            open(self.faults.holds + ".met", "wb").close()
+        met, late = (self.faults.holds + end for end in (".met", ".late"))
+        open(met, "wb").close()
+        while os.path.exists(met):
             if time.monotonic() > until:
-                open(self.faults.holds + ".late", "wb").close()
+                open(late, "wb").close()
                 return
             time.sleep(0.002)
 
