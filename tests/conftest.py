@@ -293,4 +293,4 @@ def on_a_local_disk(path: Path) -> bool:
 
 def run_script(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(command, capture_output=True, text=True, **{"timeout": 300, **options})  # type: ignore[call-overload,no-any-return]

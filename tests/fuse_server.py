@@ -60,6 +60,9 @@ class Faults:
     error_from: int = -1
     """Reads that touch these bytes of a file fail with EIO; -1: none."""
     error_to: int = -1
+    holds: str = ""
+    """While there is a file of this path outside, each question for a file's attributes makes one of that name and
+    ``.met``, and gets its answer when that is gone, or after 10 s; one of ``.late`` says that it was so."""
     threads: int = 1
     """How many requests are served at once."""
 
@@ -111,9 +114,11 @@ class Server:
             if name != SERVED and name not in self.names:
                 raise OSError(errno.ENOENT, name)
             number = 2 + len(self.names) if name == SERVED else 2 + self.names.index(name)
-            return struct.pack("<QQQQII", number, 0, 0, 1, 0, 0) + self.attributes(number)
+            valid = 0 if self.faults.holds else 1
+            return struct.pack("<QQQQII", number, 0, 0, valid, 0, 0) + self.attributes(number)
         if operation == GETATTR:
-            return struct.pack("<QII", 1, 0, 0) + self.attributes(node)
+            self.hold(node)
+            return struct.pack("<QII", 0 if self.faults.holds else 1, 0, 0) + self.attributes(node)
         if operation == OPEN:
             past = self.faults.direct_io or node == 2 + len(self.names)
             return struct.pack("<QII", 0, FOPEN_DIRECT_IO if past else 0, 0)
@@ -130,6 +135,18 @@ class Server:
         if operation in (RELEASE, RELEASEDIR):
             return b""
         raise OSError(errno.ENOSYS, "not served")
+
+    def hold(self, node: int) -> None:
+        if node == ROOT or not self.faults.holds or not os.path.exists(self.faults.holds):
+            return
+        until = time.monotonic() + 10  # who waits cannot be killed
+        met, late = (self.faults.holds + end for end in (".met", ".late"))
+        open(met, "wb").close()
+        while os.path.exists(met):
+            if time.monotonic() > until:
+                open(late, "wb").close()
+                return
+            time.sleep(0.002)
 
     def attributes(self, node: int) -> bytes:
         if node == ROOT:

@@ -59,9 +59,19 @@ py::object read_rows(const TensorReader& reader, uint32_t tensor, const std::vec
 
 // Small ones are mostly answered from memory.
 bool is_at_hand(TensorReader& reader, ByteRange bytes) {
-  if (bytes.size() < kLeastToMapAgain) return reader.is_at_hand(bytes);
+  if (bytes.size() < kLeastToMapAgain) {
+    if (const auto answer = reader.is_at_hand(bytes, false)) return *answer;
+  }
   const ReleaseGil release;
-  return reader.is_at_hand(bytes);
+  return *reader.is_at_hand(bytes, true);
+}
+
+// A view, with the GIL where that waits for nobody.
+template <typename Get>
+auto view(const TensorReader& reader, Get&& get) {
+  std::optional<ReleaseGil> release;
+  if (reader.may_wait()) release.emplace();
+  return get();
 }
 
 void bring_in(TensorReader& reader, uint32_t tensor, const std::vector<RowRange>* rows) {
@@ -81,8 +91,10 @@ py::object get(TensorReader& reader, py::handle name, bool map) {
     if (large) return py::int_(*tensor);
     bring_in(reader, *tensor, nullptr);
   }
-  if (const auto first = reader.first_view(*tensor, nullptr)) return wrap(reader, *first);
-  return bytes.size() < kLeastToMapAgain ? read(reader, *tensor, nullptr) : wrap(reader, reader.view_again(*tensor));
+  const auto first = view(reader, [&] { return reader.first_view(*tensor, nullptr); });
+  if (first) return wrap(reader, *first);
+  if (bytes.size() < kLeastToMapAgain) return read(reader, *tensor, nullptr);
+  return wrap(reader, view(reader, [&] { return reader.view_again(*tensor); }));
 }
 
 std::tuple<std::string, std::vector<uint64_t>, uint64_t, uint64_t> info(const TensorReader& reader, uint32_t number) {
@@ -119,12 +131,12 @@ void register_tensor_reader(py::module_& module) {
              const std::optional<std::vector<RowTuple>>& needed) {
             const RowRange range = rows ? RowRange{std::get<0>(*rows), std::get<1>(*rows)} : RowRange{};
             const TensorInfo info = rows ? reader.narrowed(tensor, range) : reader.file().header().tensors.at(tensor);
-            if (!reader.is_at_hand(info.bytes)) {
+            if (!is_at_hand(reader, info.bytes)) {
               const auto ranges = needed ? ranges_of(*needed) : std::vector<RowRange>{range};
               bring_in(reader, tensor, needed || rows ? &ranges : nullptr);
             }
-            const auto view = reader.first_view(tensor, rows ? &range : nullptr);
-            return view ? wrap(reader, *view) : py::none();
+            const auto first = view(reader, [&] { return reader.first_view(tensor, rows ? &range : nullptr); });
+            return first ? wrap(reader, *first) : py::none();
           },
           py::arg("tensor"), py::arg("rows"), py::arg("needed") = py::none(),
           "A view of the mapped file, all of the tensor or rows of it; None if somebody has been given any of it. "

@@ -45,6 +45,10 @@ class File final : public ByteSource {
   // another one now.
   open_files::Lease descriptor() const;
 
+  // Whether a system call on it may wait for a server, or a program in user space, or for the file to be opened again:
+  // not while others wait for this thread (Python's GIL). Two loads, no system call.
+  bool may_wait() const { return watch_.doubts_times() || kept_.is_closed(); }
+
   uint64_t device() const { return device_; }            // number of the file system's device (st_dev)
   uint64_t file_system() const { return file_system_; }  // number of its type, as in linux/magic.h; 0: unknown
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <chrono>
 #include <cstdint>
+#include <optional>
 
 #include "base/byte_range.h"
 #include "io/file.h"
@@ -15,14 +16,18 @@ namespace weightload {
 // the file at once, and by that answer for thirty times as long as it took, at most 10 ms. One thread at a time.
 class KnownCached {
  public:
-  // `mapping`: the address of the file's byte 0 in one.
-  bool contains(const File& file, char* mapping, ByteRange range);
+  // Whether it is so by an earlier answer.
+  bool remembers(ByteRange range) const;
+
+  // `mapping`: the address of the file's byte 0 in one. Nothing where it would have to be asked in a way that may wait
+  // for storage, and `may_wait` is false.
+  std::optional<bool> contains(const File& file, char* mapping, ByteRange range, bool may_wait);
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  bool ask(const File& file, char* mapping, ByteRange range);
-  bool ask_around(const File& file, char* mapping, ByteRange range, Clock::time_point now);
+  std::optional<bool> ask(const File& file, char* mapping, ByteRange range, bool may_wait);
+  std::optional<bool> ask_and_remember(const File& file, char* mapping, ByteRange range, bool may_wait);
 
   ByteRange known_;  // in the page cache, until
   Clock::time_point known_until_;

@@ -56,6 +56,9 @@ class Kept {
   // Two atomic operations, no lock. Empty where it has been closed.
   Lease lease();
 
+  // Whether it would have to be opened again just now.
+  bool is_closed() const { return (state_.load(std::memory_order_relaxed) & kClosed) != 0; }
+
   // The name that the file had when it was closed, links resolved; empty where the system did not say.
   std::string name() const;
 

@@ -1,7 +1,6 @@
 #include "io/page_tables.h"
 
 #include <fcntl.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 
 #include "base/pages.h"
 #include "io/fault_hook.h"
+#include "io/major_faults.h"
 
 namespace weightload {
 namespace {
@@ -34,23 +34,6 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
   while (first < count && is_mapped(entries[first]) != mapped) ++first;
   return first;
 }
-
-// Counts the pages that this thread has waited for since (major faults): none, if all it asked for were there. A system
-// call populates on behalf of its thread, and its faults are counted like any.
-class MajorFaults {
- public:
-  // Whether there were any, or might have been where the count is refused.
-  bool any() const { return !before_ || count() != before_; }
-
- private:
-  static std::optional<long> count() {
-    struct rusage usage;
-    if (::getrusage(RUSAGE_THREAD, &usage) != 0) return std::nullopt;
-    return usage.ru_majflt;
-  }
-
-  const std::optional<long> before_ = count();
-};
 
 int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
   int result;
@@ -117,6 +100,12 @@ bool PageTables::has_to_read(char* begin, char* end) {
     if (retry_interrupted(fault_hook::populate_on, at, page) != 0 || faults.any()) return true;
   }
   return false;
+}
+
+std::optional<bool> PageTables::was_there(char* page, const MajorFaults& faults) {
+  const int error_number = retry_interrupted(fault_hook::populate_on, page, page_bytes());
+  if (is_refusal(error_number) || !faults.are_counted()) return std::nullopt;
+  return error_number == 0 && !faults.any();
 }
 
 // A sandbox answers whatever it was told to: what counts is what is none. EIO is for the fault hook, the kernel says

@@ -2,10 +2,13 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "base/unique_fd.h"
 
 namespace weightload {
+
+class MajorFaults;
 
 // Puts the pages of a file that is mapped here into this process's page tables, by system calls that return an error
 // where a touch would end the process with SIGBUS.
@@ -28,6 +31,10 @@ class PageTables {
 
   // Asks for three pages of the range: whether one of them had to be read, or might have been.
   static bool has_to_read(char* begin, char* end);
+
+  // Asks for one page: whether it, and all that were asked for since `faults` began, were in the page cache. Nothing
+  // where that cannot be told.
+  static std::optional<bool> was_there(char* page, const MajorFaults& faults);
 
   // Whether an error of these is no more than a refusal, and says nothing of the bytes.
   static bool is_refusal(int error_number);

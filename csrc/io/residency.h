@@ -22,5 +22,6 @@ std::optional<bool> seems_cached(const File& file, ByteRange range, char* mappin
 std::optional<uint64_t> cached_bytes_by_cachestat(const File& file, ByteRange range);
 std::optional<uint64_t> cached_bytes_by_mincore(const File& file, ByteRange range, char* mapping = nullptr);
 std::optional<bool> seems_cached_by_reads(const File& file, ByteRange range);
+std::optional<bool> seems_cached_by_faults(const File& file, ByteRange range);
 
 }  // namespace weightload

@@ -309,11 +309,14 @@ bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
 }
 
 // A view of what is gone from the file would end the process when it is touched. Asking for every tensor (0.3 us) would
-// show at twenty thousand, so those that follow at once go by the last answer.
-void HostLoader::require_unchanged() {
+// show at twenty thousand, so those that follow at once go by the last answer. Who has no patience does not ask where
+// that may wait: false.
+bool HostLoader::require_unchanged(std::chrono::milliseconds patience) {
   const uint32_t file = selected_.file_index(next_);
   const auto now = std::chrono::steady_clock::now();
-  if (file == unchanged_file_ && now - unchanged_at_ < kUnchangedFor) return;
+  if (file == unchanged_file_ && now - unchanged_at_ < kUnchangedFor) return true;
+  const File* const asked = selected_.file(next_)->file();
+  if (patience.count() == 0 && asked && asked->may_wait()) return false;
   try {
     selected_.file(next_)->source().require_unchanged(selected_.info(next_).bytes.begin);
   } catch (const Error& error) {
@@ -321,6 +324,7 @@ void HostLoader::require_unchanged() {
   }
   unchanged_file_ = file;
   unchanged_at_ = now;
+  return true;
 }
 
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
@@ -337,6 +341,8 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
     pool_->advance(wanted.last_task);
     if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
   }
+  const bool is_view = block.mapped && !selected_.info(next_).bytes.empty() && !in_place_[place.block];
+  if (is_view && !require_unchanged(patience)) return Step::not_ready;
   if (file > first_held_file_) let_go_of_passed_files(file);
   tensor.file = selected_.file(next_);
   tensor.info = &selected_.info(next_);
@@ -345,7 +351,6 @@ HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds 
     tensor.data = nullptr;
     tensor.memory = {};
   } else if (block.mapped) {
-    require_unchanged();
     tensor.memory = maps_[file];
     tensor.data = tensor.memory->data() + tensor.info->bytes.begin;
   } else {

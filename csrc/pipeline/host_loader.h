@@ -129,7 +129,7 @@ class HostLoader {
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);
-  void require_unchanged();
+  bool require_unchanged(std::chrono::milliseconds patience);
   void let_go_of_passed_files(uint32_t current_file);
 
   SharedBlocks shared_;  // before what may fail to be made: the others are told

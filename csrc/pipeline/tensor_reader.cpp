@@ -69,28 +69,33 @@ bool TensorReader::can_map(uint32_t tensor) const {
   return file_->can_map() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
 }
 
-void TensorReader::map() {
+// With mapping_ held.
+void TensorReader::map_anew() {
   map_ = map_file(file_->file()->descriptor().get(), file_->size(), file_->path());
   given_.clear();
 }
 
-bool TensorReader::is_at_hand(ByteRange bytes) {
-  if (bytes.empty() || !file_->can_map()) return bytes.empty();
+HostMemoryRef TensorReader::map() {
   std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_) map();
-  return known_.contains(*file_->file(), map_->data(), bytes);
+  if (!map_) map_anew();
+  return map_;
+}
+
+std::optional<bool> TensorReader::is_at_hand(ByteRange bytes, bool may_wait) {
+  if (bytes.empty() || !file_->can_map()) return bytes.empty();
+  std::unique_lock<std::mutex> lock(asking_, std::try_to_lock);
+  if (!lock && !may_wait) return std::nullopt;
+  if (!lock) lock.lock();
+  if (known_.remembers(bytes)) return true;
+  if (!may_wait && this->may_wait()) return std::nullopt;
+  return known_.contains(*file_->file(), map()->data(), bytes, may_wait);
 }
 
 void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) {
-  HostMemoryRef map;
-  {
-    std::lock_guard<std::mutex> lock(mapping_);
-    if (!map_) this->map();
-    map = map_;
-  }
+  const HostMemoryRef map = this->map();
   const Look look = now_and_then(pause);
   const auto bring = [&](ByteRange bytes) {
-    if (!is_at_hand(bytes)) page_in_from_storage(*file_->file(), map->data(), bytes, mapping_in_, look);
+    if (!*is_at_hand(bytes, true)) page_in_from_storage(*file_->file(), map->data(), bytes, mapping_in_, look);
   };
   const TensorInfo& info = file_->header().tensors.at(tensor);
   try {
@@ -135,7 +140,7 @@ std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const Ro
   if (info.bytes.empty()) return TensorInMemory{std::move(info), nullptr, {}};
   require_unchanged(info);
   std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_) map();
+  if (!map_) map_anew();
   if (!claim(info.bytes)) return std::nullopt;
   char* const data = map_->data() + info.bytes.begin;
   return TensorInMemory{std::move(info), data, map_};
@@ -145,7 +150,7 @@ TensorInMemory TensorReader::view_again(uint32_t tensor) {
   const TensorInfo& info = file_->header().tensors.at(tensor);
   require_unchanged(info);
   std::lock_guard<std::mutex> lock(mapping_);
-  map();
+  map_anew();
   claim(info.bytes);
   return {info, map_->data() + info.bytes.begin, map_};
 }

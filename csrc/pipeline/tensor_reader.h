@@ -48,8 +48,12 @@ class TensorReader {
   bool can_map(uint32_t tensor) const;
 
   // Whether bytes of the file may be looked at in the mapping: they are known to be in the page cache, or, where the
-  // kernel does not say, seem to be there and could be mapped. Cheap for many small ranges one after the other.
-  bool is_at_hand(ByteRange bytes);
+  // kernel does not say, seem to be there and could be mapped. Cheap for many small ranges one after the other. Nothing
+  // where that would have to wait, for storage, a server or another thread, and `may_wait` is false.
+  std::optional<bool> is_at_hand(ByteRange bytes, bool may_wait);
+
+  // Whether first_view() and view_again() may wait for a server.
+  bool may_wait() const { return file_->file() && file_->file()->may_wait(); }
 
   // Reads into the page cache what is not at hand of a tensor, or of some rows of it. Calls `pause` now and then, which
   // may throw.
@@ -74,7 +78,8 @@ class TensorReader {
   uint64_t row_count(uint32_t tensor) const;
   bool claim(ByteRange bytes);
   void require_unchanged(const TensorInfo& info) const;
-  void map();
+  HostMemoryRef map();
+  void map_anew();
 
   const std::shared_ptr<const CheckpointFile> file_;
   mutable std::once_flag indexing_;
@@ -87,8 +92,10 @@ class TensorReader {
   mutable Pace reading_;  // to private memory
   Pace mapping_in_;       // of what was not in the page cache
 
-  std::mutex mapping_;  // guards what follows
+  std::mutex asking_;  // guards what follows, also while that waits for storage
   KnownCached known_;
+
+  std::mutex mapping_;  // guards what follows; held for no longer than mapping takes
   HostMemoryRef map_;
   std::map<uint64_t, uint64_t> given_;  // bytes of map_: begin and end of ranges that lie apart
 };

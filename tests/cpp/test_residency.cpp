@@ -40,23 +40,31 @@ struct Cached {
 
 }  // namespace
 
-TEST(reads_that_do_not_wait_tell_what_is_cached) {
+using Asks = std::optional<bool> (*)(const File&, ByteRange);
+
+TEST(a_few_pages_tell_what_is_cached) {
   const Cached cached;
-  const auto warm = seems_cached_by_reads(*cached.file, cached.range);
-  if (!warm) return;  // this file system cannot
-  CHECK(*warm);
-  CHECK(seems_cached_by_reads(*cached.file, {5, 6}) == true);
-  CHECK(seems_cached_by_reads(*cached.file, {5, 5}) == true);
-  CHECK(seems_cached_by_reads(*cached.file, {kSize, kSize << 1}) == false);  // partly beyond the end
+  for (const Asks seems : {seems_cached_by_reads, seems_cached_by_faults}) {
+    const auto warm = seems(*cached.file, cached.range);
+    if (!warm) continue;  // this file system cannot, or this kernel
+    CHECK(*warm);
+    CHECK(seems(*cached.file, {5, 6}) == true);
+    CHECK(seems(*cached.file, {5, 5}) == true);
+    CHECK(seems(*cached.file, {kSize, kSize << 1}) == false);  // beyond the end
+  }
 }
 
-// The kernel may bring in the page that was asked for: asking again must not find it.
+// The page that was asked for is brought in: asking again must not find it, nor may its neighbours come with it.
 TEST(asking_does_not_change_the_answer) {
-  const Cached cached;
-  if (!cached.evict()) return;
-  for (int turn = 0; turn < 12; ++turn) {
-    CHECK(!seems_cached_by_reads(*cached.file, cached.range).value_or(false));
-    ::usleep(10'000);  // what it may have begun to read comes meanwhile
+  for (const Asks seems : {seems_cached_by_reads, seems_cached_by_faults}) {
+    const Cached cached;
+    if (!cached.evict()) return;
+    constexpr int kTurns = 12;
+    for (int turn = 0; turn < kTurns; ++turn) {
+      CHECK(!seems(*cached.file, cached.range).value_or(false));
+      ::usleep(10'000);  // what it may have begun to read comes meanwhile
+    }
+    if (seems == seems_cached_by_faults) CHECK(*cached_bytes(*cached.file, cached.range) <= 2 * kTurns * page_bytes());
   }
 }
 
@@ -67,6 +75,8 @@ TEST(what_is_refused_is_not_asked_again) {
   CHECK(!cached_bytes(*cached.file, cached.range));
   CHECK(seems_cached(*cached.file, cached.range).value_or(true));
   cached.file->refusals() = 1 | 2 | 4;
+  CHECK(seems_cached(*cached.file, cached.range).value_or(true));
+  cached.file->refusals() = 1 | 2 | 4 | 16;
   CHECK(!seems_cached(*cached.file, cached.range));
 }
 
