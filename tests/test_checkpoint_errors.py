@@ -51,6 +51,13 @@ def test_what_is_there_instead(tmp_path: Path, what: list[str], variant: str | N
     assert caught.value.strerror.isprintable()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors-00001-of-00002", "model-00001-of-00002", "model_1_of_2"])
+def test_shards_without_an_ending_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=rf"there is {name} \(does not end in \.safetensors: rename it"):
+        weightload.resolve_safetensors_files(tmp_path)
+
+
 def test_an_error_about_a_full_directory_is_short(tmp_path: Path) -> None:
     lay(tmp_path, *(f"{i}{'x' * 200}.{ending}" for i in range(50) for ending in ("bin", "gguf", "pt")))
     for i in range(300):

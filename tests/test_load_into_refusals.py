@@ -148,6 +148,12 @@ def test_refused_by_name_before_the_first_byte(name: str, before: bool, tmp_path
     assert versions == {key: tensor._version for key, tensor in target.items()}
 
 
+def test_a_key_that_is_no_name_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"1": torch.ones(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(TypeError, match=r"cannot load into 1: must be a name \(str\), not a int"):
+        weightload.load_into({1: torch.ones(3)}, tmp_path / "x.safetensors")  # type: ignore[dict-item]
+
+
 def test_all_that_is_wrong_is_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file({name: torch.ones(4) for name in "abcdefg"}, path)

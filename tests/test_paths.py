@@ -139,6 +139,9 @@ def test_names_that_no_file_can_have(call: str, form: str) -> None:
         ONE[call](FORMS[form]("a/b\0.safetensors") if call != "resolve a directory" else FORMS[form]("a\0/b"))
     with pytest.raises(FileNotFoundError):
         ONE[call](FORMS[form](""))
+    if call in SEVERAL:
+        with pytest.raises(FileNotFoundError, match="the path is empty"):
+            SEVERAL[call]([FORMS[form]("")])
 
 
 def test_an_error_of_a_generator_is_its_own() -> None:

@@ -17,6 +17,8 @@ MOST_FOLDERS = 50  # that are looked into for an error's sake
 _OTHER_FORMATS = re.compile(
     r"\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|npz|pkl|flashpack|tflite)(\.index(\.\w+)?\.json)?$", re.I
 )
+# Shards as they are called, and no ending.
+_UNENDED = re.compile(r"\.safetensors[-_.][^.]*$|[-_.][0-9]+[-_]of[-_][0-9]+$", re.I)
 _UNFINISHED = re.compile(r"\.(incomplete|part|partial|tmp|download|crdownload|aria2)$", re.I)
 
 
@@ -77,6 +79,9 @@ def other_things(folder: str, names: Iterable[str]) -> list[Aside]:
             found.append(Aside(name, _OTHER_FORMATS.search(name)[1].lower(), what))  # type: ignore[index]
         elif name.lower().endswith(ENDING) and not name.endswith(ENDING):
             found.append(Aside(name, "case", f"ends in {name[-len(ENDING) :]}: pass the path of the file itself"))
+        elif _UNENDED.search(name):
+            what = f"does not end in {ENDING}: rename it, or pass the paths of the files themselves"
+            found.append(Aside(name, "ending", what))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ def as_text(path: Path) -> str:
 
     Raises:
         TypeError: no path.
+        FileNotFoundError: an empty path, which some functions take for the current directory.
         ValueError: a path with a zero character, which the system would take for its end.
     """
     try:
@@ -26,6 +28,8 @@ def as_text(path: Path) -> str:
     except TypeError as failed:
         pass_on(failed)
         raise TypeError(f"expected str, bytes or os.PathLike object, not {_shown(path)}") from None
+    if not text:
+        raise FileNotFoundError(errno.ENOENT, "the path is empty", text)
     if "\0" in text:
         raise ValueError(f"embedded null byte in path {text!r}")
     return text

@@ -166,6 +166,8 @@ def _walk(target: Target, names: Collection[str]) -> Walk:
     if not isinstance(target, Mapping):
         raise TypeError(f"cannot load into a {type(target).__name__}: must be a module or a mapping of tensors")
     for name, tensor in target.items():
+        if not isinstance(name, str):
+            raise TypeError(f"cannot load into {name!r}: must be a name (str), not a {type(name).__name__}")
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"cannot load into {name!r}, a {type(tensor).__name__}: must be a tensor")
     return Walk(tensors=dict(target))

@@ -70,7 +70,8 @@ bool DirectFile::read(ByteRange range, char* destination, Pace& pace, const Look
   uint64_t got = 0;
   auto outcome = Outcome::all;
   pace.in_pieces({begin, std::max(begin, end)}, look, [&](ByteRange piece) {
-    if (outcome == Outcome::all) outcome = read_blocks(piece, base + (piece.begin - begin), range.begin, got);
+    outcome = read_blocks(piece, base + (piece.begin - begin), range.begin, got);
+    return outcome == Outcome::all;
   });
   if (outcome == Outcome::refused && got == 0) return false;
   // The last, partial block, and whatever a short read or a refusal left.

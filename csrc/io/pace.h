@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <mutex>
+#include <type_traits>
 
 #include "base/byte_range.h"
 #include "base/look.h"
@@ -34,14 +35,19 @@ class Pace {
   // Threads that may read at once, if it is of use; kAnyNumber does not hold any back. No piece exceeds `most_bytes`.
   explicit Pace(unsigned readers = kAnyNumber, uint64_t most_bytes = std::numeric_limits<uint64_t>::max());
 
-  // Calls read(piece) for one piece of the range after the other, which comes from storage, and look() before each.
+  // Calls read(piece) for one piece of the range after the other, which comes from storage, and look() before each. If
+  // read() returns a bool, false ends it: what was refused says nothing of the storage.
   template <typename Read>
   void in_pieces(ByteRange range, const Look& look, Read&& read) {
     for (uint64_t at = range.begin; at < range.end;) {
       Turn turn(*this);
       look();
       const ByteRange piece{at, end_of_piece(at, range.end, turn.most())};
-      read(piece);
+      if constexpr (std::is_same_v<std::invoke_result_t<Read&, ByteRange>, bool>) {
+        if (!read(piece)) return;
+      } else {
+        read(piece);
+      }
       turn.done(piece.size());
       at = piece.end;
     }

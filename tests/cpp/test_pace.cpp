@@ -55,6 +55,19 @@ TEST(small_reads_say_something_together) {
   CHECK(pace.allows(4 * kMiB));
 }
 
+TEST(what_is_refused_says_nothing_of_the_storage) {
+  Pace pace(4);
+  int calls = 0;
+  for (int read = 0; read < 100; ++read) {
+    pace.in_pieces({0, 8 * kMiB}, no_look, [&](ByteRange) {
+      ++calls;
+      return false;
+    });
+  }
+  CHECK(calls == 100);
+  CHECK(!pace.allows(kMiB));
+}
+
 TEST(slow_storage_is_read_in_small_pieces) {
   Pace pace(4);
   // 400 kB/s
