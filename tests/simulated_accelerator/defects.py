@@ -147,8 +147,8 @@ DEFECTS = (
     Defect(
         "copied from the wrong place of the slot",
         LOADER,
-        "task.lead + copy.image_offset",
-        "copy.image_offset",
+        "image + copy.image_offset",
+        "0 * image + copy.image_offset",
         (PARITY + "every_dtype",),
     ),
     Defect(
