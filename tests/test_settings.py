@@ -56,6 +56,25 @@ def test_an_override_counts_where_it_was_begun() -> None:
     contextvars.copy_context().run(next, half)
     del half
     assert seen == [0, 5, 9]
+
+    # One object in two threads: the first to begin is the first to end.
+    shared, begun, ended = settings.override(threads=4), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with shared:
+            begun.set()
+            assert ended.wait(60)
+            seen.append(settings.current().threads)
+        seen.append(settings.current().threads)
+
+    thread = threading.Thread(target=other)
+    with shared:
+        thread.start()
+        assert begun.wait(60)
+    seen.append(settings.current().threads)
+    ended.set()
+    thread.join()
+    assert seen[3:] == [0, 4, 0]
     assert settings.current() == settings.Settings()
 
 

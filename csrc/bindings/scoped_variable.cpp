@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/typing.h>
 
+#include <iterator>
+#include <utility>
 #include <vector>
 
 #include "bindings/register.h"
@@ -21,7 +23,7 @@ class ScopedVariable {
 
   ~ScopedVariable() {
     const py::error_scope outer;  // an exception is on its way
-    while (!tokens_.empty()) take_back();
+    for (size_t open = tokens_.size(); open > 0; --open) take_back();
   }
 
   void enter() {
@@ -43,16 +45,21 @@ class ScopedVariable {
   }
 
  private:
-  // Python refuses in another context than the block's (of a generator that is let go of there, say), where there is
-  // nothing to take back.
+  // The innermost block of this context. Python refuses the tokens of others: of threads that use this object too, of a
+  // generator that is let go of elsewhere, where there is nothing to take back.
   void take_back() {
-    if (PyContextVar_Reset(variable_.ptr(), tokens_.back().ptr()) < 0) PyErr_Clear();
-    tokens_.pop_back();
+    for (auto token = tokens_.rbegin(); token != tokens_.rend(); ++token) {
+      if (PyContextVar_Reset(variable_.ptr(), token->ptr()) == 0) {
+        tokens_.erase(std::next(token).base());
+        return;
+      }
+      PyErr_Clear();
+    }
   }
 
   py::object variable_;
   Values values_;
-  std::vector<py::object> tokens_;  // of the blocks that are open, the innermost last
+  std::vector<py::object> tokens_;  // of the blocks that are open, in any context; the innermost last
 };
 
 }  // namespace
