@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -279,10 +280,16 @@ def interrupted_after(seconds: float, handler: Callable[..., object] = signal.de
 
 
 def evict(files: list[Path]) -> None:
+    """Put files out of the page cache, where that can be done."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        # Pages that are just being read ahead, for a load that has ended, stay: they are there a moment later.
+        for _ in range(60):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not _C.resident_bytes(os.fsencode(file)):
+                break
+            time.sleep(0.01)
         os.close(descriptor)
 
 

@@ -86,6 +86,7 @@ def test_what_ends_a_load(
     paths = [str(path) for path in files]
     descriptors = descriptor_count()
     failed = 0
+    heard: list[tuple[int, str]] = []
     with settings.override(**{**PIECES, "read": read}):
         for first in range(MOST_READS):
             evict(files)
@@ -94,6 +95,7 @@ def test_what_ends_a_load(
                 assert way(files) == reference
             except errors.ReadError as error:
                 failed += 1
+                heard.append((first, str(error)))
                 assert error.filename in paths  # noqa: PT017
                 assert error.filename in str(error)  # noqa: PT017
                 assert error.offset is not None  # noqa: PT017
@@ -110,10 +112,12 @@ def test_what_ends_a_load(
         else:
             raise AssertionError("more reads than expected")
         _C.disarm_fault()
-        # Heard are at least the headers' reads: views have no others, and a direct read that ends early is done again
-        # through the page cache.
-        headers_only = "safe_open-mmap" in request.node.callspec.id or (read == "direct" and fault == "end_of_file")
-        assert failed >= (3 if headers_only else 5)
+        # Heard are at least the headers' three reads, and two of the tensors, or the first of a mapped file, behind
+        # which the system may have read on, so that the rest is only mapped. Views of a handle have none, and a direct
+        # read that ends early is done again through the page cache.
+        case = request.node.callspec.id
+        headers_only = "safe_open-mmap" in case or (read == "direct" and fault == "end_of_file")
+        assert failed >= (3 if headers_only else 4 if "mmap" in case else 5), (first, heard)
         assert way(files) == reference  # the process can load again
     assert descriptor_count() == descriptors
 
