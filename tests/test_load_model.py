@@ -175,16 +175,6 @@ def test_parameters_are_read_in_place(tmp_path: Path) -> None:
     assert model.embed.weight.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_quantised_modules_keep_more_than_tensors_in_their_state(tmp_path: Path) -> None:
-    """Safetensors fails on the dtype among them, torch with a bare KeyError."""
-    plain = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    quantised = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, dtype=torch.qint8)
-    path = saved(plain, tmp_path / "m.safetensors")
-    with pytest.raises(RuntimeError, match=r"looks for '0\.scale' in the file, which does not have it"):
-        load_model(quantised, path)
-
-
 def test_a_model_without_memory_is_left_to_torch(tmp_path: Path) -> None:
     path = saved(Untied(), tmp_path / "m.safetensors")
     with torch.device("meta"):

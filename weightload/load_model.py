@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 
@@ -87,10 +87,6 @@ def _load(
             if type(error) is not RuntimeError:
                 raise
             raise located(StateDictError(str(error)), files[0].path) from error
-        except KeyError as error:  # how quantised modules miss a name
-            pass_on(error)
-            what = f"a module of the {type(model).__name__} looks for {error} in the file, which does not have it"
-            raise located(StateDictError(what), files[0].path) from error
         missing, unexpected = set(report.missing_keys), list(report.unexpected_keys)
     for others in duplicates.values():
         unexpected += [name for name in others if name not in missing]
@@ -103,24 +99,22 @@ def _load(
 
 
 @plainly
-def _duplicates(state: Mapping[str, object], names: list[str]) -> dict[str, list[str]]:
+def _duplicates(state: dict[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
     """As safetensors sees them: of names that share memory the one that counts, and the others."""
-    # Quantised modules put dtypes and tuples into theirs.
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     plain = [
         tensor
-        for tensor in tensors.values()
+        for tensor in state.values()
         if type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_quantized
     ]
     try:
         memory = {(tensor.device, tensor.untyped_storage().data_ptr()) for tensor in plain}
-        if len(memory) == len(tensors):  # safetensors takes a while, and forgives errors in which a handler may run
+        if len(memory) == len(state):  # safetensors takes a while, and forgives errors in which a handler may run
             return {}
     except RuntimeError as failed:  # wrappers of torch.func have no memory of their own
         pass_on(failed)
     from safetensors.torch import _remove_duplicate_names  # not worth every process's time
 
-    found: dict[str, list[str]] = _remove_duplicate_names(tensors, preferred_names=names)
+    found: dict[str, list[str]] = _remove_duplicate_names(state, preferred_names=names)
     return found
 
 
