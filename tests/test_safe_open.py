@@ -273,6 +273,43 @@ def test_a_handle_in_a_forked_child(large: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_handle_in_a_child_forked_while_threads_use_it(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "x.safetensors", [(f"{i}", "U8", [4 << 20]) for i in range(8)])
+    done = run_script(
+        """
+        import os, signal, sys, threading, torch, weightload
+        torch.set_num_threads(1)
+        file = weightload.safe_open(sys.argv[1])
+        want = file.get_tensor("1").clone()
+        stop = threading.Event()
+
+        def use():
+            while not stop.is_set():
+                for name in file.keys():
+                    file.get_tensor(name)
+
+        threads = [threading.Thread(target=use) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        ended = []
+        for _ in range(60):
+            child = os.fork()
+            if not child:
+                signal.alarm(30)
+                os._exit(0 if torch.equal(file.get_tensor("1"), want) and file.get_slice("2")[1:3].numel() == 2 else 1)
+            ended.append(os.waitpid(child, 0)[1])
+            if ended[-1]:
+                break
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not any(ended), ended
+        """,
+        path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opening_reads_the_header_and_getting_a_tensor_its_bytes(tmp_path: Path, backend: str) -> None:
     """Nothing of the other gigabytes: here a sparse file of a hundred."""

@@ -3,10 +3,16 @@
 #include <algorithm>
 #include <chrono>
 #include <iterator>
+#include <map>
+#include <mutex>
 #include <string>
 #include <utility>
 
 #include "base/error.h"
+#include "base/fork_generation.h"
+#include "base/of_this_process.h"
+#include "io/known_cached.h"
+#include "io/pace.h"
 #include "io/page_in.h"
 
 namespace weightload {
@@ -42,25 +48,58 @@ uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4
 
 }  // namespace
 
-TensorReader::TensorReader(std::shared_ptr<const CheckpointFile> file)
-    : file_(std::move(file)), reading_(Pace::kAnyNumber, kMostRead) {}
+// All that changes, which a forked child begins anew.
+struct TensorReader::State {
+  const uint32_t generation = fork_generation();
+
+  struct Entry {
+    size_t hash;
+    uint32_t tensor;
+  };
+  std::once_flag indexing;
+  std::vector<Entry> index;  // sorted by hash, then by name: see base/repeated_name.h for why it is no table
+
+  Pace reading{Pace::kAnyNumber, kMostRead};  // to private memory
+  Pace mapping_in;                            // of what was not in the page cache
+
+  std::mutex asking;  // guards what follows, also while that waits for storage
+  KnownCached known;
+
+  std::mutex mapping;  // guards what follows; held for no longer than mapping takes
+  HostMemoryRef map;
+  std::map<uint64_t, uint64_t> given;  // bytes of map: begin and end of ranges that lie apart
+
+  bool claim(ByteRange bytes);
+};
+
+TensorReader::TensorReader(std::shared_ptr<const CheckpointFile> file) : file_(std::move(file)), state_(new State) {}
+
+TensorReader::~TensorReader() {
+  State* const last = state_.load();
+  if (last->generation == fork_generation()) delete last;
+}
+
+TensorReader::State& TensorReader::state() const { return of_this_process(state_); }
 
 std::optional<uint32_t> TensorReader::find(std::string_view name) const {
   const auto& tensors = file_->header().tensors;
   const std::hash<std::string_view> hash_of;
+  using Entry = State::Entry;
+  State& now = state();
+  std::vector<Entry>& index = now.index;
   const auto before = [&](const Entry& entry, size_t hash, std::string_view text) {
     return entry.hash != hash ? entry.hash < hash : tensors[entry.tensor].name < text;
   };
-  std::call_once(indexing_, [&] {
-    index_.reserve(tensors.size());
-    for (uint32_t i = 0; i < tensors.size(); ++i) index_.push_back({hash_of(tensors[i].name), i});
-    std::sort(index_.begin(), index_.end(),
+  std::call_once(now.indexing, [&] {
+    index.reserve(tensors.size());
+    for (uint32_t i = 0; i < tensors.size(); ++i) index.push_back({hash_of(tensors[i].name), i});
+    std::sort(index.begin(), index.end(),
               [&](const Entry& a, const Entry& b) { return before(a, b.hash, tensors[b.tensor].name); });
   });
   const size_t hash = hash_of(name);
-  const auto found = std::lower_bound(index_.begin(), index_.end(), name,
+  const auto found = std::lower_bound(index.begin(), index.end(), name,
                                       [&](const Entry& entry, std::string_view) { return before(entry, hash, name); });
-  if (found == index_.end() || found->hash != hash || tensors[found->tensor].name != name) return std::nullopt;
+  if (found == index.end() || found->hash != hash || tensors[found->tensor].name != name) return std::nullopt;
   return found->tensor;
 }
 
@@ -69,33 +108,35 @@ bool TensorReader::can_map(uint32_t tensor) const {
   return file_->can_map() && info.bytes.begin % dtype_alignment(info.dtype) == 0;
 }
 
-// With mapping_ held.
-void TensorReader::map_anew() {
-  map_ = map_file(file_->file()->descriptor().get(), file_->size(), file_->path());
-  given_.clear();
+// With its mutex `mapping` held.
+void TensorReader::map_anew(State& now) {
+  now.map = map_file(file_->file()->descriptor().get(), file_->size(), file_->path());
+  now.given.clear();
 }
 
 HostMemoryRef TensorReader::map() {
-  std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_) map_anew();
-  return map_;
+  State& now = state();
+  std::lock_guard<std::mutex> lock(now.mapping);
+  if (!now.map) map_anew(now);
+  return now.map;
 }
 
 std::optional<bool> TensorReader::is_at_hand(ByteRange bytes, bool may_wait) {
   if (bytes.empty() || !file_->can_map()) return bytes.empty();
-  std::unique_lock<std::mutex> lock(asking_, std::try_to_lock);
+  State& now = state();
+  std::unique_lock<std::mutex> lock(now.asking, std::try_to_lock);
   if (!lock && !may_wait) return std::nullopt;
   if (!lock) lock.lock();
-  if (known_.remembers(bytes)) return true;
+  if (now.known.remembers(bytes)) return true;
   if (!may_wait && this->may_wait()) return std::nullopt;
-  return known_.contains(*file_->file(), map()->data(), bytes, may_wait);
+  return now.known.contains(*file_->file(), map()->data(), bytes, may_wait);
 }
 
 void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, const Look& pause) {
   const HostMemoryRef map = this->map();
   const Look look = now_and_then(pause);
   const auto bring = [&](ByteRange bytes) {
-    if (!*is_at_hand(bytes, true)) page_in_from_storage(*file_->file(), map->data(), bytes, mapping_in_, look);
+    if (!*is_at_hand(bytes, true)) page_in_from_storage(*file_->file(), map->data(), bytes, state().mapping_in, look);
   };
   const TensorInfo& info = file_->header().tensors.at(tensor);
   try {
@@ -107,22 +148,22 @@ void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, 
 }
 
 // False if any of these bytes have been given. Neighbours become one range: a file that is read in order takes one.
-bool TensorReader::claim(ByteRange bytes) {
-  auto next = given_.lower_bound(bytes.begin);
-  if (next != given_.end() && next->first < bytes.end) return false;
-  if (next != given_.begin()) {
+bool TensorReader::State::claim(ByteRange bytes) {
+  auto next = given.lower_bound(bytes.begin);
+  if (next != given.end() && next->first < bytes.end) return false;
+  if (next != given.begin()) {
     const auto previous = std::prev(next);
     if (previous->second > bytes.begin) return false;
     if (previous->second == bytes.begin) {
       bytes.begin = previous->first;
-      given_.erase(previous);
+      given.erase(previous);
     }
   }
-  if (next != given_.end() && next->first == bytes.end) {
+  if (next != given.end() && next->first == bytes.end) {
     bytes.end = next->second;
-    next = given_.erase(next);
+    next = given.erase(next);
   }
-  given_.emplace_hint(next, bytes.begin, bytes.end);
+  given.emplace_hint(next, bytes.begin, bytes.end);
   return true;
 }
 
@@ -139,20 +180,22 @@ std::optional<TensorInMemory> TensorReader::first_view(uint32_t tensor, const Ro
   TensorInfo info = rows ? narrowed(tensor, *rows) : file_->header().tensors.at(tensor);
   if (info.bytes.empty()) return TensorInMemory{std::move(info), nullptr, {}};
   require_unchanged(info);
-  std::lock_guard<std::mutex> lock(mapping_);
-  if (!map_) map_anew();
-  if (!claim(info.bytes)) return std::nullopt;
-  char* const data = map_->data() + info.bytes.begin;
-  return TensorInMemory{std::move(info), data, map_};
+  State& now = state();
+  std::lock_guard<std::mutex> lock(now.mapping);
+  if (!now.map) map_anew(now);
+  if (!now.claim(info.bytes)) return std::nullopt;
+  char* const data = now.map->data() + info.bytes.begin;
+  return TensorInMemory{std::move(info), data, now.map};
 }
 
 TensorInMemory TensorReader::view_again(uint32_t tensor) {
   const TensorInfo& info = file_->header().tensors.at(tensor);
   require_unchanged(info);
-  std::lock_guard<std::mutex> lock(mapping_);
-  map_anew();
-  claim(info.bytes);
-  return {info, map_->data() + info.bytes.begin, map_};
+  State& now = state();
+  std::lock_guard<std::mutex> lock(now.mapping);
+  map_anew(now);
+  now.claim(info.bytes);
+  return {info, now.map->data() + info.bytes.begin, now.map};
 }
 
 uint64_t TensorReader::row_count(uint32_t tensor) const {
@@ -195,7 +238,7 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     char* to = result.data;
     const Look look = now_and_then(pause);
     for (const ByteRange& range : ranges) {
-      read_in_pieces(file_->source(), range, to, reading_, look);
+      read_in_pieces(file_->source(), range, to, state().reading, look);
       to += range.size();
     }
     file_->source().require_unchanged(ranges.front().begin);

@@ -1,16 +1,13 @@
 #pragma once
+#include <atomic>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "base/look.h"
-#include "io/known_cached.h"
-#include "io/pace.h"
 #include "memory/host_memory.h"
 #include "pipeline/checkpoint_file.h"
 
@@ -30,13 +27,17 @@ struct RowRange {
 };
 
 // Hands out single tensors of a file, in the calling thread: views of the mapped file, or private memory. Safe to use
-// from several threads.
+// from several threads, and in a forked child, whatever the parent's threads were doing.
 //
 // A view may be handed out of bytes that are at hand, or have been brought in: one that cannot be read is then an
 // error, and not a SIGBUS where it is touched.
 class TensorReader {
  public:
   explicit TensorReader(std::shared_ptr<const CheckpointFile> file);
+  ~TensorReader();
+
+  TensorReader(const TensorReader&) = delete;
+  TensorReader& operator=(const TensorReader&) = delete;
 
   const CheckpointFile& file() const { return *file_; }
   std::shared_ptr<CheckpointFile> shared_file() const { return std::const_pointer_cast<CheckpointFile>(file_); }
@@ -75,29 +76,16 @@ class TensorReader {
   TensorInfo narrowed(uint32_t tensor, RowRange rows) const;
 
  private:
+  struct State;
+
+  State& state() const;
   uint64_t row_count(uint32_t tensor) const;
-  bool claim(ByteRange bytes);
   void require_unchanged(const TensorInfo& info) const;
   HostMemoryRef map();
-  void map_anew();
+  void map_anew(State& now);
 
   const std::shared_ptr<const CheckpointFile> file_;
-  mutable std::once_flag indexing_;
-  struct Entry {
-    size_t hash;
-    uint32_t tensor;
-  };
-  mutable std::vector<Entry> index_;  // sorted by hash, then by name: see base/repeated_name.h for why it is no table
-
-  mutable Pace reading_;  // to private memory
-  Pace mapping_in_;       // of what was not in the page cache
-
-  std::mutex asking_;  // guards what follows, also while that waits for storage
-  KnownCached known_;
-
-  std::mutex mapping_;  // guards what follows; held for no longer than mapping takes
-  HostMemoryRef map_;
-  std::map<uint64_t, uint64_t> given_;  // bytes of map_: begin and end of ranges that lie apart
+  mutable std::atomic<State*> state_;
 };
 
 }  // namespace weightload
