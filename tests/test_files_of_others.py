@@ -76,14 +76,22 @@ once = {
     "get_tensor": lambda backend: each(lambda handle, name: handle.get_tensor(name), backend),
     "get_slice": lambda backend: each(lambda handle, name: handle.get_slice(name)[:], backend),
 }
-found["reads"] = {f"{n} {b}": calls(lambda: way(b)) for n, way in once.items() for b in ("mmap", "pread")}
-found["small reads"] = [calls(lambda: CPU_WAYS[way]([small])) for way in ("iterator-mmap", "load_file-mmap")]
+# Of three: the system may take a page back, and have it read again, at any time.
+def least(count):
+    return min(count() for _ in range(3))
+
+found["reads"] = {
+    f"{n} {b}": least(lambda: calls(lambda: way(b))) for n, way in once.items() for b in ("mmap", "pread")
+}
+found["small reads"] = [
+    least(lambda: calls(lambda: CPU_WAYS[way]([small]))) for way in ("iterator-mmap", "load_file-mmap")
+]
 def threads(path):
     with weightload.safetensors_weights_iterator(path, to_cpu=True) as weights:
         list(weights)
         return weights.stats().threads
 
-found["small threads"] = threads(small)
+found["small threads"] = least(lambda: threads(small))
 (few,) = selection.open_files([small])
 reader = _C.TensorReader(few)
 found["small at hand"] = [reader.is_at_hand(0, few.size), reader.is_at_hand(*few.tensors()[1][3:])]

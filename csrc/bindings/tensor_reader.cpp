@@ -79,18 +79,17 @@ void bring_in(TensorReader& reader, uint32_t tensor, const std::vector<RowRange>
   reader.bring_in(tensor, rows, check_signals);
 }
 
-// What can be had at once: a view where `map` allows one, private memory for what is small. Otherwise the tensor's
-// number, for threads to load it; None, if there is none of that name.
+// A small tensor: a view where `map` allows one, or private memory. Of a large one the number, for threads to load it;
+// None, if there is none of that name.
 py::object get(TensorReader& reader, py::handle name, bool map) {
   const std::optional<uint32_t> tensor = find(reader, name);
   if (!tensor) return py::none();
   const ByteRange bytes = reader.file().header().tensors[*tensor].bytes;
   const bool large = bytes.size() >= kLeastForThreads;
-  if (!map || !reader.can_map(*tensor)) return large ? py::int_(*tensor) : read(reader, *tensor, nullptr);
-  if (!is_at_hand(reader, bytes)) {
-    if (large) return py::int_(*tensor);
-    bring_in(reader, *tensor, nullptr);
-  }
+  // Threads map what is in the page cache in less time than mincore() takes to say so, of every page.
+  if (large) return py::int_(*tensor);
+  if (!map || !reader.can_map(*tensor)) return read(reader, *tensor, nullptr);
+  if (!is_at_hand(reader, bytes)) bring_in(reader, *tensor, nullptr);
   const auto first = view(reader, [&] { return reader.first_view(*tensor, nullptr); });
   if (first) return wrap(reader, *first);
   if (bytes.size() < kLeastToMapAgain) return read(reader, *tensor, nullptr);
