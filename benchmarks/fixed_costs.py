@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,20 @@ def releasing(path: Path) -> dict[str, float]:
     return figures
 
 
-def write_giga(path: Path) -> None:
-    """16 tensors of 64 MB."""
-    size = 64 * 10**6
-    header = {f"{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(16)}
+def write_file(path: Path, header: dict[str, Any], parts: Iterable[bytes]) -> None:
+    """A safetensors file; the parts are its tensors' bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _ in header:
-            file.write(os.urandom(size))
+        file.writelines(parts)
+
+
+def write_giga(path: Path) -> None:
+    """16 tensors of 64 MB."""
+    size = 64 * 10**6
+    header = {f"{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(16)}
+    write_file(path, header, (os.urandom(size) for _ in header))
 
 
 def write_header(path: Path, tensors: int) -> None:
@@ -91,9 +95,7 @@ def write_header(path: Path, tensors: int) -> None:
         }
         for i in range(tensors)
     }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(range(256)) * (tensors // 16))
+    write_file(path, header, [bytes(range(256)) * (tensors // 16)])
 
 
 def median_ms(call: Callable[[], object], repeats: int = 9) -> float:

@@ -158,7 +158,7 @@ def fill(
         """At the turn of a tensor's module, with what others made of it before."""
         place = matched.places[name]
         if name not in held and name in versions and versions[name] != place._version:
-            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, lambda _: None))
+            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
         if name in held:
             _put(name, held[name], place)
 

@@ -91,11 +91,9 @@ def look(tensor: torch.Tensor) -> Place:
             elif held < tensor.storage_offset() * tensor.itemsize + extent:
                 problem = f"cannot be loaded into: its storage of {held} bytes ends before its last element"
     direct = plain and contiguous and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-    return (
-        Place(tensor, direct, problem, address, address + extent)
-        if address and extent
-        else Place(tensor, direct, problem, 0, 0)
-    )
+    if not address or not extent:
+        address = extent = 0
+    return Place(tensor, direct, problem, address, address + extent)
 
 
 def _problem_of_kind(tensor: torch.Tensor) -> str | None:

@@ -43,8 +43,8 @@ struct State {
   PyObject* error = nullptr;
   std::vector<std::weak_ptr<LiveLoad>> live;
   size_t next_purge = 64;
-  std::unordered_map<unsigned long, std::chrono::steady_clock::time_point>
-      visits;  // by thread: when it was last in the core
+  // By thread: when it was last in the core.
+  std::unordered_map<unsigned long, std::chrono::steady_clock::time_point> visits;
   uint32_t generation = fork_generation();
 
   std::mutex mutex;

@@ -31,8 +31,9 @@ class ScopedVariable {
     if (PyContextVar_Get(variable_.ptr(), nullptr, &now) < 0) throw py::error_already_set();
     const auto outer = py::reinterpret_steal<py::object>(now);
     py::dict merged;
-    if (outer) PyDict_Update(merged.ptr(), outer.ptr());
-    if (PyDict_Update(merged.ptr(), values_.ptr()) < 0) throw py::error_already_set();
+    for (const py::object& part : {outer, py::object(values_)}) {
+      if (part && PyDict_Update(merged.ptr(), part.ptr()) < 0) throw py::error_already_set();
+    }
     tokens_.reserve(tokens_.size() + 1);
     PyObject* const token = PyContextVar_Set(variable_.ptr(), merged.ptr());
     if (!token) throw py::error_already_set();
