@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,81 @@ def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> N
             assert (now.threads, now.task_bytes, now.window_bytes) == (5, 8192, 123456)
         assert settings.current().task_bytes == settings.Settings().task_bytes
     assert settings.current().threads == 3
+
+
+def test_overrides_end_in_any_order() -> None:
+    """As those of generators do, which are let go of in the block of another."""
+
+    def reading(threads: int) -> Iterator[int | None]:
+        with settings.override(threads=threads, task_bytes=4096 * threads):
+            yield settings.current().threads
+
+    first = reading(3)
+    assert next(first) == 3
+    with settings.override(threads=5):
+        first.close()
+        assert (settings.current().threads, settings.current().task_bytes) == (5, settings.Settings().task_bytes)
+    assert settings.current() == settings.Settings()
+
+    one, other, last = reading(3), reading(5), reading(7)
+    assert [next(one), next(other), next(last)] == [3, 5, 7]
+    del other
+    assert settings.current().threads == 7
+    del last
+    assert settings.current().threads == 3
+    del one
+    assert settings.current() == settings.Settings()
+
+    # In a context of its own, where the block was begun in this one: that one's copies lose it too.
+    elsewhere = reading(3)
+    assert next(elsewhere) == 3
+    copy = contextvars.copy_context()
+    copy.run(elsewhere.close)
+    assert settings.current() == copy.run(settings.current) == settings.Settings()
+    thread_of = reading(3)
+    assert next(thread_of) == 3
+    thread = threading.Thread(target=thread_of.close)
+    thread.start()
+    thread.join()
+    assert settings.current() == settings.Settings()
+
+
+def test_an_override_as_a_decorator() -> None:
+    @settings.override(threads=5)
+    def plain() -> int | None:
+        return settings.current().threads
+
+    @settings.override(threads=5)
+    async def coroutine(told: list[int | None], wait: asyncio.Event) -> int | None:
+        told.append(settings.current().threads)
+        await wait.wait()
+        return settings.current().threads
+
+    async def together() -> list[int | None]:
+        told: list[int | None] = []
+        wait = asyncio.Event()
+        both = [asyncio.create_task(coroutine(told, wait)) for _ in range(2)]
+        while len(told) < 2:
+            await asyncio.sleep(0)
+        told.append(settings.current().threads)
+        wait.set()
+        return [*told, *await asyncio.gather(*both)]
+
+    outside = settings.Settings().threads
+    assert plain() == 5
+    assert asyncio.run(together()) == [5, 5, outside, 5, 5]
+    assert coroutine.__name__ == "coroutine"
+
+    def generator() -> Iterator[int]:
+        yield 0
+
+    async def async_generator() -> AsyncIterator[int]:
+        yield 0
+
+    for function in (generator, async_generator):
+        with pytest.raises(TypeError, match=r"with block in it"):
+            settings.override(threads=5)(function)
+    assert settings.current() == settings.Settings()
 
 
 def test_an_override_counts_where_it_was_begun() -> None:

@@ -273,7 +273,7 @@ class Prefetch:
 
 class ScopedVariable:
     """
-    A context manager that adds values to the dictionary of a context variable.
+    A context manager that adds a dictionary to the tuple of a context variable.
     """
     def __enter__(self) -> None: ...
     def __exit__(self, *args: object) -> None: ...

@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import inspect
 import os
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from weightload import _C
 from weightload.cpus import usable_cpus
@@ -26,6 +29,7 @@ ACCELERATORS = "accelerators"
 BOTH = f"{CPU}, {ACCELERATORS}"
 
 _Value = TypeVar("_Value", int, str)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _knob(
@@ -168,7 +172,7 @@ class Settings:
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
-_overrides: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("weightload_settings")
+_overrides: contextvars.ContextVar[tuple[dict[str, Any], ...]] = contextvars.ContextVar("weightload_settings")
 
 
 def variable(name: str) -> str:
@@ -189,18 +193,22 @@ def _from_environment() -> dict[str, Any]:
     return values
 
 
+def _overridden() -> dict[str, Any]:
+    return {name: value for values in _overrides.get(()) for name, value in values.items()}
+
+
 def current() -> Settings:
     """The settings in force: scoped overrides, else environment variables, else defaults.
 
     Raises:
         ValueError: a value that is not allowed, with the setting or the environment variable that has it.
     """
-    return Settings(**{**_from_environment(), **_overrides.get({})})
+    return Settings(**{**_from_environment(), **_overridden()})
 
 
 def origins() -> dict[str, str]:
     """Where each setting in force comes from: ``"override"``, ``"environment"`` or ``"default"``."""
-    overrides, environment = _overrides.get({}), _from_environment()
+    overrides, environment = _overridden(), _from_environment()
     return {
         name: "override" if name in overrides else "environment" if name in environment else "default" for name in NAMES
     }
@@ -209,10 +217,12 @@ def origins() -> dict[str, str]:
 class override(_C.ScopedVariable, contextlib.ContextDecorator):
     """Settings for the loads begun in a ``with`` block, or in a function that it decorates (in this thread or task).
 
-    An exception at any moment, Ctrl-C's included, leaves the settings as they were outside.
+    An exception at any moment, Ctrl-C's included, leaves the settings as they were outside. Blocks may end in any
+    order, as those of generators do. The decorated function may be a coroutine (``async def``).
 
     Raises:
-        TypeError: a name that is no setting.
+        TypeError: a name that is no setting, or a decorated generator: its body would run at times when its caller's
+            settings are in force. Write a ``with`` block in it instead.
     """
 
     def __init__(self, **values: int | str) -> None:
@@ -221,6 +231,19 @@ class override(_C.ScopedVariable, contextlib.ContextDecorator):
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
         self._values = values
         super().__init__(_overrides, values)
+
+    def __call__(self, function: _Function) -> _Function:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"settings.override cannot decorate the generator {function!r}; use a with block in it")
+        if not inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        async def overridden(*arguments: Any, **named: Any) -> Any:
+            with self._recreate_cm():
+                return await function(*arguments, **named)
+
+        return cast(_Function, overridden)
 
     def _recreate_cm(self) -> override:
         return override(**self._values)

@@ -14,6 +14,10 @@ namespace {
 
 using Values = py::typing::Dict<py::str, py::object>;
 
+// The variable's value is a tuple of dictionaries, one of each block that is open, the innermost last. A block is known
+// by its own dictionary, so blocks may end in any order, as those of generators do that are let go of in another's
+// block.
+//
 // Not in Python: a signal's handler may raise between the change of a variable and the `try` that would take it back.
 // Nothing can come between enter(), the block and exit(): up to 3.13 Python does not look at signals after what a
 // `with` statement calls by itself. Where it does the object goes, and takes the change back.
@@ -23,51 +27,85 @@ class ScopedVariable {
 
   ~ScopedVariable() {
     const py::error_scope outer;  // an exception is on its way
-    for (size_t open = tokens_.size(); open > 0; --open) take_back();
+    while (!open_.empty()) {
+      try {
+        take_back();
+      } catch (py::error_already_set& no_memory) {
+        no_memory.discard_as_unraisable("settings");
+      }
+    }
   }
 
   void enter() {
-    PyObject* now = nullptr;
-    if (PyContextVar_Get(variable_.ptr(), nullptr, &now) < 0) throw py::error_already_set();
-    const auto outer = py::reinterpret_steal<py::object>(now);
-    py::dict merged;
-    for (const py::object& part : {outer, py::object(values_)}) {
-      if (part && PyDict_Update(merged.ptr(), part.ptr()) < 0) throw py::error_already_set();
-    }
-    tokens_.reserve(tokens_.size() + 1);
-    PyObject* const token = PyContextVar_Set(variable_.ptr(), merged.ptr());
-    if (!token) throw py::error_already_set();
-    tokens_.push_back(py::reinterpret_steal<py::object>(token));
+    const py::tuple outer = blocks();
+    py::tuple blocks(outer.size() + 1);
+    for (size_t i = 0; i < outer.size(); ++i) blocks[i] = outer[i];
+    const auto block = py::reinterpret_steal<py::dict>(PyDict_Copy(values_.ptr()));
+    if (!block) throw py::error_already_set();
+    blocks[outer.size()] = block;
+    open_.reserve(open_.size() + 1);
+    open_.push_back({block, set(blocks)});
   }
 
   void exit(const py::args& /*what was raised*/) {
-    if (tokens_.empty()) throw std::runtime_error("the block that ends was never begun");
+    if (open_.empty()) throw std::runtime_error("the block that ends was never begun");
     take_back();
   }
 
  private:
-  // The innermost block of this context. Python refuses the tokens of others: of threads that use this object too, of a
-  // generator that is let go of elsewhere, where there is nothing to take back.
+  struct Block {
+    py::dict values;
+    py::object token;  // of the context in which it was begun
+  };
+
+  py::tuple blocks() const {
+    PyObject* now = nullptr;
+    if (PyContextVar_Get(variable_.ptr(), nullptr, &now) < 0) throw py::error_already_set();
+    return now ? py::reinterpret_steal<py::tuple>(now) : py::tuple();
+  }
+
+  py::object set(const py::tuple& blocks) const {
+    PyObject* const token = PyContextVar_Set(variable_.ptr(), blocks.ptr());
+    if (!token) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(token);
+  }
+
+  // The innermost block of this context: threads and tasks may use the same object. Where it has none, a generator is
+  // let go of in another context than it was begun in; that one's variable cannot be reached, so its block is emptied.
   void take_back() {
-    for (auto token = tokens_.rbegin(); token != tokens_.rend(); ++token) {
-      if (PyContextVar_Reset(variable_.ptr(), token->ptr()) == 0) {
-        tokens_.erase(std::next(token).base());
+    for (auto block = open_.rbegin(); block != open_.rend(); ++block) {
+      const py::tuple now = blocks();
+      const py::tuple others = without(now, block->values);
+      if (PyContextVar_Reset(variable_.ptr(), block->token.ptr()) == 0) {  // begun here
+        open_.erase(std::next(block).base());
+        set(others);
         return;
       }
       PyErr_Clear();
     }
+    py::dict values = open_.back().values;
+    open_.pop_back();
+    values.clear();
+  }
+
+  static py::tuple without(const py::tuple& blocks, const py::dict& block) {
+    py::list others;
+    for (const py::handle& other : blocks) {
+      if (!other.is(block)) others.append(other);
+    }
+    return py::tuple(others);
   }
 
   py::object variable_;
   Values values_;
-  std::vector<py::object> tokens_;  // of the blocks that are open, in any context; the innermost last
+  std::vector<Block> open_;  // in any context; the innermost last
 };
 
 }  // namespace
 
 void register_scoped_variable(py::module_& module) {
   py::class_<ScopedVariable> scoped(module, "ScopedVariable",
-                                    "A context manager that adds values to the dictionary of a context variable.");
+                                    "A context manager that adds a dictionary to the tuple of a context variable.");
   scoped.def(py::init<py::object, Values>(), py::arg("variable"), py::arg("values"))
       .def("__enter__", &ScopedVariable::enter)
       .def("__exit__", &ScopedVariable::exit);
