@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -123,6 +125,44 @@ def test_every_violation_has_its_name(tmp_path: Path, rule: str, content: bytes)
     with pytest.raises(SafetensorError):
         safetensors.torch.load_file(path)
     assert isinstance(caught.value, SafetensorError)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"error": "Repository not found"}', "JSON"),
+        (b"\n[1, 2, 3, 4]", "JSON"),
+        (gzip.compress(b"x" * 100), "gzip"),
+        (b"\x28\xb5\x2f\xfd\x24\x00\x01\x00\x00\x99\xe9\xd8\x51", "zstd"),
+        (b"GGUF\3\0\0\0" + bytes(16), "GGUF"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(16), "HDF5"),
+    ],
+)
+def test_files_of_other_formats_are_recognised(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises((errors.HeaderTooLarge, errors.InvalidHeaderLength), match=f"it looks like .*{words}"):
+        weightload.load_file(path)
+
+
+def test_what_torch_and_numpy_save_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for save, words in (
+        (lambda: torch.save({"a": torch.zeros(3)}, path), "a zip archive, as torch.save"),
+        (lambda: torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False), "a pickle"),
+        (lambda: np.save(path.open("wb"), np.zeros(3)), "NumPy"),
+    ):
+        save()
+        with pytest.raises((errors.HeaderTooLarge, errors.InvalidHeaderLength), match=f"it looks like .*{words}"):
+            weightload.load_file(path)
+
+
+def test_a_truncated_file_is_not_taken_for_another(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((0x0280).to_bytes(8, "little") + b'{"a":')
+    with pytest.raises(errors.InvalidHeaderLength) as caught:
+        weightload.load_file(path)
+    assert "looks like" not in str(caught.value)
 
 
 def test_every_rule_has_a_test() -> None:

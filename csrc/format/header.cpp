@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "base/repeated_name.h"
@@ -28,6 +30,27 @@ void recognise_other_files(std::string_view first_bytes, const std::string& path
   const size_t text = first_bytes.find_first_not_of(" \t\r\n");
   if (text != std::string_view::npos && first_bytes[text] == '<')
     fail_header(rule::kHtmlPage, "this is an HTML or XML page, not the file itself; download it again", path);
+}
+
+// What else a file with such first bytes may be, to be said behind the rule that it breaks; empty if nothing is known.
+std::string what_it_may_be(std::string_view first_bytes) {
+  static constexpr std::pair<std::string_view, const char*> kFormats[] = {
+      {"PK\x03\x04", "a zip archive, as torch.save writes"},
+      {"\x80\x02\x8a\x0a", "a pickle, as torch.save wrote before torch 1.6"},
+      {"GGUF", "a GGUF file"},
+      {"\x1f\x8b\x08", "a file compressed with gzip"},
+      {"\x28\xb5\x2f\xfd", "a file compressed with zstd"},
+      {"\x89HDF", "an HDF5 file"},
+      {"\x93NUMPY", "a NumPy array"},
+  };
+  for (const auto& [magic, what] : kFormats) {
+    if (first_bytes.substr(0, magic.size()) == magic) return std::string("; it looks like ") + what;
+  }
+  if (first_bytes.substr(0, kLengthBytes).find('\0') != std::string_view::npos) return "";
+  const size_t text = first_bytes.find_first_not_of(" \t\r\n");
+  if (text != std::string_view::npos && (first_bytes[text] == '{' || first_bytes[text] == '['))
+    return "; it looks like JSON, such as a server's answer to a failed download or an index";
+  return "";
 }
 
 bool multiply(uint64_t a, uint64_t b, uint64_t& product) { return !__builtin_mul_overflow(a, b, &product); }
@@ -67,8 +90,10 @@ uint64_t check_header_length(std::string_view first_bytes, uint64_t file_bytes, 
     fail_header(rule::kHeaderTooSmall, "header too small", path);
   uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<unsigned char>(first_bytes[static_cast<size_t>(i)]);
-  if (length > kMaxHeaderBytes) fail_header(rule::kHeaderTooLarge, "header too large", path);
-  if (length > file_bytes - kLengthBytes) fail_header(rule::kInvalidHeaderLength, "invalid header length", path);
+  if (length > kMaxHeaderBytes)
+    fail_header(rule::kHeaderTooLarge, "header too large" + what_it_may_be(first_bytes), path);
+  if (length > file_bytes - kLengthBytes)
+    fail_header(rule::kInvalidHeaderLength, "invalid header length" + what_it_may_be(first_bytes), path);
   return length;
 }
 
