@@ -178,9 +178,9 @@ std::optional<bool> seems_cached(const File& file, ByteRange range, char* mappin
   if (const auto cached = cached_bytes(file, range, mapping)) return *cached == range.size();
   if (!refused(file, kNoReads)) {
     if (const auto seems = seems_cached_by_reads(file, range)) return seems;
-    refuse(file, kNoReads);
-    if (storage_of(file) == Storage::memory) refuse(file, kInMemory);
-    if (storage_of(file) == Storage::user_space) refuse(file, kNoFaults);
+    const Storage storage = storage_of(file);
+    // At once: another thread must not take the one for all that is known.
+    refuse(file, kNoReads | (storage == Storage::memory ? kInMemory : storage == Storage::user_space ? kNoFaults : 0));
   }
   if (refused(file, kInMemory)) return true;
   if (!refused(file, kNoFaults)) {
