@@ -114,6 +114,15 @@ def test_python_m_weightload(real_checkpoint: Path) -> None:
     assert "104 tensors" in done.stdout
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_cannot_be_written(real_checkpoint: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "weightload", "inspect", *options, str(real_checkpoint)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stderr == "weightload: cannot print: [Errno 28] No space left on device\n"
+
+
 def test_output_into_a_closed_pipe(real_checkpoint: Path) -> None:
     command = f"{sys.executable} -m weightload inspect --json {real_checkpoint} | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)

@@ -10,7 +10,18 @@ import sys
 from safetensors import SafetensorError
 
 from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify
-from weightload.cli_common import BROKEN, EPILOG, OK, STOPPED, UNUSABLE, USAGE, tell
+from weightload.cli_common import (
+    BROKEN,
+    EPILOG,
+    OK,
+    STOPPED,
+    UNPRINTED,
+    UNUSABLE,
+    USAGE,
+    Unprinted,
+    flush,
+    tell,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,13 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
         code = int(options.run(options))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        flush()
         return code
     except BrokenPipeError:
-        # Whoever read the output has seen enough. What is still buffered must not raise at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has seen enough
         return OK
+    except Unprinted as error:
+        _drop_output()
+        tell(f"weightload: {error}")
+        return UNPRINTED
     except KeyboardInterrupt:
         tell("weightload: stopped")
         return STOPPED
@@ -39,6 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # of a setting, a device, a path
         tell(f"weightload: {error}")
         return USAGE
+
+
+def _drop_output() -> None:
+    """What is still buffered must not raise at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from weightload import terminal
@@ -11,7 +14,7 @@ from weightload.checkpoint import resolve_and_tell
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-OK, BROKEN, USAGE, UNUSABLE, STOPPED = 0, 1, 2, 3, 130
+OK, BROKEN, USAGE, UNUSABLE, UNPRINTED, STOPPED = 0, 1, 2, 3, 4, 130
 
 EPILOG = """\
 PATH is a safetensors file, an index (*.safetensors.index.json) or a directory.
@@ -21,8 +24,13 @@ exit codes:
   1    the checkpoint breaks a rule of the format, or its bytes differ
   2    wrong usage, or a setting that is not allowed
   3    PATH, or a file it calls for, is missing or cannot be read
+  4    what it prints cannot be written
   130  stopped by Ctrl-C
 """
+
+
+class Unprinted(Exception):
+    """What is to be printed cannot be written: to a full disk, say."""
 
 
 def add_command(commands: Commands, name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -40,7 +48,7 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 def say(line: str) -> None:
     """Print a line. Names out of files may hold anything: what would break the line or steer a terminal is escaped."""
-    print(_on_one_line(line))
+    print_text(_on_one_line(line))
 
 
 def _on_one_line(line: str) -> str:
@@ -65,13 +73,36 @@ def tell_warning(text: str) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print text of our own making, of any number of lines."""
-    print(text)
+    """Print text of our own making, of any number of lines.
+
+    Raises:
+        BrokenPipeError: nobody reads any more.
+        Unprinted: it cannot be written for another reason.
+    """
+    with _printing():
+        print(text)
+
+
+def flush() -> None:
+    """Write what is printed and still buffered; raises as ``print_text``."""
+    with _printing():
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unprinted(f"cannot print: {error}") from error
 
 
 def print_json(value: Any) -> None:
     """Print JSON, which escapes by itself what would steer a terminal."""
-    print(json.dumps(value, indent=2))
+    print_text(json.dumps(value, indent=2))
 
 
 def bytes_in_words(count: int) -> str:
