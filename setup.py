@@ -46,7 +46,7 @@ def find_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         stop(
             "it is compiled against the torch of the environment it is installed into, and there is none; "
-            f"run: {INSTALL_TORCH} && pip install weightload"
+            f"run: {INSTALL_TORCH}, then install weightload again"
         )
 
 

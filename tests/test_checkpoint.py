@@ -75,6 +75,9 @@ def test_a_subfolder(tmp_path: Path) -> None:
         weightload.resolve_safetensors_files(tmp_path, subfolder="unet")
     with pytest.raises(FileNotFoundError, match="No safetensors"):
         weightload.resolve_safetensors_files(tmp_path)
+    for outside in ("../" + tmp_path.name, "transformer/../../x", "..", str(tmp_path)):
+        with pytest.raises(ValueError, match="must be a folder below the directory"):
+            weightload.resolve_safetensors_files(tmp_path, subfolder=outside)
 
 
 def test_natural_order(tmp_path: Path) -> None:

@@ -131,6 +131,15 @@ def test_what_is_loaded_and_what_is_told(tmp_path: Path, case: str) -> None:
             assert Path(path).name not in str(warning.message)
 
 
+def test_nobody_is_told_to_load_what_is_gone(tmp_path: Path) -> None:
+    lay(tmp_path, f"{INDEX}!{PAIR[0]},{PAIR[1]}", "model")
+    with pytest.warns(weightload.PassedOverWarning, match=r"\(its shards are gone\)$"):
+        weightload.resolve_safetensors_files(tmp_path)
+    lay(tmp_path, "model.fp16")
+    with pytest.warns(weightload.PassedOverWarning, match="pass the variant or the path of the file itself$"):
+        weightload.resolve_safetensors_files(tmp_path)
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings_of_shards(tmp_path: Path, spelling: str) -> None:
     both = [

@@ -98,6 +98,8 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
 def _below(folder: Path, subfolder: str) -> Path:
     if os.path.isabs(subfolder):
         raise ValueError(f"subfolder {subfolder!r}: must be a folder below the directory, not an absolute path")
+    if ".." in Path(subfolder).parts:
+        raise ValueError(f"subfolder {subfolder!r}: must be a folder below the directory, without '..'")
     path = folder / subfolder
     if folder.is_dir() and is_missing(path):
         about = passed_over.about_folder(str(folder))

@@ -107,8 +107,8 @@ def refusal(name: str, first: str, second: str) -> DuplicateTensor:
             return located(DuplicateTensor(what), second, name)
     what = (
         f"{second}: tensor `{name}`: an earlier file of the checkpoint, {first}, has a tensor of this name too, and no "
-        "index says which is meant; to load the last of them, give the files to the iterator or to load_into with "
-        'duplicates="last"'
+        "index says which is meant; if these are two models, pass the files of one; to load the last of each name, "
+        'give the files to the iterator or to load_into with duplicates="last"'
     )
     return located(DuplicateTensor(what), second, name)
 

@@ -179,7 +179,8 @@ def safetensors_weights_iterator(
             memory, then an all-gather completes it. ``"auto"``: independent on the CPU within a node, where the ranks
             of a given ``group`` agree on the load all the same; else striped. CPU tensors of shared loads are in
             private memory.
-        names: a collection of tensor names, or a predicate on names: only these are yielded and read.
+        names: a collection of tensor names, or a predicate on names: only these are yielded and read. A filter: a
+            name that no file has is no error.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
             them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
             ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of

@@ -59,10 +59,10 @@ def in_words(asides: Iterable[Aside]) -> str:
 def sentence(folder: str, taken: Sequence[str], asides: Sequence[Aside]) -> str:
     """What is told of a directory's files that were not taken."""
     more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-    return (
-        f"{shown(folder)}: took {shown(taken[0])}{more} and passed over {in_words(asides)}; "
-        "to load what was passed over, pass the variant or the path of the file itself"
-    )
+    said = f"{shown(folder)}: took {shown(taken[0])}{more} and passed over {in_words(asides)}"
+    if all(not aside.name.endswith(ENDING) for aside in asides):  # an index whose shards are gone
+        return said
+    return f"{said}; to load what was passed over, pass the variant or the path of the file itself"
 
 
 def other_things(folder: str, names: Iterable[str]) -> list[Aside]:

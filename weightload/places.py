@@ -17,6 +17,10 @@ from weightload.plain_torch import empty, zeros
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
+LAZY = (
+    "has no memory to load into and no shape yet, as its module is lazy; call the module once before, or load with "
+    "load_state_dict, which takes shapes from the checkpoint"
+)
 DTENSOR = "cannot be loaded into: it is a DTensor; load into its to_local() where that is all of it"
 READ_ONLY = "cannot be loaded into: its memory is read-only, as that of a file that was mapped to be read"
 MAPS = "/proc/self/maps"
@@ -38,7 +42,7 @@ class Place(NamedTuple):
 
     def hopeless(self) -> bool:
         """Whether nobody can fill it, not even a module of its own."""
-        return self.problem in (NO_MEMORY, DTENSOR)
+        return self.problem in (NO_MEMORY, LAZY, DTENSOR)
 
     def key(self) -> object:
         """Equal for tensors that are the same memory seen in the same way: tied weights."""
@@ -98,7 +102,7 @@ def look(tensor: torch.Tensor) -> Place:
 
 def _problem_of_kind(tensor: torch.Tensor) -> str | None:
     if torch.nn.parameter.is_lazy(tensor):
-        return NO_MEMORY
+        return LAZY
     if any(kind.__name__ == "DTensor" and "torch.distributed" in kind.__module__ for kind in type(tensor).__mro__):
         return DTENSOR
     if _is_fake(tensor):

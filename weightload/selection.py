@@ -57,7 +57,12 @@ def open_and_select(
 def _predicate(names: Names) -> Callable[[str], bool]:
     if isinstance(names, str):
         raise TypeError("names must be a collection of tensor names or a predicate, not one string")
-    return names if callable(names) else set(names).__contains__
+    if callable(names):
+        return names
+    try:
+        return set(names).__contains__
+    except TypeError as error:
+        raise TypeError(f"names must be a collection of tensor names or a predicate: {error}") from None
 
 
 # In C++: a collection of weak references calls back in Python, where the exception of a signal handler is lost.
