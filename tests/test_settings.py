@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import os
 import subprocess
 import sys
@@ -71,6 +73,110 @@ def test_overrides_end_in_any_order() -> None:
     assert settings.current() == settings.Settings()
 
 
+def test_an_override_that_several_use_ends_where_it_was_begun() -> None:
+    """One object: in a generator that a third thread lets go of, in another thread, and once more in this one."""
+    shared, begun, go_on = settings.override(threads=1), threading.Event(), threading.Event()
+    seen = []
+
+    def generator() -> Iterator[None]:
+        with shared:
+            yield
+
+    def other() -> None:
+        with shared:
+            begun.set()
+            assert go_on.wait(60)
+            seen.append(settings.current().threads)
+
+    half = generator()
+    next(half)
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(60)
+    third = threading.Thread(target=half.close)
+    third.start()
+    third.join()
+    go_on.set()
+    thread.join()
+    assert seen == [1]
+    assert settings.current() == settings.Settings()
+
+    oldest = generator()
+    next(oldest)
+    with settings.override(threads=2), shared:
+        oldest.close()
+        assert settings.current().threads == 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(shared)
+        stack.enter_context(settings.override(threads=2))
+        stack.enter_context(shared)
+        assert settings.current().threads == 1
+    assert settings.current() == settings.Settings()
+
+
+def test_blocks_that_ended_elsewhere_leave_nothing() -> None:
+    async def generator() -> AsyncIterator[None]:
+        with settings.override(threads=2):
+            yield
+
+    async def leave_many() -> int:
+        for _ in range(200):
+            async for _nothing in generator():
+                break
+            await asyncio.sleep(0)  # lets the event loop end the generator
+        return len(settings._overrides.get(()))
+
+    assert asyncio.run(leave_many()) < 5
+
+
+def test_the_garbage_collector_may_end_a_block_at_any_time() -> None:
+    """Python up to 3.11 collects in the middle of a call."""
+    script = """
+        import gc
+        from weightload import settings
+
+        class Stream:
+            def __init__(self):
+                self.iterator = self.run()
+                next(self.iterator)
+
+            def run(self):
+                with settings.override(threads=7):
+                    yield self
+
+        for junk in range(6):
+            gc.set_threshold(11 + junk, 3, 3)
+            for i in range(5000):
+                if i % 3 == 0:
+                    Stream()
+                held = [[] for _ in range(junk)]
+                with settings.override(task_bytes=4096):
+                    pass
+            gc.collect()
+            assert settings.current() == settings.Settings(), settings.current()
+        assert settings._overrides.get() == (), settings._overrides.get()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
+
+
+def test_a_finaliser_may_begin_blocks_of_the_one_that_ends() -> None:
+    class Enters:
+        def __del__(self) -> None:
+            for _ in range(3):
+                shared.__enter__()
+
+    shared = settings.override(threads=3)
+    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
+    context = contextvars.copy_context()
+    context.run(variable.set, Enters())
+    context.run(shared.__enter__)
+    del context
+    shared.__exit__(None, None, None)
+    for _ in range(3):
+        shared.__exit__(None, None, None)
+    assert settings.current() == settings.Settings()
+
+
 def test_an_override_as_a_decorator() -> None:
     @settings.override(threads=5)
     def plain() -> int | None:
@@ -103,9 +209,24 @@ def test_an_override_as_a_decorator() -> None:
     async def async_generator() -> AsyncIterator[int]:
         yield 0
 
-    for function in (generator, async_generator):
+    class Callable:
+        async def __call__(self) -> int | None:
+            return settings.current().threads
+
+    class GeneratorCallable:
+        def __call__(self) -> Iterator[int]:
+            yield 0
+
+    async def now() -> int | None:
+        return settings.current().threads
+
+    for function in (Callable(), staticmethod(now), lambda: now(), functools.partial(now)):
+        assert asyncio.run(settings.override(threads=5)(function)()) == 5
+    for function in (generator, async_generator, staticmethod(generator), GeneratorCallable()):
         with pytest.raises(TypeError, match=r"with block in it"):
             settings.override(threads=5)(function)
+    with pytest.raises(TypeError, match="returns a generator"):
+        settings.override(threads=5)(functools.lru_cache(generator))()
     assert settings.current() == settings.Settings()
 
 

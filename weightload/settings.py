@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, TypeVar, cast
 
 from weightload import _C
@@ -214,6 +214,10 @@ def origins() -> dict[str, str]:
     }
 
 
+def _is_generator_function(function: object) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
 class override(_C.ScopedVariable, contextlib.ContextDecorator):
     """Settings for the loads begun in a ``with`` block, or in a function that it decorates (in this thread or task).
 
@@ -221,8 +225,8 @@ class override(_C.ScopedVariable, contextlib.ContextDecorator):
     order, as those of generators do. The decorated function may be a coroutine (``async def``).
 
     Raises:
-        TypeError: a name that is no setting, or a decorated generator: its body would run at times when its caller's
-            settings are in force. Write a ``with`` block in it instead.
+        TypeError: a name that is no setting, or a decorated generator, whose body runs later, between what its caller
+            does. Write a ``with`` block in it instead.
     """
 
     def __init__(self, **values: int | str) -> None:
@@ -233,17 +237,29 @@ class override(_C.ScopedVariable, contextlib.ContextDecorator):
         super().__init__(_overrides, values)
 
     def __call__(self, function: _Function) -> _Function:
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        if any(map(_is_generator_function, (function, getattr(function, "__func__", None), type(function).__call__))):
             raise TypeError(f"settings.override cannot decorate the generator {function!r}; use a with block in it")
-        if not inspect.iscoroutinefunction(function):
-            return super().__call__(function)
 
         @functools.wraps(function)
-        async def overridden(*arguments: Any, **named: Any) -> Any:
+        def overridden(*arguments: Any, **named: Any) -> Any:
             with self._recreate_cm():
-                return await function(*arguments, **named)
+                result = function(*arguments, **named)
+            if isinstance(result, (Generator, AsyncGenerator)):
+                raise TypeError(f"settings.override cannot decorate {function!r}: it returns a generator")
+            return self._awaited(result) if inspect.iscoroutine(result) else result
 
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def awaited(*arguments: Any, **named: Any) -> Any:
+                return await overridden(*arguments, **named)
+
+            return cast(_Function, awaited)
         return cast(_Function, overridden)
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with self._recreate_cm():
+            return await coroutine
 
     def _recreate_cm(self) -> override:
         return override(**self._values)

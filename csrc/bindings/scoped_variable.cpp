@@ -1,7 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/typing.h>
 
-#include <iterator>
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -13,6 +13,21 @@ namespace weightload {
 namespace {
 
 using Values = py::typing::Dict<py::str, py::object>;
+
+// Up to 3.11 Python's garbage collector runs within allocations, and finalisers in it, which may begin and end blocks,
+// of the same object too, while the variable is being changed.
+class NoCollection {
+ public:
+  NoCollection() : was_enabled_(PyGC_Disable() != 0) {}
+  ~NoCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  NoCollection(const NoCollection&) = delete;
+  NoCollection& operator=(const NoCollection&) = delete;
+
+ private:
+  bool was_enabled_;
+};
 
 // The variable's value is a tuple of dictionaries, one of each block that is open, the innermost last. A block is known
 // by its own dictionary, so blocks may end in any order, as those of generators do that are let go of in another's
@@ -29,7 +44,7 @@ class ScopedVariable {
     const py::error_scope outer;  // an exception is on its way
     while (!open_.empty()) {
       try {
-        take_back();
+        take_back(open_.end() - 1);
       } catch (py::error_already_set& no_memory) {
         no_memory.discard_as_unraisable("settings");
       }
@@ -37,31 +52,73 @@ class ScopedVariable {
   }
 
   void enter() {
-    const py::tuple outer = blocks();
-    py::tuple blocks(outer.size() + 1);
-    for (size_t i = 0; i < outer.size(); ++i) blocks[i] = outer[i];
+    const NoCollection guard;
     const auto block = py::reinterpret_steal<py::dict>(PyDict_Copy(values_.ptr()));
     if (!block) throw py::error_already_set();
-    blocks[outer.size()] = block;
     open_.reserve(open_.size() + 1);
-    open_.push_back({block, set(blocks)});
+    py::object token = set(with(block));
+    open_.push_back({block, std::move(token), PyEval_GetFrame()});
   }
 
   void exit(const py::args& /*what was raised*/) {
     if (open_.empty()) throw std::runtime_error("the block that ends was never begun");
-    take_back();
+    take_back(find_ended());
   }
 
  private:
   struct Block {
-    py::dict values;
-    py::object token;  // of the context in which it was begun
+    py::object values;
+    py::object token;   // of the context in which it was begun
+    const void* frame;  // that began it; to compare with
   };
+  using Blocks = std::vector<Block>;
 
-  py::tuple blocks() const {
+  // Threads, tasks and generators may use one object at the same time. A `with` statement ends in the frame that it
+  // began in. What else calls (ExitStack, say) ends the innermost block that is in force here, if any is.
+  Blocks::iterator find_ended() {
+    const void* const frame = PyEval_GetFrame();
+    const py::tuple here = blocks_here();
+    auto found = open_.end() - 1;
+    bool is_here = false;
+    for (auto block = open_.end(); block != open_.begin();) {
+      if ((--block)->frame == frame) return block;
+      if (is_here || std::none_of(here.begin(), here.end(), [&](py::handle one) { return one.is(block->values); }))
+        continue;
+      found = block;
+      is_here = true;
+    }
+    return found;
+  }
+
+  // Of a block that was begun in another context the variable cannot be reached, as where a generator is let go of
+  // elsewhere: it stays, without values, until a block is begun there.
+  void take_back(Blocks::iterator block) {
+    const NoCollection guard;
+    const Block ended = std::move(*block);  // goes last: its context may go with it, and what that holds, by finalisers
+    open_.erase(block);
+    const py::tuple others = with({}, ended.values);
+    if (PyContextVar_Reset(variable_.ptr(), ended.token.ptr()) == 0) {
+      set(others);
+    } else {
+      PyErr_Clear();
+      PyDict_Clear(ended.values.ptr());
+    }
+  }
+
+  py::tuple blocks_here() const {
     PyObject* now = nullptr;
     if (PyContextVar_Get(variable_.ptr(), nullptr, &now) < 0) throw py::error_already_set();
     return now ? py::reinterpret_steal<py::tuple>(now) : py::tuple();
+  }
+
+  // The variable's value with another block, and without those that have ended.
+  py::tuple with(const py::dict& block, const py::object& ended = {}) const {
+    py::list blocks;
+    for (const py::handle& other : blocks_here()) {
+      if (!other.is(ended) && py::len(other) > 0) blocks.append(other);
+    }
+    if (py::len(block) > 0) blocks.append(block);
+    return py::tuple(blocks);
   }
 
   py::object set(const py::tuple& blocks) const {
@@ -70,35 +127,9 @@ class ScopedVariable {
     return py::reinterpret_steal<py::object>(token);
   }
 
-  // The innermost block of this context: threads and tasks may use the same object. Where it has none, a generator is
-  // let go of in another context than it was begun in; that one's variable cannot be reached, so its block is emptied.
-  void take_back() {
-    for (auto block = open_.rbegin(); block != open_.rend(); ++block) {
-      const py::tuple now = blocks();
-      const py::tuple others = without(now, block->values);
-      if (PyContextVar_Reset(variable_.ptr(), block->token.ptr()) == 0) {  // begun here
-        open_.erase(std::next(block).base());
-        set(others);
-        return;
-      }
-      PyErr_Clear();
-    }
-    py::dict values = open_.back().values;
-    open_.pop_back();
-    values.clear();
-  }
-
-  static py::tuple without(const py::tuple& blocks, const py::dict& block) {
-    py::list others;
-    for (const py::handle& other : blocks) {
-      if (!other.is(block)) others.append(other);
-    }
-    return py::tuple(others);
-  }
-
   py::object variable_;
   Values values_;
-  std::vector<Block> open_;  // in any context; the innermost last
+  Blocks open_;  // in any context; the innermost last
 };
 
 }  // namespace
