@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_output_that_cannot_be_written(real_checkpoint: Path, options: list[str]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 4
     assert done.stderr == "weightload: cannot print: [Errno 28] No space left on device\n"
+
+
+def test_output_of_a_callers_own_that_fails(real_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Full(), closed):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["inspect", str(real_checkpoint)]) == 4
 
 
 def test_output_into_a_closed_pipe(real_checkpoint: Path) -> None:

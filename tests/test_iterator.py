@@ -111,7 +111,7 @@ def test_names_by_collection_and_predicate(shards: list[Path]) -> None:
     assert [name for name, _ in start(shards, names=iter(["0.3", "2.39"]))] == ["0.3", "2.39"]
     with pytest.raises(TypeError, match="not one string"):
         start(shards, names="0.3")
-    for wrong in (5, [["a"]]):
+    for wrong in (5, [["a"]], b"0.3", [b"0.3"], [3], torch.zeros(2)):
         with pytest.raises(TypeError, match="names must be a collection of tensor names or a predicate"):
             start(shards, names=wrong)
     assert list(start(shards, names=["of no file"])) == []  # a filter

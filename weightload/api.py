@@ -35,7 +35,7 @@ def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backen
     return load_all(open_files([filename])[0], target, backend)
 
 
-def load(data: bytes, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
+def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
     """Load every tensor of a safetensors file that is in memory into a dict of tensors with their own memory.
 
     Args:

@@ -9,7 +9,7 @@ import sys
 
 from safetensors import SafetensorError
 
-from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify
+from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify, settings
 from weightload.cli_common import (
     BROKEN,
     EPILOG,
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     try:
+        settings.current()  # said at once, whether or not the command would have used it
         code = int(options.run(options))
         flush()
         return code
@@ -56,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _drop_output() -> None:
     """What is still buffered must not raise at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:
+        return  # none, or somebody's object
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno())
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from weightload import terminal
 from weightload.checkpoint import resolve_and_tell
+from weightload.printable import printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -48,18 +49,12 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 def say(line: str) -> None:
     """Print a line. Names out of files may hold anything: what would break the line or steer a terminal is escaped."""
-    print_text(_on_one_line(line))
-
-
-def _on_one_line(line: str) -> str:
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print_text(printable(line))
 
 
 def tell(line: str) -> None:
     """Say a line on stderr, if there is one."""
-    terminal.to_stderr(_on_one_line(line))
+    terminal.to_stderr(printable(line))
 
 
 def resolve(options: argparse.Namespace) -> list[str]:
@@ -96,7 +91,7 @@ def _printing() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: it is closed
         raise Unprinted(f"cannot print: {error}") from error
 
 

@@ -64,6 +64,8 @@ def resolve(device: Device | None) -> torch.device:
         target = default_device()
     if target.type == "cpu":
         return CPU
+    if target.type == "meta":
+        raise ValueError("cannot load to meta: its tensors have no bytes")
     kind = accelerator()
     if kind is None or kind.type != target.type:
         raise ValueError(f"cannot load to {target}: torch has {f'{kind.type!r}' if kind else 'no accelerator'} here")

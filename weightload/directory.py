@@ -21,6 +21,7 @@ from weightload.file_names import (
 from weightload.index import INDEX_NAME, is_index, is_missing, read_index, require_shards
 from weightload.passed_over import Aside
 from weightload.paths import natural_key
+from weightload.printable import printable
 
 
 @dataclass
@@ -78,10 +79,8 @@ class Directory:
             return self._found([self._folder / whole], {}, "not a part of it", [stale])
         if listed.missing:
             whole = self._whole_file(index)
-            require_shards(
-                path, listed, f"; to load {passed_over.shown(whole)} instead, pass its path" if whole else ""
-            )
-        return self._found(listed.shards, listed.promised, f"not in {passed_over.shown(index)}")
+            require_shards(path, listed, f"; to load {printable(whole)} instead, pass its path" if whole else "")
+        return self._found(listed.shards, listed.promised, f"not in {printable(index)}")
 
     def _wanted(self, names: list[str]) -> dict[str, str]:
         """Of names, those of files that may be the model, and their stems."""
@@ -115,7 +114,7 @@ class Directory:
             if len(stems) > 1:
                 stems = {stem: name for stem, name in stems.items() if stem in known} or stems
         if len(stems) > 1:
-            named = ", ".join(map(passed_over.shown, sorted(stems.values())))
+            named = ", ".join(map(printable, sorted(stems.values())))
             raise CheckpointError(f"{self._folder}: more than one {what} here ({named}); name the one to load")
         return next(iter(stems.values()), None)
 
@@ -138,9 +137,7 @@ class Directory:
                 continue  # numbers that nobody can have meant
             other = of_family.setdefault(family(name), name)
             if other != name:
-                what = (
-                    f"several sets of shards of one model here ({passed_over.shown(other)}, {passed_over.shown(name)})"
-                )
+                what = f"several sets of shards of one model here ({printable(other)}, {printable(name)})"
                 raise CheckpointError(f"{self._folder}: {what}; pass the files of one of them")
 
     def _whole_file(self, index: str) -> str | None:

@@ -11,6 +11,7 @@ from weightload import _C
 from weightload.errors import CheckpointError, DuplicateTensor, located
 from weightload.handlers import forgiven, pass_on
 from weightload.index import is_index, shards_of_tensors
+from weightload.printable import printable
 
 Duplicates = Literal["error", "last"]
 
@@ -101,12 +102,13 @@ def _refusal_of(files: Sequence[_C.CheckpointFile], name: str, places: list[Plac
 
 def refusal(name: str, first: str, second: str) -> DuplicateTensor:
     """The error for a name that two files have."""
+    place = f"{printable(second)}: tensor `{printable(name)}`"
     with forgiven(OSError):
         if os.path.samefile(first, second):
-            what = f"{second}: tensor `{name}` is there twice, as this file is listed twice, the first time as {first}"
+            what = f"{place} is there twice, as this file is listed twice, the first time as {printable(first)}"
             return located(DuplicateTensor(what), second, name)
     what = (
-        f"{second}: tensor `{name}`: an earlier file of the checkpoint, {first}, has a tensor of this name too, and no "
+        f"{place}: an earlier file of the checkpoint, {printable(first)}, has a tensor of this name too, and no "
         "index says which is meant; if these are two models, pass the files of one; to load the last of each name, "
         'give the files to the iterator or to load_into with duplicates="last"'
     )

@@ -162,6 +162,8 @@ class NoSuchFileError(FileNotFoundError):
     """``FileNotFoundError`` with the words of safetensors', which callers match on."""
 
     def __str__(self) -> str:
+        if self.filename is None:  # made anew of its text alone, as DataLoader does of what a worker raised
+            return super().__str__()
         return f"{self.strerror}: {os.fsdecode(self.filename)}"
 
 

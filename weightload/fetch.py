@@ -14,6 +14,7 @@ from weightload.errors import OutOfMemoryError, TensorError, located
 from weightload.handlers import pass_on
 from weightload.iterator import WeightIterator
 from weightload.plain_torch import empty, plainly
+from weightload.printable import printable
 from weightload.rows import Run
 from weightload.selection import select_all
 
@@ -90,7 +91,7 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def no_such_tensor(reader: _C.TensorReader, name: str) -> TensorError:
-    return located(TensorError(f"File does not contain tensor {name}"), reader.file.path, name)
+    return located(TensorError(f"File does not contain tensor {printable(name)}"), reader.file.path, name)
 
 
 def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from weightload.own_loading import SAVING, is_overridden
 from weightload.paths import Path
 from weightload.places import PLAIN
 from weightload.plain_torch import plainly
+from weightload.printable import printable
 from weightload.selection import open_files
 from weightload.state_dict import match
 
@@ -139,6 +140,6 @@ def _in_words(model: torch.nn.Module, missing: Collection[str], unexpected: Coll
     lines = [f"Error(s) in loading state_dict for {type(model).__name__}:"]
     for what, names in (("Missing", missing), ("Unexpected", unexpected)):
         if names:
-            quoted = ", ".join(f'"{name}"' for name in sorted(names))
+            quoted = ", ".join(f'"{printable(name)}"' for name in sorted(names))
             lines.append(f"    {what} key(s) in state_dict: {quoted}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from weightload.file_names import ENDING
 from weightload.handlers import forgiven, pass_on
+from weightload.printable import printable
 
 MOST_NAMED = 5  # of the groups of files in one sentence
 MOST_FOLDERS = 50  # that are looked into for an error's sake
@@ -36,11 +37,6 @@ class Aside(NamedTuple):
     """What it is, or what to pass for it."""
 
 
-def shown(name: str) -> str:
-    """A name out of a directory. What would break a line or steer a terminal is escaped."""
-    return name if name.isprintable() else ascii(name)[1:-1]
-
-
 def in_words(asides: Iterable[Aside]) -> str:
     """Names and reasons: ``a (an adapter), model.fp16-1 and 3 more (variant='fp16')``."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -49,7 +45,7 @@ def in_words(asides: Iterable[Aside]) -> str:
     said = []
     for (_, reason), names in list(groups.items())[:MOST_NAMED]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        said.append(f"{shown(names[0])}{more} ({reason})")
+        said.append(f"{printable(names[0])}{more} ({reason})")
     left = sum(len(names) for names in list(groups.values())[MOST_NAMED:])
     if left:
         said.append(f"{left} other file{'s' * (left > 1)}")
@@ -59,7 +55,7 @@ def in_words(asides: Iterable[Aside]) -> str:
 def sentence(folder: str, taken: Sequence[str], asides: Sequence[Aside]) -> str:
     """What is told of a directory's files that were not taken."""
     more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-    said = f"{shown(folder)}: took {shown(taken[0])}{more} and passed over {in_words(asides)}"
+    said = f"{printable(folder)}: took {printable(taken[0])}{more} and passed over {in_words(asides)}"
     if all(not aside.name.endswith(ENDING) for aside in asides):  # an index whose shards are gone
         return said
     return f"{said}; to load what was passed over, pass the variant or the path of the file itself"
@@ -105,7 +101,7 @@ def about_folder(folder: str) -> str:
     """What to pass in place of a directory whose models are in folders below; empty if that is not so."""
     snapshots = os.path.join(folder, "snapshots")
     if os.path.isdir(snapshots):
-        return f"it is a model's root in a hub cache: pass {shown(_snapshot(folder, snapshots))}"
+        return f"it is a model's root in a hub cache: pass {printable(_snapshot(folder, snapshots))}"
     below = folders_with_models(folder)
     if below:
         named = ", ".join(repr(name) for name in below[:MOST_NAMED]) + ", ..." * (len(below) > MOST_NAMED)

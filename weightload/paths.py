@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ def as_text(path: Path) -> str:
     if not text:
         raise FileNotFoundError(errno.ENOENT, "the path is empty", text)
     if "\0" in text:
-        raise ValueError(f"embedded null byte in path {text!r}")
+        raise ValueError(f"embedded null byte in path {_shown(text)}")
     return text
 
 
@@ -44,7 +45,8 @@ def path_list(files: Paths) -> list[str]:
     """
     if isinstance(files, (str, bytes, os.PathLike)):
         return [as_text(files)]
-    if isinstance(files, (bytearray, memoryview)) or not isinstance(files, Iterable):
+    # An open file is its lines to Python.
+    if isinstance(files, (bytearray, memoryview, io.IOBase)) or not isinstance(files, Iterable):
         raise TypeError(f"expected str, bytes or os.PathLike object, or several, not {_shown(files)}")
     paths = [as_text(path) for path in files]
     # The order of a set differs from process to process.

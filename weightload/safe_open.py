@@ -72,6 +72,8 @@ class safe_open:
         *,
         backend: Backend = "mmap",
     ) -> None:
+        if framework not in TORCH_NAMES:
+            raise ValueError(f"framework {framework!r}: a class that is derived from safe_open gives torch's tensors")
         require_backend(backend)
         self._device = devices.resolve(device)
         self._backend = backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from weightload import _C, settings
 from weightload.duplicates import without_repeats
@@ -59,10 +59,14 @@ def _predicate(names: Names) -> Callable[[str], bool]:
         raise TypeError("names must be a collection of tensor names or a predicate, not one string")
     if callable(names):
         return names
-    try:
-        return set(names).__contains__
-    except TypeError as error:
-        raise TypeError(f"names must be a collection of tensor names or a predicate: {error}") from None
+    if isinstance(names, (bytes, bytearray, memoryview)) or not isinstance(names, Iterable):
+        raise TypeError(f"names must be a collection of tensor names or a predicate, not {type(names).__name__}")
+    wanted = set()
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be a collection of tensor names or a predicate; {name!r} is no name")
+        wanted.add(name)
+    return wanted.__contains__
 
 
 # In C++: a collection of weak references calls back in Python, where the exception of a signal handler is lost.

@@ -18,7 +18,8 @@ tune PATH` measures a checkpoint's own files on the machine at hand and says whi
 
 A setting is taken from the innermost scoped override, else from its environment variable, else it has its default.
 It is read when a load begins, so a change concerns the loads that begin after it. A value that is not allowed is a
-`ValueError` of the load. `weightload settings` prints the values in force and where each comes from.
+`ValueError` of every load that goes by settings; `load_file` of a small file, opening a handle and its single tensors
+do not. `weightload settings` prints the values in force and where each comes from.
 
 ```python
 from weightload import safetensors_weights_iterator, settings

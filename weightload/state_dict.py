@@ -13,6 +13,7 @@ from weightload.errors import StateDictError, TensorError, located
 from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
+from weightload.printable import printable
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -143,7 +144,7 @@ def refusal(
     target: Target, files: Sequence[_C.CheckpointFile], problems: Iterable[str], tensor: str | None = None
 ) -> StateDictError:
     """The error that says why files do not go into a target."""
-    source = files[0].path if len(files) == 1 else f"{len(files)} files"
+    source = printable(files[0].path) if len(files) == 1 else f"{len(files)} files"
     path = files[0].path if len(files) == 1 else None if tensor is None else _path_of(tensor, files)
     lines = "\n\t".join(problems)
     return located(StateDictError(f"cannot load {source} into {type(target).__name__}:\n\t{lines}"), path, tensor)
@@ -156,7 +157,7 @@ def _path_of(tensor: str, files: Sequence[_C.CheckpointFile]) -> str | None:
 def differing_names(missing: Collection[str], unexpected: Collection[str]) -> list[str]:
     """In words, what ``strict`` minds."""
     words = (("missing from", missing), ("unexpected in", unexpected))
-    return [f"{what} the checkpoint: " + ", ".join(names) for what, names in words if names]
+    return [f"{what} the checkpoint: " + ", ".join(map(printable, names)) for what, names in words if names]
 
 
 def _walk(target: Target, names: Collection[str]) -> Walk:
@@ -191,7 +192,8 @@ def _require_dtypes(
     for name, dtype, _, _, _ in here.values():
         if dtype not in TORCH_DTYPES and (name in tensors or name in wanted):
             path = _path_of(name, files)
-            raise located(TensorError(f"{path}: torch has no dtype for {dtype}, that of tensor `{name}`"), path, name)
+            words = f"torch has no dtype for {dtype}, that of tensor `{printable(name)}`"
+            raise located(TensorError(f"{printable(path or '')}: {words}"), path, name)
 
 
 def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Problems:
@@ -202,7 +204,8 @@ def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Proble
         theirs, ours = torch_shape(dtype, shape), tensor.shape
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
-            problems.append((name, f"size mismatch for {name}: the checkpoint has {theirs}, the target {tuple(ours)}"))
+            words = f"the checkpoint has {theirs}, the target {tuple(ours)}"
+            problems.append((name, f"size mismatch for {printable(name)}: {words}"))
     return problems
 
 

@@ -49,7 +49,8 @@ std::string what_it_may_be(std::string_view first_bytes) {
   if (first_bytes.substr(0, kLengthBytes).find('\0') != std::string_view::npos) return "";
   const size_t text = first_bytes.find_first_not_of(" \t\r\n");
   if (text != std::string_view::npos && (first_bytes[text] == '{' || first_bytes[text] == '['))
-    return "; it looks like JSON, such as a server's answer to a failed download or an index";
+    return "; it looks like JSON, such as a server's answer to a failed download, or an index, which "
+           "resolve_safetensors_files() takes";
   return "";
 }
 

@@ -15,9 +15,12 @@ namespace {
 
 void require_regular(const struct stat& status, const std::string& path) {
   if (S_ISREG(status.st_mode)) return;
-  throw Error(ErrorKind::header,
-              S_ISDIR(status.st_mode) ? "is a directory, not a regular file" : "is not a regular file",
-              {path, {}, {}, 0}, "NotARegularFile");
+  throw Error(
+      ErrorKind::header,
+      S_ISDIR(status.st_mode)
+          ? "is a directory, not a regular file; resolve_safetensors_files() lists the files of the checkpoint in it"
+          : "is not a regular file",
+      {path, {}, {}, 0}, "NotARegularFile");
 }
 
 // 0 where the system does not say.
