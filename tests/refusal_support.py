@@ -38,7 +38,7 @@ class Rule:
 
 
 MADVISE, O_DIRECT, MAP_ANONYMOUS = 28, 0o40000, 0x20
-ADVICE = {"POPULATE_READ": 22, "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTNEED": 4, "FREE": 8}
+ADVICE = {"POPULATE_READ": 22, "POPULATE_WRITE": 23, "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTNEED": 4, "FREE": 8}
 
 # What a load can do without.
 CALLS: dict[str, list[Rule]] = {

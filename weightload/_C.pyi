@@ -26,6 +26,7 @@ __all__: list[str] = [
     "finish",
     "from_bytes",
     "leave_interpreter",
+    "measure_page_costs",
     "open_files",
     "plainly",
     "reads_since_armed",
@@ -34,6 +35,7 @@ __all__: list[str] = [
     "repeated_tensors",
     "resident_bytes",
     "selection_digest",
+    "set_page_costs",
 ]
 
 class CheckpointFile:
@@ -341,6 +343,7 @@ def leave_interpreter() -> None:
     The exit hook: from now on no load begins, and those that are under way are stopped and joined.
     """
 
+def measure_page_costs() -> None: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
 def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: dict[str, typing.Any]) -> typing.Any:
     """
@@ -376,4 +379,9 @@ def selection_digest(
 ) -> int:
     """
     A 64-bit digest of which tensors these are.
+    """
+
+def set_page_costs(huge_us: int, single_us: int) -> None:
+    """
+    For tests: loads take fresh memory of 2 MiB to cost so much in a huge page or in single ones, whatever it does.
     """

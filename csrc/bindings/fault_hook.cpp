@@ -1,10 +1,11 @@
-#include "io/fault_hook.h"
-
+#include <chrono>
 #include <map>
 #include <string>
 
+#include "base/page_prices.h"
 #include "base/start_thread.h"
 #include "bindings/register.h"
+#include "io/fault_hook.h"
 
 namespace py = pybind11;
 
@@ -33,6 +34,15 @@ void register_fault_hook(py::module_& module) {
              "error, interrupt, short_read, end_of_file or delay.");
   module.def("disarm_fault", &fault_hook::disarm);
   module.def("reads_since_armed", &fault_hook::calls_since_armed);
+  module.def(
+      "set_page_costs",
+      [](int64_t huge_us, int64_t single_us) {
+        set_page_costs(std::chrono::microseconds(huge_us), std::chrono::microseconds(single_us));
+      },
+      py::arg("huge_us"), py::arg("single_us"),
+      "For tests: loads take fresh memory of 2 MiB to cost so much in a huge page or in single ones, whatever it "
+      "does.");
+  module.def("measure_page_costs", &measure_page_costs);
   module.def(
       "refuse_threads", [](bool refuse) { threads_refused() = refuse; }, py::arg("refuse"),
       "For tests: as if the system had no thread to give.");

@@ -2,6 +2,7 @@
 #include <shared_mutex>
 
 #include "base/byte_range.h"
+#include "base/page_prices.h"
 #include "io/file.h"
 
 namespace weightload {
@@ -18,10 +19,15 @@ class CacheFiller {
   // otherwise nobody knows, and nothing more is asked for where some of its pages turn out to be there.
   bool fill(const File& file, ByteRange range, bool known);
 
+  // Of pages of the page cache: a mapping brings in huge ones, a read single ones.
+  PagePrices& prices() { return prices_; }
+
   // From now on nothing is mapped, and nothing is when it returns: the address space is needed for tensors.
   void give_up();
 
  private:
+  // What the kernel's readahead brings in by itself is the rule: huge pages of the page cache are to be worth it.
+  PagePrices prices_{0.85};
   std::shared_mutex filling_;
   bool given_up_ = false;  // guarded by filling_
 };

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <optional>
 
@@ -49,17 +50,25 @@ void read_and_drop(const File& file, ByteRange range) {
 //
 // On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
 // read in small pieces, into the page cache only.
-void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look) {
+//
+// Where huge pages of the page cache have turned out to cost more (Note [Prices of pages]) the bytes are read as they
+// are by anyone, into the pages that the kernel's readahead takes.
+bool page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, PagePrices& prices,
+                          const Look& look) {
+  const bool may_populate = pace.allows(kLeastToPopulate);
+  const Pages pages = may_populate ? prices.choose(range.size()) : Pages::single;
+  const auto begin = std::chrono::steady_clock::now();
+  bool populated = true;
   const auto from_cache = [&](ByteRange run) {
     pace.in_cached_pieces(run, look, [&](ByteRange piece) { read_and_drop(file, piece); });
   };
   const auto read = [&](ByteRange piece) {
     int error_number = 0;
-    const bool populate = pace.allows(kLeastToPopulate);
-    if (populate) {
-      const ByteRange pages = pages_around(piece);
-      error_number = PageTables::populate(mapping + pages.begin, mapping + pages.end);
+    if (pages == Pages::huge && pace.allows(kLeastToPopulate)) {
+      const ByteRange around = pages_around(piece);
+      error_number = PageTables::populate(mapping + around.begin, mapping + around.end);
     } else {
+      populated = false;
       file.read_on(pace.allows(Pace::kReadOn));
     }
     // EFAULT: pages beyond the end of the file, or an I/O error. The read knows which, and where.
@@ -67,11 +76,14 @@ void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace
     if (error_number != 0 && !PageTables::is_refusal(error_number)) fail_mapping(file, piece.begin, error_number);
   };
   const auto from_storage = [&](ByteRange run) { pace.in_pieces(run, look, read); };
-  if (pace.allows(kLeastToPopulate)) {
+  if (may_populate) {
     from_storage(range);
+    prices.record(pages, std::chrono::steady_clock::now() - begin, range.size());
   } else {
     by_residency(file, range, from_cache, from_storage);
+    populated = false;
   }
+  return populated;
 }
 
 // Where the kernel does not say what is cached, as of other users' files. That is seen by the way: pages that were
@@ -88,15 +100,14 @@ static void page_in_unknown(const File& file, char* mapping, ByteRange range, co
   });
 }
 
-void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look) {
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, PagePrices& prices,
+             const Look& look) {
   const ByteRange pages = pages_around(range);
   const auto map_cached = [&] { return tables.map_cached(mapping + pages.begin, mapping + pages.end); };
   const std::optional<uint64_t> cached = cached_bytes(file, range, mapping);
   if (!cached) return page_in_unknown(file, mapping, range, tables, pace, look);
   if (*cached == range.size() && map_cached() == 0) return;
-  const bool populates = pace.allows(range.size()) && pace.allows(kLeastToPopulate);
-  page_in_from_storage(file, mapping, range, pace, look);
-  if (populates) return;  // all of it, in one piece
+  if (page_in_from_storage(file, mapping, range, pace, prices, look)) return;
   const int error_number = map_cached();
   if (error_number != 0 && !PageTables::is_refusal(error_number)) fail_mapping(file, range.begin, error_number);
 }

@@ -1,6 +1,7 @@
 #pragma once
 #include "base/byte_range.h"
 #include "base/look.h"
+#include "base/page_prices.h"
 #include "io/file.h"
 #include "io/pace.h"
 #include "io/page_tables.h"
@@ -12,10 +13,12 @@ namespace weightload {
 //
 // Throws Error{read} with offset and errno when the bytes cannot be read or are not there any more. A thread
 // never touches the mapping itself: a file that shrank would end the process with SIGBUS, a system call
-// returns an error. What comes from storage is read in pieces.
-void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, const Look& look);
+// returns an error. What comes from storage is read in pieces, into the pages that are cheaper by `prices`.
+void page_in(const File& file, char* mapping, ByteRange range, const PageTables& tables, Pace& pace, PagePrices& prices,
+             const Look& look);
 
-// The same for bytes that are not all in the page cache, and not always into the page table.
-void page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, const Look& look);
+// The same for bytes that are not all in the page cache. False if they are not all in the page table.
+bool page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, PagePrices& prices,
+                          const Look& look);
 
 }  // namespace weightload

@@ -63,6 +63,8 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
   attempt.direct = cached == false && may_be_direct && rates_->choose_direct();
   // Where nobody knows, going past what may be in memory would be the dearer mistake.
   if (attempt.cached || attempt.direct || !may_fill()) return attempt;
+  attempt.into_cache = filler_.prices().choose(range.size());
+  if (attempt.into_cache == Pages::single) return attempt;  // the read brings them in
   attempt.cached = true;
   pace_.in_pieces(range, look, [&](ByteRange piece) {
     attempt.cached &= may_fill() && filler_.fill(*file_, piece, cached.has_value());
@@ -70,18 +72,19 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
   return attempt;
 }
 
-bool RangeReader::direct(Attempt& attempt, char* destination) {
-  return attempt.direct && was_direct(attempt, direct_->read(attempt.range, destination, pace_, attempt.look));
+bool RangeReader::direct(Attempt& attempt, ByteRange part, char* destination) {
+  return attempt.direct && was_direct(attempt, part, direct_->read(part, destination, pace_, attempt.look));
 }
 
 bool RangeReader::direct_within(Attempt& attempt, char* destination) {
-  return attempt.direct && was_direct(attempt, direct_->read_within(attempt.range, destination, pace_, attempt.look));
+  const auto read = [&] { return direct_->read_within(attempt.range, destination, pace_, attempt.look); };
+  return attempt.direct && was_direct(attempt, attempt.range, read());
 }
 
-bool RangeReader::was_direct(Attempt& attempt, bool read) {
+bool RangeReader::was_direct(Attempt& attempt, ByteRange part, bool read) {
   attempt.direct = read;
   if (read) {
-    counts_.direct_bytes += attempt.range.size();
+    counts_.direct_bytes += part.size();
   } else {
     direct_works_ = false;
     attempt.timed = false;  // what follows has lost time, and finds the page cache empty
@@ -108,8 +111,10 @@ void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destina
 }
 
 void RangeReader::end(const Attempt& attempt) {
-  if (!attempt.timed) return;
+  if (!attempt.timed && !attempt.into_cache) return;
   const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - attempt.begin;
+  if (attempt.into_cache) filler_.prices().record(*attempt.into_cache, elapsed, attempt.range.size());
+  if (!attempt.timed) return;
   rates_->record(attempt.direct, attempt.range.size(), static_cast<uint64_t>(elapsed.count()));
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "base/byte_range.h"
 #include "base/look.h"
@@ -35,10 +36,11 @@ class RangeReader {
   // How one range is being read.
   struct Attempt {
     ByteRange range;
-    const Look& look;     // between pieces
-    bool timed = false;   // to be recorded: ReadRates were asked
-    bool direct = false;  // to be read with direct()
-    bool cached = false;  // should be in the page cache
+    const Look& look;                   // between pieces
+    bool timed = false;                 // to be recorded: ReadRates were asked
+    bool direct = false;                // to be read with direct()
+    bool cached = false;                // should be in the page cache
+    std::optional<Pages> into_cache{};  // what the page cache gets, to be recorded
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
@@ -51,10 +53,11 @@ class RangeReader {
   // memory it will go to does not allow that. `look` outlives the attempt.
   Attempt begin(ByteRange range, const Look& look, bool may_be_direct = true);
 
-  // As DirectFile::read. False: the attempt is no longer direct, read the range with buffered().
-  bool direct(Attempt& attempt, char* destination);
+  // As DirectFile::read, of a part of the range. False: the attempt is no longer direct, read the range with
+  // buffered().
+  bool direct(Attempt& attempt, ByteRange part, char* destination);
 
-  // The same as DirectFile::read_within.
+  // The same of all of it, as DirectFile::read_within.
   bool direct_within(Attempt& attempt, char* destination);
 
   // Reads a part of the range, or all of it, to `destination`, at any alignment.
@@ -65,7 +68,7 @@ class RangeReader {
 
  private:
   bool can_be_direct();
-  bool was_direct(Attempt& attempt, bool read);
+  bool was_direct(Attempt& attempt, ByteRange part, bool read);
   bool may_fill() const;
 
   const ByteSource& source_;

@@ -1,9 +1,11 @@
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "base/page_prices.h"
 #include "memory/host_memory.h"
 #include "memory/huge_region.h"
 
@@ -20,8 +22,9 @@ class BlockCache : public std::enable_shared_from_this<BlockCache> {
   explicit BlockCache(uint64_t max_bytes);
   ~BlockCache() { close(); }
 
-  // Like allocate_block().
+  // Like allocate_block(), in the pages that are cheaper now, or in huge ones.
   HostMemoryRef allocate(uint64_t size);
+  HostMemoryRef allocate_huge(uint64_t size);
 
   // Gives what is kept to the next load, but goes on keeping.
   void release() noexcept;
@@ -32,11 +35,16 @@ class BlockCache : public std::enable_shared_from_this<BlockCache> {
  private:
   friend class CachedBlock;
   void take_back(const HugeRegion& region) noexcept;
-  bool find(size_t least, HugeRegion& found);
+  HostMemoryRef allocate(uint64_t size, Pages pages, bool must_be_huge);
+  bool find(size_t least, bool must_be_huge, HugeRegion& found);
 
   // In a forked child a thread of the parent may hold the mutex for ever; what is kept stays kept there.
   bool forked() const;
 
+  // Single pages cost their users more later (address translation, giving them back), and disks more when they write
+  // into them.
+  PagePrices prices_{1.5};
+  std::atomic<bool> can_fault_in_{true};  // false once the system has refused
   const uint64_t max_bytes_;
   const uint32_t fork_generation_;
   std::mutex mutex_;  // guards all below

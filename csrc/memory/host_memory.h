@@ -19,6 +19,13 @@ class HostMemory {
   char* data() const { return data_; }
   size_t size() const { return size_; }
 
+  // Brings in the pages of [begin, begin + size), to be written to next: faster than the faults of whoever writes, and
+  // in the kind of pages that is cheaper.
+  virtual void fault_in(char* /*begin*/, size_t /*size*/) {}
+
+  // Whether it is, or will be, in huge pages. Single ones make large direct reads slow.
+  virtual bool in_huge_pages() const { return true; }
+
   void retain() noexcept { references_.fetch_add(1, std::memory_order_relaxed); }
   void release() noexcept {
     if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;

@@ -8,10 +8,16 @@
 #include "base/byte_range.h"
 #include "base/error.h"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
+
 namespace weightload {
 
-HugeRegion map_huge(uint64_t size) {
+HugeRegion map_huge(uint64_t size, Pages pages) {
   HugeRegion region;
+  region.pages = pages;
+  region.fresh = true;
   region.used = round_up(size, kHugePage);
   // The kernel is to count it (no MAP_NORESERVE): more than the machine has, as a sparse file may call for, is then
   // refused here, where otherwise filling it would get the process killed. One huge page more, to find an aligned
@@ -28,9 +34,20 @@ HugeRegion map_huge(uint64_t size) {
   if (region.start > begin) ::munmap(begin, static_cast<size_t>(region.start - begin));
   char* const end = region.start + region.used;
   if (end < begin + mapped) ::munmap(end, static_cast<size_t>(begin + mapped - end));
-  // Advice only: where huge pages are switched off the memory works as before, slower to fill.
-  ::madvise(region.start, region.used, MADV_HUGEPAGE);
+  advise(region.start, region.used, pages);
   return region;
+}
+
+void advise(char* begin, size_t size, Pages pages) noexcept {
+  ::madvise(begin, size, pages == Pages::huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+}
+
+int fault_in(char* begin, size_t size) noexcept {
+  int result;
+  do {
+    result = ::madvise(begin, size, MADV_POPULATE_WRITE);
+  } while (result != 0 && errno == EINTR);
+  return result == 0 ? 0 : errno;
 }
 
 void unmap_huge(const HugeRegion& region) noexcept { ::munmap(region.start, region.used); }

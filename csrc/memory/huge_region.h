@@ -2,19 +2,30 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/page_prices.h"
+
 namespace weightload {
 
 inline constexpr size_t kHugePage = 2u << 20;  // of x86-64, and of arm64 with 4 KiB pages; elsewhere just an alignment
 
-// Anonymous memory with huge pages, from the kernel.
+// Anonymous memory from the kernel, in huge pages if they are not too dear.
 struct HugeRegion {
   char* start = nullptr;  // a multiple of 2 MiB
   size_t used = 0;        // bytes, a multiple of 2 MiB
+  Pages pages = Pages::huge;
+  bool fresh = false;  // nobody has touched it
 };
 
-// Maps anonymous memory of at least `size` bytes, aligned to huge pages and advised to use them. Throws
+// Maps anonymous memory of at least `size` bytes, aligned to huge pages and advised to use them, or not to. Throws
 // Error{memory}.
-HugeRegion map_huge(uint64_t size);
+HugeRegion map_huge(uint64_t size, Pages pages);
+
+// Advice only: where huge pages are switched off, or always taken, the memory works all the same.
+void advise(char* begin, size_t size, Pages pages) noexcept;
+
+// Brings in every page of the range, which begins and ends at pages: 0, or an errno.
+int fault_in(char* begin, size_t size) noexcept;
+
 void unmap_huge(const HugeRegion& region) noexcept;
 
 }  // namespace weightload

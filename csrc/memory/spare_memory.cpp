@@ -72,8 +72,10 @@ HugeRegion joined(Spares& all, HugeRegion region) noexcept {
   const auto touches = [&](const HugeRegion& other) {
     const bool before = other.start + other.used == region.start, behind = region.start + region.used == other.start;
     if (before) region.start = other.start;
-    if (before || behind) region.used += other.used;
-    return before || behind;
+    if (!before && !behind) return false;
+    region.used += other.used;
+    if (other.pages == Pages::single) region.pages = Pages::single;
+    return true;
   };
   // One pass: of two neighbours that are kept already none touches another.
   all.regions.erase(std::remove_if(all.regions.begin(), all.regions.end(), touches), all.regions.end());
@@ -90,7 +92,7 @@ bool find(uint64_t size, HugeRegion& found) {
     if (it->used >= size && (best == all->regions.end() || it->used < best->used)) best = it;
   }
   if (best == all->regions.end()) return false;
-  found = {best->start, size};
+  found = {best->start, size, best->pages, false};
   best->start += size;
   best->used -= size;
   all->bytes -= size;
@@ -98,13 +100,13 @@ bool find(uint64_t size, HugeRegion& found) {
   return true;
 }
 
-HugeRegion from_kernel(uint64_t size) {
+HugeRegion from_kernel(uint64_t size, Pages pages) {
   try {
-    return map_huge(size);
+    return map_huge(size, pages);
   } catch (const Error&) {
     if (kept_bytes() == 0) throw;
     release();
-    return map_huge(size);
+    return map_huge(size, pages);
   }
 }
 
@@ -119,9 +121,9 @@ void set_limit(uint64_t bytes) noexcept {
   shrink(*all, bytes);
 }
 
-HugeRegion take(uint64_t size) {
+HugeRegion take(uint64_t size, Pages pages) {
   HugeRegion region;
-  if (!find(round_up(size, kHugePage), region)) region = from_kernel(size);
+  if (!find(round_up(size, kHugePage), region)) region = from_kernel(size, pages);
   // A few bytes beyond a huge page must not cost another one.
   const uint64_t tail = size % kHugePage;
   if (tail > 0 && tail <= kHugePage / 2) ::madvise(region.start + (size - tail), kHugePage, MADV_NOHUGEPAGE);
@@ -129,6 +131,7 @@ HugeRegion take(uint64_t size) {
 }
 
 void give(const HugeRegion& region) noexcept {
+  // `pages` stays as it is: what is there is not moved. What the kernel takes is to come back in huge ones.
   if (is_limited()) {
     unmap_huge(region);
     release();

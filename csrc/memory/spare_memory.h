@@ -17,9 +17,9 @@ namespace weightload::spare_memory {
 // At most so many bytes are kept, from now on; all of the process.
 void set_limit(uint64_t bytes) noexcept;
 
-// A region of at least `size` bytes: kept memory, or from the kernel. Its contents are anything. Throws Error{memory};
-// not before all that is kept has been given up.
-HugeRegion take(uint64_t size);
+// A region of at least `size` bytes: kept memory, or from the kernel in such pages. Its contents are anything. Throws
+// Error{memory}; not before all that is kept has been given up.
+HugeRegion take(uint64_t size, Pages pages = Pages::huge);
 
 // Takes a region back: to keep, or for the kernel. What was kept longest goes first.
 void give(const HugeRegion& region) noexcept;

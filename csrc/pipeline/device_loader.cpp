@@ -156,7 +156,7 @@ void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& 
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
   RangeReader::Attempt attempt = reader.begin(task.bytes, look, slot.pinned() || DirectFile::suits_private_memory());
-  if (reader.direct(attempt, image)) {
+  if (reader.direct(attempt, attempt.range, image)) {
     spread(image, task.bytes.begin, first, last);
   } else {
     for (const SlotPiece* piece = first; piece != last; ++piece)

@@ -18,9 +18,6 @@ namespace {
 
 constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 
-// Each thread may have a bounce buffer of so many bytes for what cannot be read directly into its place.
-constexpr uint64_t kMostBounced = 32 << 20;
-
 // A mapped load of less than this whose files are in the page cache is left to page faults: they cost less than the
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
@@ -205,42 +202,67 @@ void HostLoader::work(size_t task, const Look& look) {
   if (layout_.blocks[read.block].mapped && !page_in_) return;
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, look);
+    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, filler_.prices(), look);
     file.source().require_unchanged(read.bytes.begin);
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     return;
   }
-  char* const destination = block_memory(read.block)->data() + read.block_offset;
-  read_private(*readers_[read.file], read.bytes, destination, in_place_[read.block], look);
+  const HostMemoryRef memory = block_memory(read.block);
+  // The caller's memory is mostly in single pages.
+  const bool huge = !in_place_[read.block] && memory->in_huge_pages();
+  read_private(*readers_[read.file], read.bytes, {*memory.get(), memory->data() + read.block_offset, huge}, look);
   file.source().require_unchanged(read.bytes.begin);
 }
 
-void HostLoader::read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look) {
-  // The caller's memory is mostly in single pages, which make large direct reads slow.
-  const bool in_place = DirectFile::fits(range, destination) && !(callers && range.size() >= kHugePage);
-  const bool bounced = !in_place && range.size() >= kHugePage && range.size() <= kMostBounced;
-  RangeReader::Attempt attempt = reader.begin(range, look, in_place || bounced);
-  if (in_place) {
-    reader.direct_within(attempt, destination);
+void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look) {
+  const bool fits = DirectFile::fits(range, to.begin) && (to.huge || range.size() < kHugePage);
+  const bool bounced = !fits && range.size() >= kHugePage;
+  RangeReader::Attempt attempt = reader.begin(range, look, fits || bounced);
+  if (attempt.direct && fits) {
+    to.memory.fault_in(to.begin, static_cast<size_t>(range.size()));
+    reader.direct_within(attempt, to.begin);
   } else if (attempt.direct) {
-    read_bounced(reader, attempt, destination);
+    read_bounced(reader, attempt, to);
   }
-  if (!attempt.direct) reader.buffered(attempt, range, destination);
+  if (!attempt.direct) read_buffered(reader, attempt, to);
   reader.end(attempt);
 }
 
-// By way of a bounce buffer in huge pages, for memory that is not, or is out of step with its file: a copy of what was
-// read directly costs less than filling the page cache.
-void HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination) {
+// By way of a bounce buffer, one huge page, for memory that is in single pages, or is out of step with its file: a copy
+// of what was read directly costs less than filling the page cache.
+void HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to) {
   HostMemoryRef block;
   try {
-    block = block_cache_->allocate(attempt.range.size() + 2 * kDirectAlignment);
+    block = block_cache_->allocate_huge(kHugePage);
   } catch (const Error&) {  // it can do without
     attempt.direct = attempt.timed = false;
     return;
   }
-  char* const image = block->data() + attempt.range.begin % kDirectAlignment;
-  if (reader.direct(attempt, image)) std::memcpy(destination, image, static_cast<size_t>(attempt.range.size()));
+  const auto place_of = [&](uint64_t at) { return to.begin + (at - attempt.range.begin); };
+  for (uint64_t at = attempt.range.begin; at < attempt.range.end;) {
+    const uint64_t most = kHugePage - 2 * kDirectAlignment;  // and a disk block at both ends
+    const ByteRange piece{at, std::min(attempt.range.end, round_down(at, kDirectAlignment) + most)};
+    char* const image = block->data() + at % kDirectAlignment;
+    if (!reader.direct(attempt, piece, image)) return;
+    const auto size = static_cast<size_t>(piece.size());
+    to.memory.fault_in(place_of(at), size);
+    std::memcpy(place_of(at), image, size);
+    at = piece.end;
+  }
+}
+
+// What is in the page cache is read window by window, each written to while the kernel's zeros in it are still in a
+// processor's cache.
+void HostLoader::read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, const Destination& to) {
+  const ByteRange range = attempt.range;
+  for (uint64_t at = range.begin; at < range.end;) {
+    char* const place = to.begin + (at - range.begin);
+    const uint64_t window = kHugePage - reinterpret_cast<uintptr_t>(place) % kHugePage;
+    const ByteRange piece{at, attempt.cached ? std::min(range.end, at + window) : range.end};
+    to.memory.fault_in(place, static_cast<size_t>(piece.size()));
+    reader.buffered(attempt, piece, place);
+    at = piece.end;
+  }
 }
 
 // What only helps the reading is given up before memory for tensors is refused.

@@ -123,9 +123,17 @@ class HostLoader {
   void find_tasks();
   void start(const HostLoaderOptions& options);
   void work(size_t task, const Look& look);
-  void read_private(RangeReader& reader, ByteRange range, char* destination, bool callers, const Look& look);
+  // Where a range of a file goes.
+  struct Destination {
+    HostMemory& memory;
+    char* begin;
+    bool huge;  // pages; single ones make large direct reads slow
+  };
+
+  void read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look);
+  void read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef allocate(uint64_t bytes);
-  void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, char* destination);
+  void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);

@@ -61,6 +61,7 @@ struct TensorReader::State {
 
   Pace reading{Pace::kAnyNumber, kMostRead};  // to private memory
   Pace mapping_in;                            // of what was not in the page cache
+  PagePrices mapping_prices{0.85};            // the same
 
   std::mutex asking;  // guards what follows, also while that waits for storage
   KnownCached known;
@@ -136,7 +137,10 @@ void TensorReader::bring_in(uint32_t tensor, const std::vector<RowRange>* rows, 
   const HostMemoryRef map = this->map();
   const Look look = now_and_then(pause);
   const auto bring = [&](ByteRange bytes) {
-    if (!*is_at_hand(bytes, true)) page_in_from_storage(*file_->file(), map->data(), bytes, state().mapping_in, look);
+    if (!*is_at_hand(bytes, true)) {
+      State& now = state();
+      page_in_from_storage(*file_->file(), map->data(), bytes, now.mapping_in, now.mapping_prices, look);
+    }
   };
   const TensorInfo& info = file_->header().tensors.at(tensor);
   try {

@@ -116,7 +116,8 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
     cached.file->refusals() = 1 | 2;
     const HostMemoryRef memory = cached.map();
     Pace pace;
-    page_in(*cached.file, memory->data(), cached.range, tables, pace, no_look);
+    PagePrices prices(1);
+    page_in(*cached.file, memory->data(), cached.range, tables, pace, prices, no_look);
     CacheFiller filler;
     CHECK(filler.fill(*cached.file, cached.range, /*known=*/false));
     CHECK(cached_bytes_by_mincore(*cached.file, cached.range).value_or(cached.range.size()) == cached.range.size());
