@@ -39,12 +39,21 @@ void PagePrices::begin_trial(Pages pages) {
   before_trial_ = cheaper_of_known();
   left_to_try_ = left_to_pay_ = kTrial;
   trial_cost_ = Cost(0);
+  waits_ = 0;
+}
+
+bool PagePrices::is_trial_due() const {
+  if (left_to_try_ > 0 || left_to_pay_ > 0 || until_trial_ > Cost(0)) return false;
+  return cheaper_of_known() == Pages::single || huge_.median() >= kSurelyCheap;
 }
 
 Pages PagePrices::choose() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (left_to_try_ == 0 && left_to_pay_ == 0 && until_trial_ <= Cost(0)) begin_trial(other(cheaper_of_known()));
-  if (left_to_try_ == 0) return cheaper_of_known();
+  if (is_trial_due()) begin_trial(other(cheaper_of_known()));
+  if (left_to_try_ == 0) {
+    if (left_to_pay_ > 0 && ++waits_ > kMostWaits) left_to_pay_ = 0;
+    return cheaper_of_known();
+  }
   --left_to_try_;
   return tried_;
 }
@@ -68,7 +77,7 @@ void PagePrices::record(Pages pages, Cost cost) {
   if (left_to_pay_ > 0 && pages == tried_) {
     trial_cost_ += cost;
     if (--left_to_pay_ > 0) return;
-    if (!single_.known()) return begin_trial(Pages::single);  // the first trial is over
+    if (!single_.known()) return;  // the first trial is over, of what is used anyway
     pause_ = cheaper_of_known() != before_trial_ ? kFirstPause : std::min(2 * pause_, kLongestPause);
     until_trial_ = pause_ * trial_cost_;
   } else if (cheaper_of_known() != before) {  // what was the cheaper kind has become dear

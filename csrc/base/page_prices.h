@@ -21,9 +21,10 @@ enum class Pages : uint8_t {
 // memory to its host it may cost ten times as much as those: free blocks of 2 MiB and more have been taken away, and
 // are brought back while the process waits; what is free in smaller pieces is still there. Which of the two it is
 // depends on the machine, on whether somebody has just freed memory, and changes in the middle of a load: only trying
-// tells. So a load pays for a few of either first, goes on with the cheaper ones, and tries the others again now and
-// then. A trial is of several pages after each other, as all threads then make such ones: while one waits for its host
-// the others do, too. Prices are medians, as one page may be cheap by chance, and one measurement wait for a processor.
+// tells. So a load that finds huge pages dear pays for a few of the others, goes on with the cheaper ones, and tries
+// the dearer again now and then. A trial is of several pages after each other, as all threads then make such ones:
+// while one waits for its host the others do, too. Prices are medians, as one page may be cheap by chance, and one
+// measurement wait for a processor.
 class PagePrices {
  public:
   using Cost = std::chrono::nanoseconds;
@@ -53,6 +54,13 @@ class PagePrices {
   static constexpr int kFirstPause = 10;
   static constexpr int kLongestPause = 80;
 
+  // After so many other choices a trial is over, paid or not: who was to pay may have met an error.
+  static constexpr size_t kMostWaits = 64;
+
+  // Huge pages that cost less (4 GB/s) are taken without a trial of the others: on most machines no load ever makes
+  // one.
+  static constexpr Cost kSurelyCheap = std::chrono::microseconds(500);
+
   struct Price {
     std::array<Cost, kRemembered> latest{};
     size_t recorded = 0;
@@ -61,6 +69,7 @@ class PagePrices {
   };
 
   Pages cheaper_of_known() const;
+  bool is_trial_due() const;
   Price& of(Pages pages) { return pages == Pages::huge ? huge_ : single_; }
   void begin_trial(Pages pages);
 
@@ -71,6 +80,7 @@ class PagePrices {
   Pages before_trial_ = Pages::huge;
   size_t left_to_try_ = kTrial;
   size_t left_to_pay_ = kTrial;
+  size_t waits_ = 0;  // choices since the last of the trial was begun
   Cost trial_cost_{0};
   Cost until_trial_{0};
   int pause_ = kFirstPause;
