@@ -61,6 +61,12 @@ def test_names_of_a_file_neither_break_a_line_nor_steer_a_terminal(tmp_path: Pat
     assert "\nFAKE" not in text
 
 
+def test_a_missing_path_neither() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        weightload.load_file(f"/nowhere/{HOSTILE}")
+    assert str(caught.value).isprintable()
+
+
 def test_a_dtype_without_torch_and_a_hostile_name(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(file_bytes({HOSTILE: entry("F6_E2M3", [4], 0, 3)}, b"123"))

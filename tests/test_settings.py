@@ -177,6 +177,59 @@ def test_a_finaliser_may_begin_blocks_of_the_one_that_ends() -> None:
     assert settings.current() == settings.Settings()
 
 
+def test_a_collection_while_a_block_ends_may_end_another() -> None:
+    """Asking for the frame allocates, and a finaliser ends the only block of the object whose block is ending."""
+    script = """
+        import gc, sys
+        from weightload import settings
+
+        class Ends:
+            def __init__(self, shared):
+                self.itself, self.shared = self, shared
+
+            def __del__(self):
+                try:
+                    self.shared.__exit__(None, None, None)
+                except RuntimeError:
+                    pass
+
+        def end(shared):
+            try:
+                shared.__exit__(None, None, None)
+            except RuntimeError:
+                pass
+
+        gc.set_threshold(1, 1, 1)
+        for _ in range(3000):
+            shared = settings.override(threads=3)
+            shared.__enter__()
+            Ends(shared)
+            end(shared)
+        gc.set_threshold(700, 10, 10)
+        gc.collect()
+        assert settings.current() == settings.Settings()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
+
+
+def test_an_override_that_is_ended_by_one_function_for_several_tasks() -> None:
+    shared = settings.override(threads=1)
+
+    def begin() -> None:
+        shared.__enter__()
+
+    def end() -> None:
+        shared.__exit__(None, None, None)
+
+    contexts = [contextvars.copy_context() for _ in range(3)]
+    for context in contexts:
+        context.run(begin)
+    for number, context in enumerate(contexts):
+        context.run(end)
+        threads = [one.run(settings.current).threads for one in contexts]
+        assert threads == [settings.Settings().threads] * (number + 1) + [1] * (2 - number)
+
+
 def test_an_override_as_a_decorator() -> None:
     @settings.override(threads=5)
     def plain() -> int | None:

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
+from weightload.printable import printable
+
 
 class WeightLoadError(SafetensorError):
     """Base of everything weightload raises about a checkpoint.
@@ -164,7 +166,7 @@ class NoSuchFileError(FileNotFoundError):
     def __str__(self) -> str:
         if self.filename is None:  # made anew of its text alone, as DataLoader does of what a worker raised
             return super().__str__()
-        return f"{self.strerror}: {os.fsdecode(self.filename)}"
+        return f"{self.strerror}: {printable(os.fsdecode(self.filename))}"
 
 
 Located = TypeVar("Located", bound=WeightLoadError)

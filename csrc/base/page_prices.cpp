@@ -9,6 +9,8 @@ namespace {
 constexpr uint64_t kHugePageBytes = 2 << 20;
 constexpr uint64_t kLeastPriced = 1 << 20;
 
+constexpr double kClearly = 1.5;
+
 constexpr int64_t kMeasured = -1;
 std::atomic<int64_t> huge_cost{kMeasured}, single_cost{kMeasured};  // ns, of set_page_costs()
 
@@ -24,19 +26,23 @@ PagePrices::Cost PagePrices::Price::median() const {
   return *middle;
 }
 
-Pages PagePrices::cheaper_of_known() const {
-  if (!huge_.known() || !single_.known()) return Pages::huge;
-  return single_.median() * handicap_ < huge_.median() ? Pages::single : Pages::huge;
+// A trial has told, or the pages in use have become dear: by so much that it is no accident, as each change of the kind
+// in the middle of a block is a mapping more, of which a process has 65,530.
+void PagePrices::compare(double margin) {
+  if (!huge_.known() || !single_.known()) return;
+  const auto huge = huge_.median();
+  const auto single = std::chrono::duration<double, std::nano>(single_.median()) * handicap_;
+  if (cheaper_ == Pages::huge ? single * margin < huge : huge * margin < single) cheaper_ = other(cheaper_);
 }
 
 Pages PagePrices::cheaper() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return cheaper_of_known();
+  return cheaper_;
 }
 
 void PagePrices::begin_trial(Pages pages) {
   tried_ = pages;
-  before_trial_ = cheaper_of_known();
+  before_trial_ = cheaper_;
   left_to_try_ = left_to_pay_ = kTrial;
   trial_cost_ = Cost(0);
   waits_ = 0;
@@ -44,15 +50,15 @@ void PagePrices::begin_trial(Pages pages) {
 
 bool PagePrices::is_trial_due() const {
   if (left_to_try_ > 0 || left_to_pay_ > 0 || until_trial_ > Cost(0)) return false;
-  return cheaper_of_known() == Pages::single || huge_.median() >= kSurelyCheap;
+  return cheaper_ == Pages::single || huge_.median() >= kSurelyCheap;
 }
 
 Pages PagePrices::choose() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (is_trial_due()) begin_trial(other(cheaper_of_known()));
+  if (is_trial_due()) begin_trial(other(cheaper_));
   if (left_to_try_ == 0) {
     if (left_to_pay_ > 0 && ++waits_ > kMostWaits) left_to_pay_ = 0;
-    return cheaper_of_known();
+    return cheaper_;
   }
   --left_to_try_;
   return tried_;
@@ -70,7 +76,6 @@ void PagePrices::record(Pages pages, Cost cost) {
   const int64_t decided = (pages == Pages::huge ? huge_cost : single_cost).load(std::memory_order_relaxed);
   if (decided != kMeasured) cost = Cost(decided);
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Pages before = cheaper_of_known();
   Price& price = of(pages);
   price.latest[price.recorded++ % kRemembered] = cost;
   until_trial_ -= cost;
@@ -78,12 +83,16 @@ void PagePrices::record(Pages pages, Cost cost) {
     trial_cost_ += cost;
     if (--left_to_pay_ > 0) return;
     if (!single_.known()) return;  // the first trial is over, of what is used anyway
-    pause_ = cheaper_of_known() != before_trial_ ? kFirstPause : std::min(2 * pause_, kLongestPause);
+    compare(1);
+    pause_ = cheaper_ != before_trial_ ? kFirstPause : std::min(2 * pause_, kLongestPause);
     until_trial_ = pause_ * trial_cost_;
-  } else if (cheaper_of_known() != before) {  // what was the cheaper kind has become dear
-    pause_ = kFirstPause;
-    until_trial_ = pause_ * static_cast<int>(kTrial) * of(before).median();
+    return;
   }
+  const Pages before = cheaper_;
+  compare(kClearly);
+  if (cheaper_ == before) return;
+  pause_ = kFirstPause;
+  until_trial_ = pause_ * static_cast<int>(kTrial) * of(before).median();
 }
 
 void set_page_costs(PagePrices::Cost huge, PagePrices::Cost single) {

@@ -68,14 +68,15 @@ class PagePrices {
     Cost median() const;
   };
 
-  Pages cheaper_of_known() const;
   bool is_trial_due() const;
+  void compare(double margin);
   Price& of(Pages pages) { return pages == Pages::huge ? huge_ : single_; }
   void begin_trial(Pages pages);
 
   const double handicap_;
   mutable std::mutex mutex_;  // guards all below
   Price huge_, single_;
+  Pages cheaper_ = Pages::huge;
   Pages tried_ = Pages::huge;  // in the trial that is under way, if one is
   Pages before_trial_ = Pages::huge;
   size_t left_to_try_ = kTrial;

@@ -61,6 +61,7 @@ class ScopedVariable {
   }
 
   void exit(const py::args& /*what was raised*/) {
+    const NoCollection guard;  // asking for the frame allocates
     if (open_.empty()) throw std::runtime_error("the block that ends was never begun");
     take_back(find_ended());
   }
@@ -74,18 +75,18 @@ class ScopedVariable {
   using Blocks = std::vector<Block>;
 
   // Threads, tasks and generators may use one object at the same time. A `with` statement ends in the frame that it
-  // began in. What else calls (ExitStack, say) ends the innermost block that is in force here, if any is.
+  // began in; frames that are over may have had the same address, so of several the one in force here. What else calls
+  // (ExitStack, say) ends the innermost block that is in force here, if any is.
   Blocks::iterator find_ended() {
     const void* const frame = PyEval_GetFrame();
     const py::tuple here = blocks_here();
+    const auto rank_of = [&](const Block& block) {
+      const bool is_here = std::any_of(here.begin(), here.end(), [&](py::handle one) { return one.is(block.values); });
+      return (block.frame == frame ? 2 : 0) + (is_here ? 1 : 0);
+    };
     auto found = open_.end() - 1;
-    bool is_here = false;
-    for (auto block = open_.end(); block != open_.begin();) {
-      if ((--block)->frame == frame) return block;
-      if (is_here || std::none_of(here.begin(), here.end(), [&](py::handle one) { return one.is(block->values); }))
-        continue;
-      found = block;
-      is_here = true;
+    for (auto block = found; block != open_.begin();) {
+      if (rank_of(*--block) > rank_of(*found)) found = block;
     }
     return found;
   }

@@ -19,6 +19,8 @@ namespace {
 // default).
 constexpr uint64_t kFaultAround = 64 << 10;
 
+constexpr int kMostTries = 100;  // a sandbox may answer EINTR for ever
+
 constexpr uint64_t kPresent = 1ull << 63;  // in an entry of pagemap
 
 uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(memory); }
@@ -36,11 +38,10 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
 }
 
 int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
-  int result;
-  do {
-    result = call(begin, static_cast<size_t>(size));
-  } while (result != 0 && errno == EINTR);
-  return result == 0 ? 0 : errno;
+  for (int tries = 1;; ++tries) {
+    if (call(begin, static_cast<size_t>(size)) == 0) return 0;
+    if (errno != EINTR || tries == kMostTries) return errno;
+  }
 }
 
 }  // namespace

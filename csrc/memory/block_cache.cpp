@@ -74,7 +74,9 @@ HostMemoryRef BlockCache::allocate_huge(uint64_t size) { return allocate(size, P
 HostMemoryRef BlockCache::allocate(uint64_t size, Pages pages, bool must_be_huge) {
   if (size < kHugePage) return allocate_block(size);
   HugeRegion region;
-  if (!find(round_up(size, kHugePage), must_be_huge, region)) region = spare_memory::take(size, pages);
+  if (!find(round_up(size, kHugePage), must_be_huge, region)) {
+    region = spare_memory::take(size, pages, must_be_huge);
+  }
   return HostMemoryRef::adopt(new CachedBlock(shared_from_this(), region, size));
 }
 

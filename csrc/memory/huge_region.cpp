@@ -13,6 +13,11 @@
 #endif
 
 namespace weightload {
+namespace {
+
+constexpr int kMostTries = 100;  // a sandbox may answer EINTR for ever
+
+}  // namespace
 
 HugeRegion map_huge(uint64_t size, Pages pages) {
   HugeRegion region;
@@ -43,11 +48,10 @@ void advise(char* begin, size_t size, Pages pages) noexcept {
 }
 
 int fault_in(char* begin, size_t size) noexcept {
-  int result;
-  do {
-    result = ::madvise(begin, size, MADV_POPULATE_WRITE);
-  } while (result != 0 && errno == EINTR);
-  return result == 0 ? 0 : errno;
+  for (int tries = 1;; ++tries) {
+    if (::madvise(begin, size, MADV_POPULATE_WRITE) == 0) return 0;
+    if (errno != EINTR || tries == kMostTries) return errno;
+  }
 }
 
 void unmap_huge(const HugeRegion& region) noexcept { ::munmap(region.start, region.used); }

@@ -83,12 +83,13 @@ HugeRegion joined(Spares& all, HugeRegion region) noexcept {
 }
 
 // The front of the smallest that is large enough.
-bool find(uint64_t size, HugeRegion& found) {
+bool find(uint64_t size, bool must_be_huge, HugeRegion& found) {
   Spares* const all = spares();
   if (!all) return false;
   std::lock_guard<std::mutex> lock(all->mutex);
   auto best = all->regions.end();
   for (auto it = all->regions.begin(); it != all->regions.end(); ++it) {
+    if (must_be_huge && it->pages != Pages::huge) continue;
     if (it->used >= size && (best == all->regions.end() || it->used < best->used)) best = it;
   }
   if (best == all->regions.end()) return false;
@@ -121,9 +122,9 @@ void set_limit(uint64_t bytes) noexcept {
   shrink(*all, bytes);
 }
 
-HugeRegion take(uint64_t size, Pages pages) {
+HugeRegion take(uint64_t size, Pages pages, bool must_be_huge) {
   HugeRegion region;
-  if (!find(round_up(size, kHugePage), region)) region = from_kernel(size, pages);
+  if (!find(round_up(size, kHugePage), must_be_huge, region)) region = from_kernel(size, pages);
   // A few bytes beyond a huge page must not cost another one.
   const uint64_t tail = size % kHugePage;
   if (tail > 0 && tail <= kHugePage / 2) ::madvise(region.start + (size - tail), kHugePage, MADV_NOHUGEPAGE);

@@ -19,7 +19,8 @@ void set_limit(uint64_t bytes) noexcept;
 
 // A region of at least `size` bytes: kept memory, or from the kernel in such pages. Its contents are anything. Throws
 // Error{memory}; not before all that is kept has been given up.
-HugeRegion take(uint64_t size, Pages pages = Pages::huge);
+// `must_be_huge`: kept memory in single pages is of no use.
+HugeRegion take(uint64_t size, Pages pages = Pages::huge, bool must_be_huge = false);
 
 // Takes a region back: to keep, or for the kernel. What was kept longest goes first.
 void give(const HugeRegion& region) noexcept;

@@ -218,48 +218,59 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
   const bool fits = DirectFile::fits(range, to.begin) && (to.huge || range.size() < kHugePage);
   const bool bounced = !fits && range.size() >= kHugePage;
   RangeReader::Attempt attempt = reader.begin(range, look, fits || bounced);
+  uint64_t done = range.begin;
   if (attempt.direct && fits) {
-    to.memory.fault_in(to.begin, static_cast<size_t>(range.size()));
+    fault_in(to, range.size(), look);
     reader.direct_within(attempt, to.begin);
   } else if (attempt.direct) {
-    read_bounced(reader, attempt, to);
+    done = read_bounced(reader, attempt, to);
   }
-  if (!attempt.direct) read_buffered(reader, attempt, to);
+  if (!attempt.direct) read_buffered(reader, attempt, done, to);
   reader.end(attempt);
 }
 
+// With a look between two windows: each may wait for the system to find memory.
+void HostLoader::fault_in(const Destination& to, uint64_t size, const Look& look) {
+  for (uint64_t at = 0; at < size; at += kHugePage) {
+    look();
+    to.memory.fault_in(to.begin + at, static_cast<size_t>(std::min<uint64_t>(kHugePage, size - at)));
+  }
+}
+
 // By way of a bounce buffer, one huge page, for memory that is in single pages, or is out of step with its file: a copy
-// of what was read directly costs less than filling the page cache.
-void HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to) {
+// of what was read directly costs less than filling the page cache. Returns the end of what was read.
+uint64_t HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to) {
   HostMemoryRef block;
   try {
     block = block_cache_->allocate_huge(kHugePage);
   } catch (const Error&) {  // it can do without
     attempt.direct = attempt.timed = false;
-    return;
+    return attempt.range.begin;
   }
   const auto place_of = [&](uint64_t at) { return to.begin + (at - attempt.range.begin); };
   for (uint64_t at = attempt.range.begin; at < attempt.range.end;) {
     const uint64_t most = kHugePage - 2 * kDirectAlignment;  // and a disk block at both ends
     const ByteRange piece{at, std::min(attempt.range.end, round_down(at, kDirectAlignment) + most)};
     char* const image = block->data() + at % kDirectAlignment;
-    if (!reader.direct(attempt, piece, image)) return;
+    if (!reader.direct(attempt, piece, image)) return at;
     const auto size = static_cast<size_t>(piece.size());
     to.memory.fault_in(place_of(at), size);
     std::memcpy(place_of(at), image, size);
     at = piece.end;
   }
+  return attempt.range.end;
 }
 
 // What is in the page cache is read window by window, each written to while the kernel's zeros in it are still in a
 // processor's cache.
-void HostLoader::read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, const Destination& to) {
+void HostLoader::read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, uint64_t from,
+                               const Destination& to) {
   const ByteRange range = attempt.range;
-  for (uint64_t at = range.begin; at < range.end;) {
+  for (uint64_t at = from; at < range.end;) {
     char* const place = to.begin + (at - range.begin);
     const uint64_t window = kHugePage - reinterpret_cast<uintptr_t>(place) % kHugePage;
     const ByteRange piece{at, attempt.cached ? std::min(range.end, at + window) : range.end};
-    to.memory.fault_in(place, static_cast<size_t>(piece.size()));
+    fault_in({to.memory, place, to.huge}, piece.size(), attempt.look);
     reader.buffered(attempt, piece, place);
     at = piece.end;
   }

@@ -131,9 +131,11 @@ class HostLoader {
   };
 
   void read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look);
-  void read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, const Destination& to);
+  static void fault_in(const Destination& to, uint64_t size, const Look& look);
+  static void read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, uint64_t from,
+                            const Destination& to);
   HostMemoryRef allocate(uint64_t bytes);
-  void read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
+  uint64_t read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool wait(size_t task, std::chrono::milliseconds patience);

@@ -218,3 +218,27 @@ TEST(a_trial_whose_reads_failed_is_not_the_last) {
   }
   CHECK(prices.cheaper() == Pages::single);
 }
+
+TEST(prices_that_are_about_the_same_do_not_change_the_kind_all_the_time) {
+  PagePrices prices(1.5);
+  int changes = 0;
+  Pages before = Pages::huge;
+  for (int i = 0; i < 20000; ++i) {
+    const Pages pages = prices.choose();
+    changes += pages != before;
+    before = pages;
+    const auto noise = microseconds(i * 7919 % 100);
+    prices.record(pages, (pages == Pages::huge ? kSingle * 3 / 2 : kSingle) + noise);
+  }
+  CHECK(changes < 500);  // each is a mapping more
+}
+
+TEST(a_bounce_buffer_is_never_of_spare_single_pages) {
+  spare_memory::set_limit(64 * kMiB);
+  spare_memory::give(spare_memory::take(8 * kMiB, Pages::single));
+  const auto cache = std::make_shared<BlockCache>(64 * kMiB);
+  CHECK(cache->allocate_huge(4 * kMiB)->in_huge_pages());
+  CHECK(!cache->allocate(8 * kMiB)->in_huge_pages());  // which others may well use again
+  cache->close();
+  spare_memory::set_limit(0);
+}
