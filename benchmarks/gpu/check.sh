@@ -5,7 +5,8 @@
 #
 # WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 32 GB are needed)
 # WEIGHTLOAD_BENCH_SECONDS all that it may take (default 520)
-# WEIGHTLOAD_BENCH_STEPS   which of "build tests sanitizer limits ranks llama moe" (default: all)
+# WEIGHTLOAD_BENCH_STEPS   which of "build tests tests-no-gpu sanitizer limits settings ranks llama moe" (default: all but
+#                          tests-no-gpu, which runs elsewhere, too)
 # WEIGHTLOAD_COMMIT        what to call the commit where there is no repository
 # .kit/wheels              wheels that are missing on this machine: the other loaders, nlohmann-json, ninja, pytest
 # .kit/wheels-rc           a safetensors release candidate, used only by the loaders that ask for it
@@ -22,7 +23,7 @@ if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 out=$(realpath -m "${1:-${OUT:-bench-results/gpu}}")
 dir=${WEIGHTLOAD_BENCH_DIR:-/tmp/weightload-bench}
 total=${WEIGHTLOAD_BENCH_SECONDS:-520}
-steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits ranks llama moe}
+steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits settings ranks llama moe}
 python=${PYTHON:-python3}
 device=cuda:0
 if [ $dry = 1 ]; then device=cpu; total=160; fi
@@ -36,7 +37,7 @@ mkdir -p "$out" "$dir"
 site=$dir/site
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD:$site
 export PATH=$site/bin:$PATH
-rm -f "$out"/limits.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
+rm -f "$out"/limits.json "$out"/settings.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
 SECONDS=0
 failed=0
 outcomes=()
@@ -84,9 +85,11 @@ generate() {
   if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 33 ] && [ ! -e "$dir/llama/synth.json" ]; then
     size=(--gigabytes 4)
   fi
-  "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+  if wants llama || wants settings; then
+    "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+  fi
   if wants ranks; then "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 2 --shards 2; fi
-  "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16
+  if wants moe; then "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
   sync -f "$dir" # else the first eviction waits for the disk
 }
 
@@ -143,9 +146,15 @@ fi
 if wait "$generating"; then note generate "ok"; else failed=1; note generate "FAILED (see generate.log)"; fi
 trap - EXIT
 
-if [ $dry = 0 ] && wants tests; then
-  if "$python" -c "import pytest" 2>/dev/null; then
+if [ $dry = 0 ] && { wants tests || wants tests-no-gpu; }; then
+  if ! "$python" -c "import pytest" 2>/dev/null; then
+    note tests "skipped: pytest is not installed"
+    steps=${steps//tests/}
+  fi
+  if wants tests; then
     step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
+  fi
+  if wants tests-no-gpu; then
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.
     # Left out are those that install packages, and this script's own.
     parallel=()
@@ -154,8 +163,6 @@ if [ $dry = 0 ] && wants tests; then
     if [ $simulated = 1 ]; then others=(tests/test_header.py tests/test_iterator.py); fi # the rest is run elsewhere
     step tests-no-gpu $((simulated ? 300 : 150)) env CUDA_VISIBLE_DEVICES= WEIGHTLOAD_REQUIRE_GPU=1 \
       "$python" -m pytest -q --maxfail=20 -p no:cacheprovider "${parallel[@]}" "${others[@]}"
-  else
-    note tests "skipped: pytest is not installed"
   fi
 fi
 if [ $dry = 0 ] && wants sanitizer; then
@@ -179,12 +186,19 @@ elif [ $simulated = 1 ]; then
     step limits 120 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --size-gb 0.01 --repeats 1 \
       --threads 2 --json "$out/limits.json"
   fi
+  if wants settings; then
+    step settings 200 "$python" benchmarks/gpu/settings.py --model-path "$dir/llama" --rounds 1 --json "$out/settings.json"
+  fi
   if wants ranks; then ranks 300 "$dir/ranks" --ranks 2 --repeats 1; fi
   if wants llama; then benchmark llama 600 "$dir/llama" "tiny" --repeats 1 --cold --sweep; fi
   if wants moe; then benchmark moe 600 "$dir/moe" "tiny" --repeats 1 --cold; fi
 else
   if wants limits; then
     step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
+  fi
+  if wants settings; then
+    step settings 60 "$python" benchmarks/gpu/settings.py --model-path "$dir/llama" --budget 40 --json "$out/settings.json"
+    cat "$out/settings.log"
   fi
   if wants ranks; then
     share=$(left)
