@@ -46,9 +46,9 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def environment(device: torch.device, files: Sequence[str]) -> dict[str, Any]:
-    """Device, machine, versions, storage and commit; WEIGHTLOAD_COMMIT names it where there is no repository."""
+    """Device, machine, versions, storage and commit; WEIGHTLOAD_COMMIT names it where the repository cannot."""
     facts = describe(files)
-    facts["commit"] = facts["commit"] or os.environ.get("WEIGHTLOAD_COMMIT")
+    facts["commit"] = os.environ.get("WEIGHTLOAD_COMMIT") or facts["commit"]
     for name in PEERS:
         try:
             facts["versions"][name] = version(name)

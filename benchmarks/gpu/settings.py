@@ -4,7 +4,8 @@
         [--trial threads=8,slot_bytes=4194304 ...] [--json FILE]
 
 The first row is the first load of the process, with nothing allocated on the device and nothing page-locked; "memory
-given back" is a later load whose blocks come from the driver again. The other rows take turns, with torch's cached blocks.
+given back" is a later load whose blocks come from the driver again. The other rows take turns, with blocks that torch
+keeps.
 A load ends when the device is idle. Its tensors are kept in a dict until then; no bytes are compared: tests do that.
 """
 
@@ -32,14 +33,10 @@ MIB = 1 << 20
 TRIALS: list[dict[str, Any]] = [
     {},
     {"threads": 8},
-    {"threads": 16},
-    {"threads": 32},
-    {"slot_bytes": 2 * MIB},
-    {"slot_bytes": 4 * MIB},
-    {"slot_bytes": 16 * MIB},
-    {"pinned_bytes": 512 * MIB},
-    {"pinned_bytes": 128 * MIB},
+    *({"slot_bytes": slot * MIB, "pinned_bytes": ring * MIB} for slot, ring in ((1, 32), (1, 64), (2, 64), (2, 128))),
+    *({"slot_bytes": slot * MIB, "pinned_bytes": ring * MIB} for slot, ring in ((4, 64), (4, 128), (4, 256), (8, 128))),
     {"device_block_bytes": 512 * MIB},
+    {"device_block_bytes": 512 * MIB, "slot_bytes": 2 * MIB, "pinned_bytes": 64 * MIB},
 ]
 COLD_TRIALS: list[dict[str, Any]] = [{}, {"read": "direct"}, {"read": "buffered"}, {"threads": 32}]
 
@@ -97,12 +94,13 @@ def main() -> None:
     device = options.device
     torch.zeros(1, device=device)
     end = time.monotonic() + options.budget
-    prepare = evict if options.cold else fill_cache
+    fill_cache(files)
     rows: dict[str, list[dict[str, Any]]] = {}
 
     def one(name: str, trial: dict[str, Any]) -> None:
         if time.monotonic() < end:
-            prepare(files)
+            if options.cold:
+                evict(files)
             rows.setdefault(name, []).append(load(files, device, trial))
             gc.collect()
 
