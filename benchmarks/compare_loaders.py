@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heats", type=int, default=2, help="rounds before, that choose among the settings of one")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the order (default: a new one)")
     parser.add_argument("--loaders", help=f"of {', '.join(PEERS)}; or FILE.py:FUNCTION. Default: all")
-    parser.add_argument("--sweep", action="store_true", help="weightload also with 8, 16 and 32 threads")
+    parser.add_argument("--sweep", action="store_true", help="weightload also with 8, 12 and 15 threads")
     parser.add_argument(
         "--budget",
         type=float,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 SAMPLE = 50
-PIECE = 4 << 20
+PIECE = 64 << 20
 END = 64 << 10
 
 # What compare_loaders.py compares with the files as safetensors maps them, in the words of its results.
@@ -32,7 +32,7 @@ class Checkpoint:
 
         self.file_of: dict[str, str] = {}
         self._opened: dict[str, Any] = {}
-        self._buffer: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         sizes: list[tuple[int, str]] = []
         for file in files:
             with safe_open(file, framework="pt", device="cpu") as opened:
@@ -69,18 +69,22 @@ class Checkpoint:
         have, want = (t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, expected))
         step = PIECE if whole else END
         for at in range(0, have.numel(), step) if whole else (0, max(0, have.numel() - END)):
-            if not torch.equal(self._on_cpu(have[at : at + step]), want[at : at + step]):
+            there = have[at : at + step]
+            if not torch.equal(there, self._beside(there, want[at : at + step])):
                 return f"bytes differ, from {at} on"
         return None
 
-    def _on_cpu(self, piece: torch.Tensor) -> torch.Tensor:
-        """A piece of an accelerator's tensor in a buffer that is used again: the device has no memory for the check."""
-        if piece.device.type == "cpu":
-            return piece
-        if self._buffer is None:
-            self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=piece.device.type == "cuda")
-        return self._buffer[: piece.numel()].copy_(piece)
+    def _beside(self, there: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+        """What is wanted, on the device where it is compared, in buffers that are used again."""
+        if there.device.type == "cpu":
+            return want
+        if self._buffers is None:
+            on_host = torch.empty(PIECE, dtype=torch.uint8, pin_memory=there.device.type == "cuda")
+            self._buffers = (on_host, torch.empty(PIECE, dtype=torch.uint8, device=there.device))
+        on_host, on_device = (buffer[: want.numel()] for buffer in self._buffers)
+        return on_device.copy_(on_host.copy_(want))
 
     def release(self) -> None:
-        """Nothing maps the files any more, so that they can be evicted."""
+        """Nothing maps the files any more, so that they can be evicted, nor is the device's memory used."""
         self._opened.clear()
+        self._buffers = None

@@ -110,7 +110,7 @@ PEERS: dict[str, Peer] = {
     "weightload load_state_dict": _ours(None, INTO, into=into_loads.weightload_load_state_dict),
     "weightload load_into": _ours(None, INTO, into=into_loads.weightload_load_into),
 }
-SWEEP = {f"weightload {n} threads": _ours(loads.weightload_threads(n), MAPPED, True) for n in (8, 16, 32)}
+SWEEP = {f"weightload {n} threads": _ours(loads.weightload_threads(n), MAPPED, True) for n in (8, 12, 15)}
 
 
 def kind_of(peer: Peer, device: torch.device) -> str | None:

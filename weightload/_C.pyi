@@ -26,6 +26,7 @@ __all__: list[str] = [
     "finish",
     "from_bytes",
     "leave_interpreter",
+    "look_cached",
     "measure_page_costs",
     "open_files",
     "plainly",
@@ -96,7 +97,10 @@ class DeviceTarget:
     """
     An accelerator to load to; page-locking of its ring begins with construction.
     """
-    def __init__(self, device: str, slots: int, slot_bytes: int) -> None: ...
+    def __init__(self, device: str, slots: int, slot_bytes: int, enough: int) -> None:
+        """
+        ``slots``: at most; more than ``enough`` only where the device is late.
+        """
     def close(self) -> None:
         """
         Gives the ring back, for a target that no loader was made with.
@@ -341,6 +345,11 @@ def from_bytes(data: bytes) -> CheckpointFile: ...
 def leave_interpreter() -> None:
     """
     The exit hook: from now on no load begins, and those that are under way are stopped and joined.
+    """
+
+def look_cached(paths: collections.abc.Sequence[bytes]) -> bool:
+    """
+    Whether files seem to be in the page cache, by samples of some of them.
     """
 
 def measure_page_costs() -> None: ...

@@ -22,6 +22,7 @@ MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16
 LARGEST = (1 << 63) - 1  # of any number
+SLOTS_OF_CACHED = 32  # of cached_pinned_bytes: two for each of as many threads as are usual
 LEAST_COLD_THREADS = 4  # some wait for the storage while others copy
 
 CPU = "CPU"
@@ -107,9 +108,20 @@ class Settings:
         256 * MIB,
         unit="bytes",
         loads=ACCELERATORS,
-        what="Page-locked host memory, in slots that are filled and copied from in turn.",
+        what="Page-locked host memory at most, in slots that are filled and copied from in turn.",
         change="Larger where stats() shows that the threads wait for slots although reading is the "
         "slower side; smaller where many processes share the memory or its limit (ulimit -l).",
+    )
+    cached_pinned_bytes: int = _knob(
+        64 * MIB,
+        unit="bytes",
+        loads=ACCELERATORS,
+        what="So much of pinned_bytes is enough where the files look to be in the page cache, in smaller slots: what "
+        "the threads have copied into a slot should still be in the processor's caches when the device fetches it. "
+        "With more, the machine's memory is the limit, and not the link to the device. The rest is used where "
+        "the device is late, having other work before the copies.",
+        change="Smaller where the processor's caches are; larger where stats() shows that the threads wait for slots. "
+        "As much as pinned_bytes: no difference is made.",
     )
     slot_bytes: int = _knob(
         8 * MIB,

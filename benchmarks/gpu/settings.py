@@ -32,11 +32,10 @@ import weightload
 MIB = 1 << 20
 TRIALS: list[dict[str, Any]] = [
     {},
-    {"threads": 8},
-    *({"slot_bytes": slot * MIB, "pinned_bytes": ring * MIB} for slot, ring in ((1, 32), (1, 64), (2, 64), (2, 128))),
-    *({"slot_bytes": slot * MIB, "pinned_bytes": ring * MIB} for slot, ring in ((4, 64), (4, 128), (4, 256), (8, 128))),
-    {"device_block_bytes": 512 * MIB},
-    {"device_block_bytes": 512 * MIB, "slot_bytes": 2 * MIB, "pinned_bytes": 64 * MIB},
+    *({"threads": threads} for threads in (8, 12, 14, 15)),
+    *({"cached_pinned_bytes": ring * MIB} for ring in (32, 128, 256)),
+    *({"device_block_bytes": block * MIB} for block in (256, 512)),
+    {"threads": 14, "device_block_bytes": 256 * MIB},
 ]
 COLD_TRIALS: list[dict[str, Any]] = [{}, {"read": "direct"}, {"read": "buffered"}, {"threads": 32}]
 

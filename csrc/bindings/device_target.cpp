@@ -12,8 +12,9 @@ namespace weightload {
 void register_device_target(py::module_& module) {
   py::class_<DeviceTarget> made(module, "DeviceTarget",
                                 "An accelerator to load to; page-locking of its ring begins with construction.");
-  made.def(py::init<const std::string&, size_t, uint64_t>(), py::call_guard<ReleaseGil>(), py::arg("device"),
-           py::arg("slots"), py::arg("slot_bytes"))
+  made.def(py::init<const std::string&, size_t, uint64_t, size_t>(), py::call_guard<ReleaseGil>(), py::arg("device"),
+           py::arg("slots"), py::arg("slot_bytes"), py::arg("enough"),
+           "``slots``: at most; more than ``enough`` only where the device is late.")
       .def(
           "close",
           [](DeviceTarget& target) {

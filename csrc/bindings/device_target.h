@@ -13,10 +13,12 @@ namespace weightload {
 
 // An accelerator and its pinned ring, which starts to fill at once.
 struct DeviceTarget {
-  DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes) : slot_bytes(slot_bytes) {
+  DeviceTarget(const std::string& name, size_t slots, uint64_t slot_bytes, size_t enough) : slot_bytes(slot_bytes) {
     device = make_accelerator(c10::Device(name));
-    ring = PinnedRing::make(
-        slots, [device = device, slot_bytes](bool pinned) { return device->allocate_slot(slot_bytes, pinned); });
+    const auto allocate = [device = device, slot_bytes](bool pinned) {
+      return device->allocate_slot(slot_bytes, pinned);
+    };
+    ring = PinnedRing::make(slots, allocate, enough);
   }
 
   // Both wait for a thread that may be in the driver.

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <future>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -69,6 +71,13 @@ class FakeDevice final : public weightload::Device {
     static_cast<Block&>(block).copied = enqueue([] {});
   }
   void abandon(weightload::DeviceBlock& block) noexcept override { static_cast<Block&>(block).abandoned = true; }
+
+  // Nothing that is queued later runs before what is given back is called.
+  std::function<void()> hold() {
+    auto gate = std::make_shared<std::promise<void>>();
+    enqueue([open = gate->get_future().share()] { open.wait(); });
+    return [gate] { gate->set_value(); };
+  }
 
   std::atomic<int> pinned_left{1 << 30};
   std::atomic<int> blocks_left{1 << 30};

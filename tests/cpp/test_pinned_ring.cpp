@@ -62,6 +62,51 @@ TEST(a_slot_in_flight_comes_back_when_its_copies_are_done) {
   CHECK(block.bytes[0] == static_cast<char>(499) && block.bytes[4095] == static_cast<char>(499));
 }
 
+TEST(no_more_than_enough_slots_while_the_device_keeps_up) {
+  FakeDevice device;
+  const auto ring = PinnedRing::make(100, from(device), 2);
+  FakeDevice::Block block(4096);
+  for (int i = 0; i < 500; ++i) {
+    PinnedRing::Lease lease = ring->acquire();
+    device.copy(*lease, 0, block, 0, 4096);
+    device.mark_slot(*lease);
+    lease.release_to_device();
+    device.await_all();
+  }
+  CHECK(ring->stats().slots == 2);
+}
+
+TEST(slots_that_threads_hold_are_waited_for_beyond_enough) {
+  FakeDevice device;
+  const auto ring = PinnedRing::make(100, from(device), 1);
+  auto lease = std::make_unique<PinnedRing::Lease>(ring->acquire());
+  std::thread other([&] { static_cast<void>(ring->acquire()); });
+  lease.reset();
+  other.join();
+  CHECK(ring->stats().slots == 1);
+}
+
+TEST(a_device_that_is_late_gets_all_slots) {
+  FakeDevice device;
+  {
+    const auto ring = PinnedRing::make(10, from(device), 2);
+    FakeDevice::Block block(4096);
+    const auto go_on = device.hold();
+    for (int i = 0; i < 10; ++i) {
+      PinnedRing::Lease lease = ring->acquire();
+      device.copy(*lease, 0, block, 0, 4096);
+      device.mark_slot(*lease);
+      lease.release_to_device();
+    }
+    CHECK(ring->stats().slots == 10);
+    go_on();
+    static_cast<void>(ring->acquire());
+    CHECK(ring->stats().slots == 10);
+    device.await_all();
+  }
+  CHECK(device.slots_alive == 0);
+}
+
 TEST(when_page_locking_fails_the_ring_stays_small) {
   FakeDevice device;
   device.pinned_left = 2;
