@@ -3,8 +3,6 @@
     python benchmarks/gpu_ranks.py --model-path MODEL [--device cuda:0] [--ranks 2,4] [--backends NAME NAME]
         [--nccl FILE] [--scratch DIR] [--ways NAME,NAME] [--repeats 2] [--limit-s 240] [--json FILE]
 
-Unproven: this has not run on a GPU yet.
-
 Every run is a torchrun of benchmark_weight_loading_comparison.py, which compares all tensors with safetensors', byte
 for byte, before it times anything. Ratios show what goes wrong, not what a machine with a GPU for every rank does: here
 the ranks' kernels take turns, and nothing crosses NVLink. Over "cpu:gloo,cuda:nccl" the ranks' records travel by gloo,

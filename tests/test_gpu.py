@@ -149,7 +149,7 @@ def test_load_into_a_module(gpu: torch.device, tmp_path: Path) -> None:
 
 
 def test_ranks_that_share_the_gpu_over_nccl(gpu: torch.device, mixed: list[Path], tmp_path: Path) -> None:
-    """Unproven: it has not run on a GPU yet. Records of the agreement take the GPU too; every byte is compared."""
+    """Records of the agreement take the GPU too; every byte is compared."""
     script = Path(__file__).parent.parent / "benchmarks" / "gpu_ranks.py"
     ways = "weightload broadcast,weightload striped"
     command = [

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_tensors
+from conftest import evict, on_a_local_disk, write_tensors
 from simulated_support import DEVICE, SMALL, assert_same, load
 
-from weightload import settings
+from weightload import _C, settings
 from weightload.device_iterator import load_to_device
 from weightload.selection import open_files
 
@@ -29,6 +30,48 @@ def test_page_locking_begins_before_the_headers_are_open(simulated: Any, shards:
     with settings.override(**SMALL):
         weights = load_to_device(torch.device(DEVICE), 30 << 20, [""] * 3, open_when_locked, None)
         assert_same(dict(weights), *shards)
+
+
+def test_cached_files_take_smaller_slots_than_cold_ones(simulated: Any, tmp_path: Path) -> None:
+    """Unless the settings make no difference between them."""
+    if not on_a_local_disk(tmp_path):
+        pytest.skip("needs files that can be put out of the page cache")
+    path = write_tensors(tmp_path / "t.safetensors", [(f"{i}", "U8", [1 << 20]) for i in range(16)])
+
+    def slots_filled(cold: bool) -> int:
+        if cold:
+            evict([path])
+        else:
+            path.read_bytes()
+        weights = load(path)
+        assert_same(dict(weights), path)
+        device = weights.stats().device
+        assert device is not None
+        return device.slots_filled
+
+    with settings.override(threads=2, cached_pinned_bytes=16 << 20, pinned_bytes=64 << 20):
+        assert slots_filled(cold=False) >= 16 << 20 >> 19  # a 32nd of the ring each
+        assert slots_filled(cold=True) <= 16 << 20 >> 21
+    with settings.override(threads=2, cached_pinned_bytes=64 << 20, pinned_bytes=64 << 20):
+        assert slots_filled(cold=False) <= 16 << 20 >> 21
+
+
+@pytest.mark.parametrize("cold", ["all", "one", "none"])
+def test_files_look_cached_when_all_that_are_looked_at_are(tmp_path: Path, cold: str) -> None:
+    if not on_a_local_disk(tmp_path):
+        pytest.skip("needs files that can be put out of the page cache")
+    paths = [tmp_path / str(number) for number in range(3)]
+    for path in paths:
+        path.write_bytes(os.urandom(4 << 20))
+    evict({"all": paths, "one": paths[1:2], "none": []}[cold])
+    assert _C.look_cached([os.fsencode(path) for path in paths]) == (cold == "none")
+
+
+def test_files_that_cannot_be_opened_do_not_look_cached(tmp_path: Path) -> None:
+    assert not _C.look_cached([os.fsencode(tmp_path / "missing")])
+    (tmp_path / "empty").touch()
+    assert _C.look_cached([os.fsencode(tmp_path / "empty")])
+    assert _C.look_cached([])
 
 
 def test_the_next_load_takes_the_slots_of_the_last(simulated: Any, mixed: list[Path]) -> None:

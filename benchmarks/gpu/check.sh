@@ -10,7 +10,7 @@
 # WEIGHTLOAD_COMMIT        what to call the commit where there is no repository
 # .kit/wheels              wheels that are missing on this machine: the other loaders, nlohmann-json, ninja, pytest
 # .kit/wheels-rc           a safetensors release candidate, used only by the loaders that ask for it
-# .kit/libnccl.so.2.xz     an NCCL that lets ranks share a GPU, for "ranks" (unproven: it has not run on a GPU yet)
+# .kit/libnccl.so.2.xz     an NCCL that lets ranks share a GPU, for "ranks"
 #
 # --dry-run does the same without a GPU: tiny, on the CPU, without .kit, build and tests; it measures nothing.
 # On the simulated CUDA (tests/simulated_cuda) every step runs, on tiny checkpoints, and no figure is printed.
