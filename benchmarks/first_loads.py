@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_summary import by_chance
-from machine import describe
+from machine import commit_of, describe
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -146,7 +146,7 @@ def main() -> None:
             cells.append({"cache": cache, "memory": memory, "seconds": seconds})
             print("\n".join(lines(cache, memory, seconds)), flush=True)
     if options.json:
-        old = None if options.old is None else str(options.old)
+        old = options.old and commit_of(options.old)
         result: dict[str, Any] = {**describe(files), "bytes": size, "files": len(files), "old": old, "cells": cells}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -38,7 +38,7 @@ def describe(files: Sequence[str]) -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "safetensors", "weightload", "numpy")},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "read_ahead_kb": _read_ahead_kb(files[0]) if files else None,
         **pages(),
     }
@@ -67,9 +67,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the source tree, marked when the tree differs from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+def commit_of(tree: Path) -> str | None:
+    """The commit of a source tree, marked when the tree differs from it."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:  # no git here

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from compare_summary import by_chance
 from gpu_limits import environment
+from machine import commit_of
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -105,11 +106,6 @@ def words(figures: dict[str, list[float]]) -> str:
     ratio = f"{old / new:.2f}"
     told = by_chance(figures["old"], figures["new"]) < 0.05
     return f"{old * 1e3:9.2f} ms {new * 1e3:9.2f} ms  {ratio if told else f'({ratio})'}"
-
-
-def commit_of(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
