@@ -124,7 +124,7 @@ def fill_cache(files: Sequence[str]) -> None:
             while opened.readinto(buffer):
                 pass
 
-    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(1, min(len(files), usable_cpus()))) as pool:
         list(pool.map(read, files))
 
 

@@ -102,6 +102,34 @@ def test_first_loads(checkpoint: Path, tmp_path: Path) -> None:
         assert all(seconds > 0 for times in cell["seconds"].values() for seconds in times)
 
 
+def test_reload(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "reload.json"
+    command = ["--model-path", checkpoint, "--rounds", 1, "--tmpfs", tmp_path, "--json", out]
+    assert "is not a tmpfs" in run(ROOT / "benchmarks" / "reload.py", *command)
+    (row,) = json.loads(out.read_text())["rows"]
+    ways = {
+        "copy from memory to memory",
+        "weightload load_into",
+        "safetensors load_state_dict",
+        "safetensors get_slice",
+    }
+    assert set(row["seconds"]) == ways
+    assert row["bytes"] > 0
+
+
+def test_busy_server(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "busy.json"
+    model = next(checkpoint.glob("*.safetensors"))
+    command = ["--model-path", model, "--loads", 2, "--threads", 5, "--json", out]
+    assert "p99" in run(ROOT / "benchmarks" / "busy_server.py", *command)
+    result = json.loads(out.read_text())
+    assert [row["file"] for row in result["rows"]] == ["lora.safetensors", model.name]
+    for row in result["rows"]:
+        assert {name: len(times) for name, times in row["seconds"].items()} == dict.fromkeys(
+            ("safetensors", "weightload", "safetensors clone", "weightload pread"), 2
+        )
+
+
 def test_under_torchrun(checkpoint: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     json_file = tmp_path / "r.json"
