@@ -37,7 +37,8 @@ def save_plot(results: Sequence[dict[str, Any]], path: Path, everything: bool = 
         print("no picture: nothing was measured")
         return
     bars = [max(len(best_of_each(scenario["rows"])) for _, scenario in panels) for panels in rows]
-    figure, grid = _grid([0.85 + BAR * count for count in bars], max(map(len, rows)), results)
+    columns = max(map(len, rows))
+    figure, grid = _grid([0.85 + BAR * count for count in bars], columns, results)
     for axes, panels, most in zip(grid, rows, bars, strict=True):
         named = None
         for axis, (result, scenario) in zip(axes, panels, strict=False):
@@ -45,7 +46,7 @@ def save_plot(results: Sequence[dict[str, Any]], path: Path, everything: bool = 
             axis.set_ylim(most - 0.4, -0.6)  # bars of one thickness
             title = _title(result, scenario)
             # Above the names too: there is no room for it above the bars.
-            axis.set_title(title.partition(": ")[2] if result is named else title, x=-0.6, y=1.11, **TITLE)
+            axis.set_title(title.partition(": ")[2] if result is named else title, x=-0.6 if columns > 1 else -0.24, y=1.11, **TITLE)
             named = result
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
