@@ -46,7 +46,12 @@ def save_plot(results: Sequence[dict[str, Any]], path: Path, everything: bool = 
             axis.set_ylim(most - 0.4, -0.6)  # bars of one thickness
             title = _title(result, scenario)
             # Above the names too: there is no room for it above the bars.
-            axis.set_title(title.partition(": ")[2] if result is named else title, x=-0.6 if columns > 1 else -0.24, y=1.11, **TITLE)
+            axis.set_title(
+                title.partition(": ")[2] if result is named else title,
+                x=-0.6 if columns > 1 else -0.24,
+                y=1.11,
+                **TITLE,
+            )
             named = result
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
