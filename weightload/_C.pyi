@@ -26,7 +26,6 @@ __all__: list[str] = [
     "finish",
     "from_bytes",
     "leave_interpreter",
-    "look_cached",
     "measure_page_costs",
     "open_files",
     "plainly",
@@ -97,9 +96,9 @@ class DeviceTarget:
     """
     An accelerator to load to; page-locking of its ring begins with construction.
     """
-    def __init__(self, device: str, slots: int, slot_bytes: int, enough: int) -> None:
+    def __init__(self, device: str, slots: int, slot_bytes: int, enough: int, cold: tuple[int, int] | None) -> None:
         """
-        ``slots``: at most; more than ``enough`` only where the device is late.
+        ``slots``: at most; more than ``enough`` only where the device is late. ``cold``: slots and their bytes in place of these, where what is to be read is not in the page cache.
         """
     def close(self) -> None:
         """
@@ -345,11 +344,6 @@ def from_bytes(data: bytes) -> CheckpointFile: ...
 def leave_interpreter() -> None:
     """
     The exit hook: from now on no load begins, and those that are under way are stopped and joined.
-    """
-
-def look_cached(paths: collections.abc.Sequence[bytes]) -> bool:
-    """
-    Whether files seem to be in the page cache, by samples of some of them.
     """
 
 def measure_page_costs() -> None: ...

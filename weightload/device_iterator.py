@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LEAST_SLOT = 256 << 10  # bytes; below, a read costs more in calls than in copying
-_PAGE = 4096  # slots are multiples of it
 
 
 class DeviceWeightIterator(_C.DeviceLoader):
@@ -76,20 +75,29 @@ class DeviceWeightIterator(_C.DeviceLoader):
 
 
 @plainly
-def make_target(device: torch.device, most_bytes: int, pieces: int, cached: bool = False) -> _C.DeviceTarget:
+def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.DeviceTarget:
     """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now.
 
-    ``pieces``: how many contiguous ranges of files they are, as far as is known; each may end in a slot of its own.
-    ``cached``: the files look to be in the page cache.
+    The ring is one for files in the page cache. Once they are open, the load finds whether they are, else it takes
+    other slots. ``pieces``: how many contiguous ranges of files they are, as far as is known; each may end in a slot of
+    its own.
     """
     now = settings.current()
     # Also does what torch does lazily on the first use of a device.
     empty([0], torch.uint8, device)
-    slot_bytes, enough_bytes = now.slot_bytes, now.pinned_bytes
-    if cached and now.cached_pinned_bytes < now.pinned_bytes:
-        enough_bytes = now.cached_pinned_bytes
-        part = enough_bytes // max(settings.SLOTS_OF_CACHED, 2 * now.thread_count())
-        slot_bytes = min(slot_bytes, max(LEAST_SLOT, part // _PAGE * _PAGE))
+    slots, slot_bytes, enough = _slots(now.slot_bytes, now.pinned_bytes, most_bytes, pieces)
+    if now.cached_pinned_bytes >= now.pinned_bytes:
+        return _C.DeviceTarget(str(device), slots, slot_bytes, enough, None)
+    cold = (slots, slot_bytes)
+    part = now.cached_pinned_bytes // max(settings.SLOTS_OF_CACHED, 2 * now.thread_count())
+    smaller = min(now.slot_bytes, max(LEAST_SLOT, 1 << max(0, part.bit_length() - 1)))
+    slots, slot_bytes, enough = _slots(smaller, now.cached_pinned_bytes, most_bytes, pieces)
+    return _C.DeviceTarget(str(device), slots, slot_bytes, enough, None if slot_bytes == cold[1] else cold)
+
+
+def _slots(slot_bytes: int, enough_bytes: int, most_bytes: int, pieces: int) -> tuple[int, int, int]:
+    """How many slots a load may have at most, their bytes, and how many are enough."""
+    now = settings.current()
     # A small load is cut as finely as keeps all threads busy.
     while slot_bytes > LEAST_SLOT and slot_bytes % 8192 == 0 and most_bytes < 2 * now.thread_count() * slot_bytes:
         slot_bytes //= 2
@@ -100,8 +108,7 @@ def make_target(device: torch.device, most_bytes: int, pieces: int, cached: bool
     needed = most_bytes // slot_bytes + pieces
     enough = max(1, min(enough_bytes // locked, needed))
     # What a slot has no room for begins the next: any two in a row are more than one full slot.
-    slots = max(1, min(now.pinned_bytes // locked, 2 * needed))
-    return _C.DeviceTarget(str(device), slots, slot_bytes, enough)
+    return max(1, min(now.pinned_bytes // locked, 2 * needed)), slot_bytes, enough
 
 
 def load_to_device(
@@ -129,7 +136,7 @@ def load_to_device(
         pieces += 2 * (1 + own_bytes * group.size() // settings.current().device_block_bytes)
     try:
         devices.require_no_capture(device)
-        target = make_target(device, own_bytes, pieces, look_cached(paths))
+        target = make_target(device, own_bytes, pieces)
     except Exception as error:
         if group is not None:
             fail_together(error, group, strategy, paths)
@@ -201,11 +208,6 @@ def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:
     if strategy == "striped":
         return total_bytes // group.size()
     return total_bytes if group.rank() == 0 else 0
-
-
-def look_cached(paths: Sequence[Path]) -> bool:
-    """Whether files seem to be in the page cache, by samples of some of them; bytes in memory are."""
-    return _C.look_cached([os.fsencode(path) for path in paths])
 
 
 def bytes_of_files(paths: Sequence[Path]) -> int:

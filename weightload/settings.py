@@ -116,19 +116,21 @@ class Settings:
         64 * MIB,
         unit="bytes",
         loads=ACCELERATORS,
-        what="So much of pinned_bytes is enough where the files look to be in the page cache, in smaller slots: what "
-        "the threads have copied into a slot should still be in the processor's caches when the device fetches it. "
-        "With more, the machine's memory is the limit, and not the link to the device. The rest is used where "
-        "the device is late, having other work before the copies.",
-        change="Smaller where the processor's caches are; larger where stats() shows that the threads wait for slots. "
-        "As much as pinned_bytes: no difference is made.",
+        what="So much of pinned_bytes is enough where the files look to be in the page cache, in slots of a "
+        f"{SLOTS_OF_CACHED}nd of it or less, 256 KiB at least: what the threads have copied into a slot should still "
+        "be in the processor's caches when the device fetches it. With more, the machine's memory is the limit, and "
+        "not the link to the device. The rest is used where the device is late, having other work before the copies.",
+        change="Smaller where the processor's caches are; larger where a measurement says so, with many threads say. "
+        "That threads wait for slots is as it should be here: the link is the limit then. As much as pinned_bytes: no "
+        "difference is made.",
     )
     slot_bytes: int = _knob(
         8 * MIB,
         unit="bytes",
         loads=ACCELERATORS,
         multiple=4096,
-        what="One slot: one read and one copy. torch locks the next power of two. Small loads take smaller slots.",
+        what="One slot: one read and one copy. torch locks the next power of two. Small loads, and files in the page "
+        "cache (cached_pinned_bytes), take smaller slots.",
         change="Smaller slots start the first copy sooner; larger ones cost fewer calls. pinned_bytes must hold one.",
     )
     device_block_bytes: int = _knob(

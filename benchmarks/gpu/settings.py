@@ -56,21 +56,26 @@ def load(files: list[str], device: torch.device, trial: dict[str, Any]) -> dict[
         handed_out = time.perf_counter() - begin
         torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - begin
-    stats = weights.stats().as_dict()
+    stats = weights.stats()
     total = sum(tensor.nbytes for tensor in tensors.values())
     tensors.clear()
-    return {"seconds": seconds, "handed_out_s": handed_out, "gb_per_s": total / 1e9 / seconds, "stats": stats}
+    return {
+        "seconds": seconds,
+        "handed_out_s": handed_out,
+        "gb_per_s": total / 1e9 / seconds,
+        "threads": stats.threads,
+        "stages_s": {name: round(stage.seconds, 4) for name, stage in stats.stages.items()},
+        "direct_bytes": stats.direct_bytes,
+    }
 
 
 def line(name: str, loads: list[dict[str, Any]]) -> str:
     """The median, and the median load's stages: thread seconds, or of the iterating thread."""
     middle = sorted(loads, key=lambda load: load["seconds"])[len(loads) // 2]
     rate = statistics.median(load["gb_per_s"] for load in loads)
-    stages = {name: stage["seconds"] for name, stage in middle["stats"]["stages"].items()}
-    direct = sum(file["direct_bytes"] for file in middle["stats"]["files"]) / 1e9
-    parts = " ".join(f"{name} {seconds:.3f}" for name, seconds in stages.items() if seconds >= 0.001)
-    threads = middle["stats"]["threads"]
-    return f"{name:24} {rate:6.2f} GB/s {middle['seconds']:.3f} s | {threads} threads, direct {direct:.1f} GB | {parts}"
+    parts = " ".join(f"{name} {seconds:.3f}" for name, seconds in middle["stages_s"].items() if seconds >= 0.001)
+    read = f"{middle['threads']} threads, direct {middle['direct_bytes'] / 1e9:.1f} GB"
+    return f"{name:24} {rate:6.2f} GB/s {middle['seconds']:.3f} s | {read} | {parts}"
 
 
 def parse_trial(text: str) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def main() -> None:
     torch.zeros(1, device=device)
     end = time.monotonic() + options.budget
     fill_cache(files)
+    facts = {"benchmark": "gpu_settings", "cache": "cold" if options.cold else "warm", **environment(device, files)}
     rows: dict[str, list[dict[str, Any]]] = {}
 
     def one(name: str, trial: dict[str, Any]) -> None:
@@ -102,6 +108,8 @@ def main() -> None:
                 evict(files)
             rows.setdefault(name, []).append(load(files, device, trial))
             gc.collect()
+            if options.json:  # whoever stops this has what was measured until then
+                options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
     one("first load", {})
     trials = options.trial or (COLD_TRIALS if options.cold else TRIALS)
@@ -112,9 +120,6 @@ def main() -> None:
         one("memory given back", {})
     for name, loads in rows.items():
         print(line(name, loads))
-    if options.json:
-        facts = {"benchmark": "gpu_settings", "cache": "cold" if options.cold else "warm", **environment(device, files)}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

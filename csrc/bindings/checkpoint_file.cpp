@@ -12,7 +12,6 @@
 #include "bindings/register.h"
 #include "bindings/signals.h"
 #include "io/residency.h"
-#include "pipeline/cached_reads.h"
 #include "pipeline/selected_tensors.h"
 
 namespace py = pybind11;
@@ -107,12 +106,6 @@ std::optional<uint64_t> resident_bytes(const py::bytes& encoded_path) {
   return cached_bytes(*file, {0, file->size()});
 }
 
-bool look_cached_from_python(const std::vector<py::bytes>& encoded_paths) {
-  const std::vector<std::string> paths(encoded_paths.begin(), encoded_paths.end());
-  const ReleaseGil release;
-  return look_cached(paths, check_signals);
-}
-
 }  // namespace
 
 void register_checkpoint_file(py::module_& module) {
@@ -180,8 +173,6 @@ void register_checkpoint_file(py::module_& module) {
 
   module.def("resident_bytes", &resident_bytes, py::arg("path"),
              "Bytes of the file in the page cache, or None where the kernel does not tell.");
-  module.def("look_cached", &look_cached_from_python, py::arg("paths"),
-             "Whether files seem to be in the page cache, by samples of some of them.");
 }
 
 }  // namespace weightload

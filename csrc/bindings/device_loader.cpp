@@ -63,6 +63,7 @@ void register_device_loader(py::module_& module) {
              DeviceLoaderOptions options;
              options.threads = threads;
              options.slot_bytes = target.slot_bytes;
+             options.cold = target.cold;
              options.block_bytes = block_bytes;
              options.window_bytes = window_bytes;
              options.read = read;

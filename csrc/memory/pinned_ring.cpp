@@ -52,6 +52,23 @@ void PinnedRing::close() noexcept {
   in_flight.swap(in_flight_);
 }
 
+void PinnedRing::replace(size_t slots, Allocate allocate) {
+  std::vector<std::unique_ptr<HostSlot>> others;
+  std::unique_lock<std::mutex> lock(mutex_);
+  capacity_ = 0;  // the ring's thread makes no more
+  changed_.wait(lock, [this] { return making_ == 0; });
+  others.swap(idle_);
+  slots_ = pageable_ = 0;
+  // Destroyed without the mutex, and before others are made: no more is page-locked at any time than may be.
+  lock.unlock();
+  others.clear();
+  lock.lock();
+  allocate_ = std::move(allocate);
+  wanted_ = capacity_ = enough_ = slots;
+  known_ = false;
+  aligned_ = pin_ = true;
+}
+
 void PinnedRing::fill() {
   name_this_thread();
   std::unique_lock<std::mutex> lock(mutex_);
@@ -67,6 +84,7 @@ bool PinnedRing::may_grow() const {
 // With mutex_ held and slots_ < capacity_. Returns false when no slot came of it.
 bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
   ++slots_;
+  ++making_;
   const bool pin = pin_;
   lock.unlock();
   std::unique_ptr<HostSlot> slot;
@@ -76,6 +94,7 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
     // What matters is that there is none; acquire() says so if it comes to that.
   }
   lock.lock();
+  --making_;
   if (slot) {
     if (!slot->pinned()) ++pageable_;
     if (!known_) aligned_ = slot->before_aligned() == 0;
@@ -120,6 +139,8 @@ PinnedRing::Lease PinnedRing::acquire() {
       return lease(std::move(slot));
     }
     if (may_grow()) {
+      if (polled) changed_.notify_one();
+      polled = false;
       Stopwatch watch(make_ns_);
       grow(lock);
       continue;
@@ -127,7 +148,7 @@ PinnedRing::Lease PinnedRing::acquire() {
     if (capacity_ == 0) throw Error(ErrorKind::memory, "no memory for reading: neither page-locked nor pageable");
     // A device's events can be asked or waited for; only asking can be interrupted, and waiting may spin inside its
     // driver. One thread asks for all, the others sleep.
-    Stopwatch watch(in_flight_.empty() ? make_ns_ : wait_ns_);
+    Stopwatch watch(in_flight_.empty() && making_ > 0 ? make_ns_ : wait_ns_);
     if (!in_flight_.empty() && !polling_) {
       polling_ = polled = true;
       changed_.wait_for(lock, kPollInterval);

@@ -18,8 +18,8 @@ namespace weightload {
 // flight (being copied from) -> idle. acquire() is the back-pressure: it waits while all slots are leased or in flight.
 //
 // The fewer slots are in use, the more of what threads write is still in the processor's caches when the device fetches
-// it. So beyond `enough` of them one more is made only where the device is late: where it has given none back for
-// kLate, as when it has other work before the copies. (16 cores and an H100: 40 GB/s through 256 MiB, 45 through 64.)
+// it. So beyond `enough` of them more are made only while the device is late: once it has given none back for kLate,
+// as when it has other work before the copies. (16 cores and an H100: 40 GB/s through 256 MiB, 45 to 49 through 64.)
 //
 // Page-locking is slow (about 4 GB/s the first time), so slots are made one by one: by a thread of the ring, from
 // construction to the first demand, and by whoever finds none. When page-locking fails the ring stays as small as it
@@ -36,6 +36,9 @@ class PinnedRing {
 
   PinnedRing(const PinnedRing&) = delete;
   PinnedRing& operator=(const PinnedRing&) = delete;
+
+  // Before the first acquire(): other slots, in place of those that were made until then.
+  void replace(size_t slots, Allocate allocate);
 
   // A slot of one's own. Goes back as idle on destruction, or as in flight with release_to_device().
   class Lease {
@@ -90,10 +93,11 @@ class PinnedRing {
   void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
   void fill();
 
-  const Allocate allocate_;
-  const size_t wanted_;
-  const size_t enough_;
   mutable std::mutex mutex_;
+  Allocate allocate_;  // called without the mutex: replaced only while nobody makes a slot
+  size_t wanted_;
+  size_t enough_;
+  size_t making_ = 0;                // threads that make a slot
   std::condition_variable changed_;  // a slot came back, or stop
   size_t capacity_;                  // shrinks when page-locking fails
   size_t slots_ = 0;                 // made or being made

@@ -1,10 +1,7 @@
 #include "pipeline/cached_reads.h"
 
 #include <algorithm>
-#include <memory>
 
-#include "base/error.h"
-#include "io/file_system.h"
 #include "io/residency.h"
 
 namespace weightload {
@@ -15,10 +12,6 @@ constexpr size_t kMostRangesToAskOf = 256;
 
 constexpr size_t kSamples = 16;
 constexpr uint64_t kSampleBytes = 64 << 10;
-
-// Of look_cached().
-constexpr size_t kFilesLookedAt = 4;
-constexpr uint64_t kLooksAFile = 4;
 
 char* mapping_of(const HostMemoryRef& map) { return map ? map->data() : nullptr; }
 
@@ -48,26 +41,6 @@ bool looks_cached(const SelectedTensors& selected, const std::vector<HostMemoryR
     const ByteRange sample{task.bytes.begin, std::min(task.bytes.end, task.bytes.begin + kSampleBytes)};
     const File* const file = selected.files()[task.file]->file();
     if (!file || !seems_cached(*file, sample, mapping_of(maps[task.file])).value_or(false)) return false;
-  }
-  return true;
-}
-
-bool look_cached(const std::vector<std::string>& paths, const std::function<void()>& pause) {
-  const size_t files = std::min(paths.size(), kFilesLookedAt);
-  for (size_t i = 0; i < files; ++i) {
-    std::shared_ptr<const File> file;
-    try {
-      file = File::open(paths[i * paths.size() / files], pause);
-    } catch (const Error&) {
-      return false;
-    }
-    // Not at the header: whoever looked at that has brought in what follows.
-    for (uint64_t look = 1; look <= kLooksAFile; ++look) {
-      const uint64_t begin = file->size() / kLooksAFile * look - std::min(file->size() / kLooksAFile, kSampleBytes);
-      const ByteRange sample{begin, std::min(file->size(), begin + kSampleBytes)};
-      if (sample.empty()) continue;
-      if (storage_of(*file) != Storage::memory && !seems_cached(*file, sample).value_or(false)) return false;
-    }
   }
   return true;
 }

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/fork_generation.h"
 #include "base/stopwatch.h"
+#include "pipeline/cached_reads.h"
 
 namespace weightload {
 namespace {
@@ -72,7 +73,14 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   layout.block_bytes = options.block_bytes;
   layout_ = plan_layout(extents, layout);
 
-  slot_bytes_ = layout_.blocks.empty() ? options.slot_bytes : ring_->room(options.slot_bytes);
+  slot_bytes_ = options.slot_bytes;
+  if (options.cold && looks_cold(options)) {
+    slot_bytes_ = options.cold->slot_bytes;
+    ring_->replace(options.cold->slots, [device = device_, bytes = slot_bytes_](bool pinned) {
+      return device->allocate_slot(bytes, pinned);
+    });
+  }
+  if (!layout_.blocks.empty()) slot_bytes_ = ring_->room(slot_bytes_);
   const ReadPlan reads = plan_reads(layout_, shared_.reads(slot_bytes_));
   slots_ = plan_slots(reads.tasks, layout_.blocks.size(), slot_bytes_);
 
@@ -88,6 +96,15 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
     in_place_[block] = true;
     places_awaited_ = false;
   }
+}
+
+// Whether this rank's reads will wait for storage. Files in memory are nobody's cache, and as fast as one.
+bool DeviceLoader::looks_cold(const DeviceLoaderOptions& options) const {
+  const CheckpointFiles& files = selected_.files();
+  if (std::none_of(files.begin(), files.end(), [](const auto& file) { return file->file() != nullptr; })) return false;
+  const ReadPlan reads = plan_reads(layout_, shared_.reads(options.cold->slot_bytes));
+  if (reads.tasks.empty()) return false;
+  return options.read == ReadMode::direct || !looks_cached(selected_, std::vector<HostMemoryRef>(files.size()), reads);
 }
 
 void DeviceLoader::open_readers(ReadMode mode) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "base/look.h"
@@ -21,9 +22,16 @@
 
 namespace weightload {
 
+// Slots that a load takes in place of its ring's.
+struct OtherSlots {
+  size_t slots = 0;  // at most
+  uint64_t slot_bytes = 0;
+};
+
 struct DeviceLoaderOptions {
   unsigned threads = 2;
   uint64_t slot_bytes = 8ull << 20;     // of the ring; a multiple of kDirectAlignment
+  std::optional<OtherSlots> cold;       // where what is to be read does not look to be in the page cache
   uint64_t block_bytes = 128ull << 20;  // see LayoutOptions::block_bytes
 
   // How far, in bytes, reading may run ahead of the consumer: bounds the device memory that no tensor owns yet. Not
@@ -89,6 +97,7 @@ class DeviceLoader {
 
  private:
   void plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options);
+  bool looks_cold(const DeviceLoaderOptions& options) const;
   void open_readers(ReadMode mode);
   void start(const DeviceLoaderOptions& options);
   void work(size_t task, const Look& look);

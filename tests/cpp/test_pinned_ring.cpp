@@ -107,6 +107,41 @@ TEST(a_device_that_is_late_gets_all_slots) {
   CHECK(device.slots_alive == 0);
 }
 
+TEST(slots_are_replaced_before_the_first_is_asked_for) {
+  for (int round = 0; round < 200; ++round) {
+    FakeDevice device;
+    {
+      const auto ring = PinnedRing::make(8, from(device), 4);
+      if (round % 2) CHECK(ring->room(4096) == 4096);
+      std::atomic<int> most{0};
+      ring->replace(3, [&](bool pinned) {
+        most = std::max<int>(most, device.slots_alive);
+        return device.allocate_slot(8192, pinned);
+      });
+      CHECK(ring->room(8192) == 8192);
+      std::vector<PinnedRing::Lease> leases;
+      for (int i = 0; i < 3; ++i) leases.push_back(ring->acquire());
+      for (const auto& lease : leases) CHECK(lease->size() == 8192);
+      CHECK(ring->stats().slots == 3);
+      CHECK(device.slots_alive == 3);
+      CHECK(most <= 2);  // those before are gone before others are made
+    }
+    CHECK(device.slots_alive == 0);
+  }
+}
+
+TEST(slots_in_place_of_those_that_could_not_be_locked_are_tried_anew) {
+  FakeDevice device;
+  device.pinned_left = 0;
+  const auto ring = PinnedRing::make(8, from(device), 4);
+  CHECK(ring->room(4096) == 4096);
+  device.pinned_left = 2;
+  ring->replace(3, from(device));
+  const PinnedRing::Lease lease = ring->acquire();
+  CHECK(lease->pinned());
+  CHECK(ring->stats().pageable_slots == 0);
+}
+
 TEST(when_page_locking_fails_the_ring_stays_small) {
   FakeDevice device;
   device.pinned_left = 2;
