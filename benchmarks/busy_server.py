@@ -19,46 +19,19 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensor_memory
 import torch
-from first_loads import against
+from first_loads import KINDS, against
 from machine import describe, fill_cache
-
-import weightload
+from peer_loads import Load
+from peers import PEERS
 
 RANK, MODULES, WIDTH = 16, 100, 3125  # of the LoRA: two matrices of 16 x 3125 in bf16 a module, 20 MB
 BURST_S, PAUSE_S = 0.0002, 0.01  # of one of the server's threads
-
-Load = Callable[[str], list[torch.Tensor]]
-
-
-def views(file: str) -> list[torch.Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt", device="cpu") as opened:
-        return [opened.get_tensor(name) for name in opened.keys()]  # noqa: SIM118  (the handle is no dict)
-
-
-def clones(file: str) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in views(file)]
-
-
-def our_views(file: str) -> list[torch.Tensor]:
-    return [tensor for _, tensor in weightload.safetensors_weights_iterator([file], to_cpu=True)]
-
-
-def our_copies(file: str) -> list[torch.Tensor]:
-    return [tensor for _, tensor in weightload.safetensors_weights_iterator([file], to_cpu=True, backend="pread")]
-
-
-KINDS: dict[str, tuple[tuple[str, Load], tuple[str, Load]]] = {
-    "mapped": (("safetensors", views), ("weightload", our_views)),
-    "private": (("safetensors clone", clones), ("weightload pread", our_copies)),
-}
 
 
 def write_lora(path: Path) -> None:
@@ -94,13 +67,13 @@ def busy(threads: int) -> Iterator[None]:
 
 def once(load: Load, file: str) -> float:
     begin = time.perf_counter()
-    tensors = load(file)
+    tensors = [tensor for _, tensor in load([file], torch.device("cpu"))]
     tensor_memory.touch(tensor_memory.spans_of(tensors))
     return time.perf_counter() - begin
 
 
 def measure(file: str, loads: int) -> dict[str, list[float]]:
-    ways = dict(way for pair in KINDS.values() for way in pair)
+    ways = {way: load for pair in KINDS.values() for way in pair if (load := PEERS[way].load)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(loads + 3):
         for name in random.sample(list(ways), len(ways)):
@@ -131,7 +104,7 @@ def main() -> None:
             seconds = measure(file, options.loads)
             size = Path(file).stat().st_size
             print(f"\n{Path(file).name}, {size / 1e6:.0f} MB, {options.threads} threads beside, {options.loads} loads:")
-            for kind, ((them, _), (us, _)) in KINDS.items():
+            for kind, (them, us) in KINDS.items():
                 for name in (them, us):
                     print(f"  {name:20} p50 {statistics.median(seconds[name]) * 1e3:8.2f} ms"
                           f"   p99 {p99(seconds[name]) * 1e3:8.2f} ms")  # fmt: skip

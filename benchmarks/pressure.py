@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_summary import by_chance
-from first_loads import against
+from first_loads import KINDS, against
 from machine import describe
 
 import weightload
@@ -45,12 +45,12 @@ CHILD = """
 import os, sys, threading, time
 
 way, group, files = sys.argv[1], sys.argv[2], sys.argv[3:]
-for folder in filter(None, group.split(":")):
-    with open(os.path.join(folder, "cgroup.procs"), "w") as procs:
+if group:
+    with open(os.path.join(group, "cgroup.procs"), "w") as procs:
         procs.write(str(os.getpid()))
 import torch
 from machine import evict
-from peer_loads import safetensors
+from peers import PEERS
 import weightload
 
 evict(files)
@@ -62,16 +62,6 @@ def own():
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def ours(backend):
-    return weightload.safetensors_weights_iterator(files, to_cpu=True, backend=backend, show_progress=False)
-
-
-WAYS = {
-    "safetensors": lambda: safetensors(files, torch.device("cpu")),
-    "safetensors clone": lambda: ((name, tensor.clone()) for name, tensor in safetensors(files, torch.device("cpu"))),
-    "weightload": lambda: ours("mmap"),
-    "weightload pread": lambda: ours("pread"),
-}
 before, peak, done = own(), [0], threading.Event()
 
 
@@ -83,7 +73,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 begin = time.perf_counter()
-for name, tensor in WAYS[way]():
+for name, tensor in PEERS[way].load(files, torch.device("cpu")):
     if tensor.nbytes:
         tensor.flatten().view(torch.uint8)[::4096].sum()
     del tensor
@@ -100,8 +90,6 @@ from gpu_limits import direct_read
 while True:
     direct_read([sys.argv[1]], threads=1)
 """
-
-KINDS = {"mapped": ("safetensors", "weightload"), "private": ("safetensors clone", "weightload pread")}
 
 
 def groups_of(controller: str) -> Path | None:
