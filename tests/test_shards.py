@@ -267,10 +267,10 @@ def test_halves_of_short_rows_are_read_with_what_is_between(tmp_path: Path) -> N
 
 
 def test_dealing_is_that_of_chunk() -> None:
-    assert part_of_rank((5,), (4,), (3,), [Shard(0)]) == ((),)
-    assert part_of_rank((5,), (4,), (2,), [Shard(0)]) == (((4, 5),),)
-    assert part_of_rank((8,), (2, 2), (0, 1), [_StridedShard(0, split_factor=2), Shard(0)]) == (((4, 6),),)
-    assert part_of_rank((8, 4), (2, 2), (1, 1), [Shard(0), Shard(1)]) == (((4, 8),), ((2, 4),))
+    assert part_of_rank((5,), (4,), (3,), (Shard(0),)) == ((),)
+    assert part_of_rank((5,), (4,), (2,), (Shard(0),)) == (((4, 5),),)
+    assert part_of_rank((8,), (2, 2), (0, 1), (_StridedShard(0, split_factor=2), Shard(0))) == (((4, 6),),)
+    assert part_of_rank((8, 4), (2, 2), (1, 1), (Shard(0), Shard(1))) == (((4, 8),), ((2, 4),))
 
 
 TWO_DIMENSIONS = """

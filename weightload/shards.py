@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -55,8 +56,9 @@ def _between(ranges: Sequence[tuple[int, int]], first: int, last: int) -> Ranges
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=1024)  # the layers of a model are alike
 def part_of_rank(
-    shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+    shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Any, ...]
 ) -> Part:
     """The indices of a tensor that a rank's shard has.
 
@@ -104,20 +106,20 @@ def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
     """
     given: Any = tensor
     spec = given._spec
+    kind: Any = type(spec)
     with torch.no_grad():  # with autograd it is a view, and each a node of the graph
         local: torch.Tensor = given.to_local()
     if all(placement.is_replicate() for placement in spec.placements):
         return local, None
-    default = getattr(type(spec), "compute_default_shard_order", None)
     order = getattr(spec, "shard_order", None)
-    if order is not None and default is not None and order != default(spec.placements):
+    if order is not None and order != _default_order(kind, spec.placements):
         raise NotAShardError("its dimensions are dealt out in an order of their own (shard_order)")
     mesh = spec.mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank has no part in it
         part: Part = ((),) * tensor.dim()
     else:
-        part = part_of_rank(tensor.shape, tuple(mesh.shape), coordinate, spec.placements)
+        part = part_of_rank(tuple(tensor.shape), tuple(mesh.shape), tuple(coordinate), tuple(spec.placements))
     here = tuple(local.shape)
     if shape_of(part) != here and (local.numel() or math.prod(shape_of(part))):
         raise NotAShardError(f"its placements give this rank {shape_of(part)}, but it has {here}")
@@ -126,7 +128,14 @@ def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
     return local, part
 
 
-def gather_shards(target: object) -> None:
+@functools.lru_cache(maxsize=1024)
+def _default_order(kind: Any, placements: tuple[Any, ...]) -> object:
+    """How torch says that the dimensions of a mesh take their turns from left to right."""
+    compute = getattr(kind, "compute_default_shard_order", None)
+    return None if compute is None else compute(placements)
+
+
+def go_back_to_shards(target: object) -> None:
     """Have the modules of a target that FSDP has gathered for a forward go back to their shards.
 
     It does so itself before ``state_dict`` and ``load_state_dict``, by a hook.

@@ -15,7 +15,7 @@ from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
-from weightload.shards import Part, gather_shards, shape_of
+from weightload.shards import Part, go_back_to_shards, shape_of
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -81,7 +81,7 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         TensorError: torch lacks the dtype of a tensor that is wanted.
         TypeError: the target is neither a module nor a mapping of tensors.
     """
-    gather_shards(target)
+    go_back_to_shards(target)
     here = {tensor[0]: tensor for file in files for tensor in file.tensors()}
     walk = _walk(target, here.keys())
     made = walk.made_on_the_fly()  # by the user's code, in the user's modes
