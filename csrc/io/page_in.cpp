@@ -46,7 +46,7 @@ void read_and_drop(const File& file, ByteRange range) {
 // page cache then costs the consumer, one thread, a fault in the host. Copying the pages once through a small
 // buffer makes the reading threads take those faults, in parallel, at the price of memory bandwidth that a
 // disk leaves free. It also proves that every byte can be read, with its errno if not. Figures:
-// csrc/README.md, "Cold pages".
+// csrc/notes/page_cache.md, "Cold pages".
 //
 // On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
 // read in small pieces, into the page cache only.
