@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -18,6 +20,7 @@ from weightload import errors
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "weightload" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 NOTES = sorted((ROOT / "csrc" / "notes").glob("*.md"))
 PAGES = [ROOT / "README.md", GUIDE, *(ROOT / name / "README.md" for name in ("benchmarks", "csrc", "tests")), *NOTES]
 SOURCES = [path for kind in ("*.h", "*.cpp", "*.py", "*.sh") for path in (ROOT / "csrc").rglob(kind)]
@@ -128,6 +131,31 @@ def test_the_guide_names_everything_public() -> None:
         assert re.search(rf"\b{name}\b", text), name
     for kind in errors.WeightLoadError.__subclasses__():
         assert f"`{kind.__name__}`" in text, kind
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["report.py --overview compare-large compare-one-file compare-small",
+     "report.py cpu-llama cpu-real cpu-small ranks-llama ranks-small ranks4-llama ranks4-small"],
+)  # fmt: skip
+def test_the_tables_are_those_of_the_results(command: str) -> None:
+    script, *arguments = command.split()
+    named = [text if text.startswith("--") else str(RESULTS / f"{text}.json") for text in arguments]
+    made = run([sys.executable, str(RESULTS.parent / script), *named], ROOT)
+    rows = [line for line in made.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    assert set(rows) <= set((RESULTS.parent / "README.md").read_text().splitlines())
+
+
+def test_the_first_loads_are_those_of_the_results() -> None:
+    kinds = {"mapped": ("safetensors", "weightload"), "private": ("safetensors clone", "weightload pread")}
+    for cell in json.loads((RESULTS / "first-loads.json").read_text())["cells"]:
+        for kind, ways in kinds.items():
+            theirs, ours = (f"{statistics.median(cell['seconds'][way]):.3f} s" for way in ways)
+            row = rf"\| {cell['cache']} \| {cell['memory'].split()[0]} [^|]+ \| {kind} \| {theirs} \| {ours} \|"
+            assert re.search(row, (RESULTS.parent / "README.md").read_text()), row
+            if cell["memory"] == "as it comes":
+                assert f"| {theirs} | {ours} |" in (ROOT / "README.md").read_text()
 
 
 def test_pages_that_sources_name_are_there() -> None:
