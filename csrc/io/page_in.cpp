@@ -75,7 +75,8 @@ bool back_pages(const File& file, ByteRange range) {
 // page cache then costs the consumer, one thread, a fault in the host. Copying the pages once through a small
 // buffer makes the reading threads take those faults, in parallel. Where the host has memory for them already it would
 // only cost: of every stretch one page is read, and the rest where that has waited for the host. What the kernel has
-// read ahead of a load is as fresh, and is looked at in the same way. Figures: csrc/README.md, "Cold pages".
+// read ahead of a load is as fresh, and is looked at in the same way. Figures: csrc/notes/page_cache.md, "Cold
+// pages".
 //
 // On storage that takes long for 2 MiB that cannot be: nothing ends a call that has asked for them. There the pages are
 // read in small pieces, into the page cache only.
