@@ -173,3 +173,14 @@ runpy.run_path({SCRIPT!r}, run_name="__main__")
     loaders = {row["loader"] for row in result["rows"]}
     assert loaders == {"raw parallel read", "pinned copy", "safetensors", "safetensors .to()", "weightload"}
     assert all(row["median_s"] > 0 for row in result["rows"])
+
+
+def test_sharded_loads(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sharded.json"
+    command = ["--model-path", checkpoint, "--plans", "tp2", "--states", "warm", "--rounds", 1, "--json", out]
+    assert "MB of shards" in run(ROOT / "benchmarks" / "sharded_loads.py", *command)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert set(row["loads"]) == {"weightload", "DCP", "get_slice", "whole tensors"}
+    (ours,) = row["loads"]["weightload"]
+    assert 0 < ours["wanted"] <= ours["read"]
+    assert all(load["seconds"] > 0 for loads in row["loads"].values() for load in loads)
