@@ -13,8 +13,7 @@ KIB, MIB = 1 << 10, 1 << 20
 HEAD = """\
 # Settings
 
-Made from `weightload/settings.py` by `weightload settings --markdown`. The defaults are meant to be right; `weightload
-tune PATH` measures a checkpoint's own files on the machine at hand and says which settings are worth changing, if any.
+Made from `weightload/settings.py` by `weightload settings --markdown`. The defaults are meant to be right.
 
 A setting is taken from the innermost scoped override, else from its environment variable, else it has its default.
 It is read when a load begins, so a change concerns the loads that begin after it. A value that is not allowed is a
