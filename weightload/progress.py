@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightload import _C, terminal
 from weightload.distributed import global_rank
@@ -15,8 +15,6 @@ from weightload.plain_torch import plainly
 if TYPE_CHECKING:
     import torch
 
-    from weightload.device_iterator import DeviceWeightIterator
-    from weightload.iterator import WeightIterator
     from weightload.load_stats import LoadStats
 
 Advance = Callable[[int], object]
@@ -75,6 +73,26 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
+class Load(Protocol):
+    """What a bar needs of a load: iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
+
+    agreement_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all its tensors."""
+
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None:
+        """Stop it."""
+
+    def stats(self) -> LoadStats:
+        """What it has done so far."""
+
+
 class WeightsWithBar:
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
@@ -83,7 +101,7 @@ class WeightsWithBar:
         always: show the bar from the start, not only once the load has lasted a second.
     """
 
-    def __init__(self, weights: WeightIterator | DeviceWeightIterator, always: bool) -> None:
+    def __init__(self, weights: Load, always: bool) -> None:
         self._weights = weights
         self.agreement_seconds = weights.agreement_seconds
         self.total_bytes = weights.total_bytes
