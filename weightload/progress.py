@@ -1,4 +1,4 @@
-"""A tqdm bar over a load, in bytes."""
+"""A tqdm bar over a load, in bytes, or over other work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wanted(show_progress: bool | None) -> bool:
     return terminal.is_terminal(sys.stderr) if show_progress is None else terminal.can_write(sys.stderr)
 
 
-def _bar(total: int, always: bool) -> Any:
+def _bar(total: int, always: bool, what: str = "Loading weights", unit: str = "B") -> Any:
     try:
         from tqdm.auto import tqdm
 
@@ -39,9 +39,9 @@ def _bar(total: int, always: bool) -> Any:
         bar = type("Bar", (tqdm,), {"__del__": _C.finish, "monitor_interval": 0})
         return bar(
             total=total,
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
             unit_divisor=1000,
             miniters=1,
             delay=0 if always else SECONDS_BEFORE_THE_BAR,
@@ -143,10 +143,10 @@ def unseen(_: int) -> None:
 
 
 @contextmanager
-def bar(total: int, show_progress: bool | None) -> Iterator[Advance]:
-    """A function to call with bytes as they are loaded, and a bar if one is wanted."""
+def bar(total: int, show_progress: bool | None, what: str = "Loading weights", unit: str = "B") -> Iterator[Advance]:
+    """A function to call with bytes as they are loaded (or with what ``unit`` counts), and a bar if one is wanted."""
     if not wanted(show_progress):
         yield unseen
         return
-    with _bar(total, show_progress is True) as shown:
+    with _bar(total, show_progress is True, what, unit) as shown:
         yield shown.update
