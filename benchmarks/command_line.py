@@ -57,10 +57,14 @@ def at_least(least: int) -> Callable[[str], int]:
 def usable_device(name: str) -> torch.device:
     """The type of an argument that is a device; as it is named, with a number or without."""
     try:
-        devices.resolve(name)
+        device, default = torch.device(name), devices.default_device()
+        # One without a number is this rank's own: nothing is asked of the current one, which may be another rank's.
+        devices.resolve(default if device.index is None and device.type == default.type else device)
+    except RuntimeError as error:  # torch's, of a name
+        raise argparse.ArgumentTypeError(f"no such device: {str(error).splitlines()[0]}") from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return torch.device(name)
+    return device
 
 
 @dataclasses.dataclass(frozen=True)
