@@ -279,7 +279,7 @@ def test_what_was_handed_out_in_private_memory_stays(path: Path, private_way: Wa
 
 
 def test_views_of_a_mapped_file_show_what_it_holds(path: Path) -> None:
-    """As the README says: pages that were written are one's own, the others show what others write to the file."""
+    """As the guide says: pages that were written are one's own, the others show what others write to the file."""
     path.unlink()
     write_tensors(path, [("a", "U8", [1 << 20])])
     tensor = weightload.load_file(path)["a"]

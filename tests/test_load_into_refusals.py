@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import weightload
@@ -270,30 +268,6 @@ def test_inference_tensors_of_a_module_inside_and_outside_the_mode(tmp_path: Pat
         safetensors.torch.save_file({"x": torch.ones(4), "y": torch.full((4,), 2.0)}, path)
         weightload.load_into({"x": overlapping[:4], "y": overlapping[2:]}, path)
         assert overlapping.tolist() == [1, 1, 2, 2, 2, 2]
-
-
-def test_distributed_tensors(tmp_path: Path) -> None:
-    """Of FSDP2 too: not served, and said before anything is written."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        path = tmp_path / "m.safetensors"
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        safetensors.torch.save_file(model.state_dict(), path)
-        fully_shard(model[1], mesh=mesh)
-        target = {"0.weight": torch.zeros(4, 4), "1.weight": distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)])}
-        before = hashlib.sha1(model[0].weight.detach().numpy().tobytes()).digest()
-        for into, names in ((model, ("1.weight", "1.bias")), (target, ("1.weight",))):
-            with pytest.raises(errors.StateDictError) as caught:
-                weightload.load_into(into, path, strict=False)
-            assert all(f"'{name}' cannot be loaded into: it is a DTensor" in str(caught.value) for name in names)
-        assert not target["0.weight"].any()
-        assert hashlib.sha1(model[0].weight.detach().numpy().tobytes()).digest() == before
-    finally:
-        dist.destroy_process_group()
 
 
 def test_read_only_memory_of_a_module_that_takes_part(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import torch
 
 from weightload import _C, devices, settings
 from weightload.agreement import Sharing
+from weightload.chosen_parts import Shard
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
 from weightload.handlers import forgiven, pass_on
 from weightload.load_stats import LoadStats
 from weightload.plain_torch import empty, plainly
-from weightload.selection import Names, Path, open_and_select
+from weightload.selection import Names, Path, open_and_choose, parts_in_order
+from weightload.shards import NO_PARTS, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +40,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
         files: list[_C.CheckpointFile],
         selection: list[list[int]],
         places: Sequence[torch.Tensor | None] = (),
+        parts: Parts = NO_PARTS,
         sharing: Sharing | None = None,
         window_bytes: int | None = None,
         counting: Counting | None = None,
@@ -54,6 +57,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 selection,
                 list(places),
                 sharing.core if sharing else None,
+                parts_in_order(files, selection, parts),
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
                 window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
@@ -120,12 +124,15 @@ def load_to_device(
     group: ProcessGroup | None = None,
     strategy: str = "independent",
     places: Sequence[torch.Tensor | None] = (),
+    parts: Parts = NO_PARTS,
+    shard: Shard | None = None,
     window_bytes: int | None = None,
     duplicates: str = "error",
 ) -> DeviceWeightIterator:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
-    It is shared with the ranks of ``group`` unless that is None; there are no places then.
+    It is shared with the ranks of ``group`` unless that is None; there are no places then, and no parts. ``shard``
+    takes the place of ``parts``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -144,8 +151,11 @@ def load_to_device(
     sharing: Sharing | None = None
     try:
         if group is None:
-            files, selection = open_and_select(open_them, names, duplicates)
-            return DeviceWeightIterator(target, files, selection, places, window_bytes=window_bytes, counting=counting)
+            files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
+            parts = chosen or parts
+            return DeviceWeightIterator(
+                target, files, selection, places, parts, window_bytes=window_bytes, counting=counting
+            )
         sharing = Sharing(group, strategy, device, target, paths)
         files, selection = sharing.agree(open_them, names, duplicates)
         return DeviceWeightIterator(target, files, selection, sharing=sharing, counting=counting)

@@ -27,6 +27,7 @@ from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
 from weightload.selection import open_files
+from weightload.shards import is_dtensor
 from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def load_into(
         fail_arguments_together(error, group, strategy, first, paths)
         raise
     group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
+    if group is not None and _has_shards(target):
+        # What a rank reads is nobody else's. Loads to an accelerator agree only where they share.
+        group, strategy = (group if first.type == "cpu" else None), "independent"
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
@@ -205,7 +209,7 @@ def _read(
     finally:
         if began:
             # Bytes that changed behind autograd's back, perhaps not all of them. Inference tensors do without it.
-            changed = [matched.places[name] for name in matched.direct]
+            changed = [matched.places[name] for name in matched.direct] + matched.wholes
             torch.autograd.graph.increment_version([place for place in changed if not place.is_inference()])
 
     if matched.turns is None:
@@ -228,7 +232,9 @@ def _beside(
 
     Those that may not take a copy get theirs now, before anything else is written.
     """
-    with load_to_host(None, "independent", paths, lambda: list(files), names, backend="either") as weights:
+    with load_to_host(
+        None, "independent", paths, lambda: list(files), names, backend="either", parts=matched.parts
+    ) as weights:
         held = {}
         for name, tensor in weights:
             held[name] = tensor
@@ -269,14 +275,23 @@ def _shares(group: ProcessGroup | None, strategy: str) -> bool:
     return group is not None and strategy != "independent"
 
 
+def _tensors(target: Target) -> Iterable[torch.Tensor]:
+    found: Iterable[object] = ()
+    if isinstance(target, torch.nn.Module):
+        found = target.parameters()
+    elif isinstance(target, Mapping):
+        found = target.values()
+    return (tensor for tensor in found if isinstance(tensor, torch.Tensor))
+
+
 @plainly
 def _first_device(target: Target) -> torch.device:
-    tensors: Iterable[object] = ()
-    if isinstance(target, torch.nn.Module):
-        tensors = target.parameters()
-    elif isinstance(target, Mapping):
-        tensors = target.values()
-    return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), devices.CPU)
+    return next((tensor.device for tensor in _tensors(target)), devices.CPU)
+
+
+@plainly
+def _has_shards(target: Target) -> bool:
+    return any(map(is_dtensor, {type(tensor): tensor for tensor in _tensors(target)}.values()))
 
 
 def _start(
@@ -296,10 +311,12 @@ def _start(
     elif device.type != "cpu":
         group = None
     if device.type == "cpu":
-        return load_to_host(group, strategy, paths, lambda: list(files), here, backend="either", places=places)
+        return load_to_host(
+            group, strategy, paths, lambda: list(files), here, backend="either", places=places, parts=matched.parts
+        )
     most_bytes = sum(file.size for file in files)
     return load_to_device(
-        devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places
+        devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places, matched.parts
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from weightload import _C, devices, progress, settings
 from weightload.agreement import Sharing
+from weightload.chosen_parts import Shard
 from weightload.counting import Counting
 from weightload.device_iterator import (
     DeviceWeightIterator,
@@ -21,7 +22,8 @@ from weightload.duplicates import Duplicates, require_duplicates
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
-from weightload.selection import Names, open_and_select, open_files
+from weightload.selection import Names, open_and_choose, open_files, parts_in_order
+from weightload.shards import NO_PARTS, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,6 +48,7 @@ class WeightIterator(_C.HostLoader):
         backend: str,
         read_ahead: bool,
         places: Sequence[torch.Tensor | None] = (),
+        parts: Parts = NO_PARTS,
         sharing: Sharing | None = None,
         counting: Counting | None = None,
     ) -> None:
@@ -61,6 +64,7 @@ class WeightIterator(_C.HostLoader):
                 selection,
                 list(places),
                 core,
+                parts_in_order(files, selection, parts),
                 map=backend != "pread",
                 must_map=backend == "mmap",
                 read_ahead=read_ahead,
@@ -112,15 +116,21 @@ def load_to_host(
     backend: str,
     read_ahead: bool = True,
     places: Sequence[torch.Tensor | None] = (),
+    parts: Parts = NO_PARTS,
+    shard: Shard | None = None,
     duplicates: str = "error",
 ) -> WeightIterator:
-    """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``."""
+    """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
+
+    ``shard``, of loads without a group, takes the place of ``parts``.
+    """
     counting = Counting()
     open_them = counting.opening(open_them)
     if group is None:
-        files, selection = open_and_select(open_them, names, duplicates)
+        files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
+        parts = chosen or parts
         return WeightIterator(
-            files, selection, backend=backend, read_ahead=read_ahead, places=places, counting=counting
+            files, selection, backend=backend, read_ahead=read_ahead, places=places, parts=parts, counting=counting
         )
     sharing = Sharing(group, strategy, devices.CPU, None, paths)
     try:
@@ -133,6 +143,7 @@ def load_to_host(
             backend=backend,
             read_ahead=read_ahead,
             places=places,
+            parts=parts,
             sharing=sharing,
             counting=counting,
         )
@@ -150,6 +161,7 @@ def safetensors_weights_iterator(
     group: ProcessGroup | None = None,
     strategy: str = "auto",
     names: Names | None = None,
+    shard: Shard | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
@@ -181,6 +193,13 @@ def safetensors_weights_iterator(
             private memory.
         names: a collection of tensor names, or a predicate on names: only these are yielded and read. A filter: a
             name that no file has is no error.
+        shard: ``(name, shape, dtype) -> None | False | tuple``, asked of each of these tensors before anything is read:
+            what of it this process wants. None: all of it. False: none. A tuple: of each dimension, from the first, a
+            slice of step 1, or a list of ``(begin, end)`` whose indices follow each other in what is yielded; of
+            dimensions that it lacks, all. What is yielded is contiguous, and no more is read than that (of rows with
+            less than 8 KiB between what is wanted of them up to twice as much). Every rank reads for itself, so the
+            answers may differ between ranks, which do not wait for each other. On the CPU a part that is contiguous in
+            its file is a view, any other has memory of its own.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
             them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
             ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
@@ -218,21 +237,24 @@ def safetensors_weights_iterator(
     depended on what failed.
     """
     paths: list[str] = []
-    chosen = "independent" if to_cpu or (strategy == "auto" and not broadcast) else strategy
+    alone = to_cpu or (strategy == "auto" and (shard is not None or not broadcast))
+    chosen = "independent" if alone else strategy
     try:
         paths = path_list(hf_weights_files)
         require_strategy(strategy)
         require_backend(backend)
         require_duplicates(duplicates)
+        if shard is not None and chosen != "independent":
+            raise ValueError(f"strategy {strategy!r}: with shard= every rank reads for itself ('independent')")
         target = _target(to_cpu, device)
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
-    group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
+    group, chosen = resolve_group(None if shard else group, chosen, target.type, load_name(paths))
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
         weights = load_to_host(
-            group, chosen, paths, lambda: open_files(paths), names, backend=backend, duplicates=duplicates
+            group, chosen, paths, lambda: open_files(paths), names, backend=backend, shard=shard, duplicates=duplicates
         )
     else:
         weights = load_to_device(
@@ -243,6 +265,7 @@ def safetensors_weights_iterator(
             names,
             group,
             chosen,
+            shard=shard,
             duplicates=duplicates,
         )
     if progress.wanted(show_progress):

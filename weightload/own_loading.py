@@ -19,6 +19,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from weightload.errors import StateDictError
 from weightload.handlers import pass_on
 from weightload.places import PLAIN
+from weightload.shards import is_resharding
 
 Module = torch.nn.Module
 EXTRA_STATE = "_extra_state"
@@ -50,7 +51,8 @@ def takes_part(part: Module, prefix: str, names: Collection[str]) -> bool:
     """
     kind, own = type(part), vars(part)
     loading = kind._load_from_state_dict
-    if "_load_from_state_dict" in own or own.get("_load_state_dict_pre_hooks", True):
+    hooks = own.get("_load_state_dict_pre_hooks")
+    if "_load_from_state_dict" in own or hooks is None or not all(map(is_resharding, hooks.values())):
         return True
     if loading in NORM_LOADING:
         if _norm_takes_part(part, prefix, names):

@@ -14,6 +14,7 @@ import torch
 
 from weightload.handlers import pass_on
 from weightload.plain_torch import empty, zeros
+from weightload.shards import NotAShardError, Part, is_dtensor, shard_of
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
@@ -21,7 +22,6 @@ LAZY = (
     "has no memory to load into and no shape yet, as its module is lazy; call the module once before, or load with "
     "load_state_dict, which takes shapes from the checkpoint"
 )
-DTENSOR = "cannot be loaded into: it is a DTensor; load into its to_local() where that is all of it"
 READ_ONLY = "cannot be loaded into: its memory is read-only, as that of a file that was mapped to be read"
 MAPS = "/proc/self/maps"
 READ_ONLY_RANGE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
@@ -34,22 +34,26 @@ class Place(NamedTuple):
     direct: bool
     """Whether it is its memory, dense and contiguous: bytes of its dtype can be read straight into it."""
     problem: str | None
-    """Why it cannot be filled, to be said after its name."""
+    """Why it cannot be filled, to be said after its name. Of a DTensor all this is of its memory on this rank."""
     begin: int
     """The address of its first byte; 0 without any in memory."""
     end: int
     """The address of the end of its last byte."""
+    part: Part | None = None
+    """Which part of the file's tensor it takes; None: all of it."""
+    whole: torch.Tensor | None = None
+    """The DTensor that it is the memory of."""
 
     def hopeless(self) -> bool:
         """Whether nobody can fill it, not even a module of its own."""
-        return self.problem in (NO_MEMORY, LAZY, DTENSOR)
+        return self.problem in (NO_MEMORY, LAZY)
 
     def key(self) -> object:
         """Equal for tensors that are the same memory seen in the same way: tied weights."""
         tensor = self.tensor
         if not self.begin:
-            return (id(tensor),)
-        return tensor.device, self.begin, self.end, tensor.dtype, tensor.shape, tensor.stride()
+            return (id(tensor if self.whole is None else self.whole),)
+        return tensor.device, self.begin, self.end, tensor.dtype, tensor.shape, tensor.stride(), self.part
 
 
 def keys(places: Mapping[str, Place]) -> dict[str, object]:
@@ -69,6 +73,8 @@ def look(tensor: torch.Tensor) -> Place:
     Whether that knows the file's dtype is asked of ``CopyTrials``.
     """
     plain = type(tensor) in PLAIN
+    if not plain and is_dtensor(tensor):
+        return _look_at_shard(tensor)
     if not plain and (problem := _problem_of_kind(tensor)):
         return Place(tensor, False, problem, 0, 0)
     if tensor.is_meta:
@@ -103,11 +109,17 @@ def look(tensor: torch.Tensor) -> Place:
 def _problem_of_kind(tensor: torch.Tensor) -> str | None:
     if torch.nn.parameter.is_lazy(tensor):
         return LAZY
-    if any(kind.__name__ == "DTensor" and "torch.distributed" in kind.__module__ for kind in type(tensor).__mro__):
-        return DTENSOR
     if _is_fake(tensor):
         return NO_MEMORY
     return None
+
+
+def _look_at_shard(tensor: torch.Tensor) -> Place:
+    try:
+        local, part = shard_of(tensor)
+    except NotAShardError as failed:
+        return Place(tensor, False, f"cannot be loaded into: it is a DTensor, and {failed}", 0, 0)
+    return look(local)._replace(part=part, whole=tensor)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from weightload import _C, settings
+from weightload.chosen_parts import Shard, choose_parts
 from weightload.duplicates import without_repeats
 from weightload.paths import Path, as_text
+from weightload.shards import NO_PARTS, Part, Parts
 
-__all__ = ["Names", "Path", "open_and_select", "open_files", "select", "select_all"]
+__all__ = [
+    "Names",
+    "Path",
+    "open_and_choose",
+    "open_and_select",
+    "open_files",
+    "parts_in_order",
+    "select",
+    "select_all",
+]
 
 Names = Collection[str] | Callable[[str], bool]
 
@@ -42,6 +54,20 @@ def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicat
     return without_repeats(files, selection, duplicates, everything=names is None)
 
 
+def open_and_choose(
+    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str, shard: Shard | None
+) -> tuple[list[_C.CheckpointFile], list[list[int]], Parts]:
+    """The files of a load, and what is wanted of their tensors; ``shard``: see ``chosen_parts``."""
+    files, selection = open_and_select(open_them, names, duplicates)
+    if shard is None:
+        return files, selection, NO_PARTS
+    try:
+        return files, *choose_parts(files, selection, shard)
+    except BaseException:
+        files.clear()  # an exception's traceback would keep them open
+        raise
+
+
 def open_and_select(
     open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str
 ) -> tuple[list[_C.CheckpointFile], list[list[int]]]:
@@ -52,6 +78,25 @@ def open_and_select(
     except BaseException:
         files.clear()  # an exception's traceback would keep them open
         raise
+
+
+def parts_in_order(
+    files: Sequence[_C.CheckpointFile], selection: Sequence[Sequence[int]], parts: Parts
+) -> list[Part | None]:
+    """The parts of the selected tensors, in the order of the load and in the dimensions of the files; none of none."""
+    if not parts:
+        return []
+    found: list[Part | None] = []
+    for file, numbers in zip(files, selection, strict=True):
+        tensors: list[tuple[Any, ...]] = file.tensors()
+        for number in numbers:
+            name, dtype = tensors[number][:2]
+            part = parts.get(name)
+            # torch counts pairs in the last dimension of this dtype.
+            if part and dtype == "F4":
+                part = (*part[:-1], tuple((2 * begin, 2 * end) for begin, end in part[-1]))
+            found.append(part)
+    return found
 
 
 def _predicate(names: Names) -> Callable[[str], bool]:

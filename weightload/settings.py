@@ -23,7 +23,7 @@ READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16
 LARGEST = (1 << 63) - 1  # of any number
 SLOTS_OF_CACHED = 32  # of cached_pinned_bytes: two for each of as many threads as are usual
-LEAST_COLD_THREADS = 4  # some wait for the storage while others copy
+LEAST_COLD_THREADS = 8  # some wait for the storage while others copy; beside other readers, each gets its turn
 
 CPU = "CPU"
 ACCELERATORS = "accelerators"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
+from weightload.shards import Part, go_back_to_shards, shape_of
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -27,7 +29,11 @@ class Match:
     """The outcome of matching."""
 
     places: dict[str, torch.Tensor]
-    """Where each tensor that will be read goes; of tied names, the last."""
+    """Where each tensor that will be read goes; of tied names, the last. Of a DTensor, its memory on this rank."""
+    parts: dict[str, Part]
+    """Which part of the file's tensor goes there; of the others, all."""
+    wholes: list[torch.Tensor]
+    """The DTensors whose memory it is."""
     direct: set[str]
     """Names whose bytes can be read straight into that memory."""
     overlapping: list[str]
@@ -42,7 +48,7 @@ class Match:
     turns: Turns | None
     """What is left to modules that take part in their own loading: of their names only they know what is missing."""
     sizes: dict[str, int]
-    """Bytes of each tensor of the files."""
+    """Bytes of each tensor of the files, or of the part of it that is read."""
     tied: dict[str, object]
     """A key for every name of the target, equal for tied ones."""
 
@@ -75,6 +81,7 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         TensorError: torch lacks the dtype of a tensor that is wanted.
         TypeError: the target is neither a module nor a mapping of tensors.
     """
+    go_back_to_shards(target)
     here = {tensor[0]: tensor for file in files for tensor in file.tensors()}
     walk = _walk(target, here.keys())
     made = walk.made_on_the_fly()  # by the user's code, in the user's modes
@@ -111,6 +118,8 @@ def _match(
     problems = [(name, f"{name!r} {place.problem}") for name, place in places.items() if place.problem]
     # Of other problems, the module that takes part may know a way out.
     problems += [(name, f"{name!r} {place.problem}") for name, place in theirs.items() if place.hopeless()]
+    whole = "cannot be loaded into: it is a DTensor in a module that takes part in its own loading"
+    problems += [(name, f"{name!r} {whole}") for name, place in theirs.items() if place.whole is not None]
     on_the_fly = "is made by the module's state_dict on the fly; use load_state_dict"
     problems += [(name, f"{name!r} {on_the_fly}") for name in made]
     problems += _differing_shapes(here, tensors)
@@ -127,6 +136,8 @@ def _match(
     everywhere = {name for names in given.values() for name in names}
     return Match(
         places={name: place.tensor for name, place in read.items()},
+        parts={name: place.part for name, place in read.items() if place.part is not None},
+        wholes=[place.whole for place in read.values() if place.whole is not None],
         direct=direct,
         overlapping=[name for name in tensors if name in mixed and name in read],
         first=[name for name in untried if name not in mixed],
@@ -135,9 +146,18 @@ def _match(
         absent=absent,
         unexpected=[name for name in here if name in set(surplus)] if surplus else [],
         turns=turns,
-        sizes={name: end - begin for name, _, _, begin, end in here.values()},
+        sizes={name: _bytes(read.get(name), shape, end - begin) for name, _, shape, begin, end in here.values()},
         tied=tied,
     )
+
+
+def _bytes(place: Place | None, shape: Sequence[int], size: int) -> int:
+    """Bytes that are read of a tensor of a file."""
+    if place is None or place.part is None or not size:
+        return size
+    # The dimensions of packed dtypes count pairs here, and elements there.
+    of = math.prod(place.whole.shape) if place.whole is not None else math.prod(shape)
+    return size * math.prod(shape_of(place.part)) // of
 
 
 def refusal(

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <atomic>
 
+#include "base/pages.h"
+
 namespace weightload {
 namespace {
 
-constexpr uint64_t kHugePageBytes = 2 << 20;
 constexpr uint64_t kLeastPriced = 1 << 20;
 
 constexpr double kClearly = 1.5;
@@ -68,7 +69,7 @@ Pages PagePrices::choose(uint64_t bytes) { return bytes < kLeastPriced ? cheaper
 
 void PagePrices::record(Pages pages, Cost cost, uint64_t bytes) {
   if (bytes < kLeastPriced) return;
-  const double share = static_cast<double>(kHugePageBytes) / static_cast<double>(bytes);
+  const double share = static_cast<double>(kHugePage) / static_cast<double>(bytes);
   record(pages, std::chrono::duration_cast<Cost>(cost * share));
 }
 

@@ -1,11 +1,15 @@
 #pragma once
 #include <unistd.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "base/byte_range.h"
 
 namespace weightload {
+
+// Of x86-64, and of arm64 with 4 KiB pages; elsewhere just an alignment.
+inline constexpr size_t kHugePage = 2u << 20;
 
 // The kernel's page size in bytes, a power of two: 4 KiB, or up to 64 KiB on some machines.
 inline uint64_t page_bytes() {

@@ -58,8 +58,8 @@ void register_device_loader(py::module_& module) {
   loader
       .def(py::init([](const DeviceTarget& target, const py::list& files,
                        const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
-                       std::optional<PyGroup*> group, unsigned threads, uint64_t block_bytes, uint64_t window_bytes,
-                       ReadMode read) {
+                       std::optional<PyGroup*> group, const WantedParts& parts, unsigned threads, uint64_t block_bytes,
+                       uint64_t window_bytes, ReadMode read) {
              DeviceLoaderOptions options;
              options.threads = threads;
              options.slot_bytes = target.slot_bytes;
@@ -73,11 +73,12 @@ void register_device_loader(py::module_& module) {
                  [&, blocks = adopt_places<DeviceBlockRef>(places, device_place)](CheckpointFiles opened) mutable {
                    return std::make_unique<DeviceLoader>(target.device, target.ring, std::move(opened), selection,
                                                          std::move(blocks), exchange_of(group.value_or(nullptr)),
-                                                         options);
+                                                         options, parts);
                  });
            }),
            py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"),
-           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"), py::arg("read"))
+           py::arg("parts"), py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"),
+           py::arg("read"))
       .def("device_counts", &device_counts, "What the ring and the side stream have done so far, beside counts().");
   define_iteration(loader);
   refuse_copies(loader);

@@ -24,8 +24,8 @@ void register_host_loader(py::module_& module) {
 
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");
   loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,
-                         const py::list& places, std::optional<PyGroup*> group, bool map, bool must_map,
-                         bool read_ahead, unsigned threads, unsigned cold_threads, uint64_t window_bytes,
+                         const py::list& places, std::optional<PyGroup*> group, const WantedParts& parts, bool map,
+                         bool must_map, bool read_ahead, unsigned threads, unsigned cold_threads, uint64_t window_bytes,
                          uint64_t task_bytes, uint64_t block_bytes, uint64_t spare_bytes, ReadMode read) {
                HostLoaderOptions options;
                options.map = map;
@@ -42,13 +42,13 @@ void register_host_loader(py::module_& module) {
                auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
                return std::make_unique<PyHostLoader>(files, [&](CheckpointFiles opened) {
                  return std::make_unique<HostLoader>(std::move(opened), selection, std::move(memory),
-                                                     exchange_of(group.value_or(nullptr)), options);
+                                                     exchange_of(group.value_or(nullptr)), options, parts);
                });
              }),
-             py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::kw_only(), py::arg("map"),
-             py::arg("must_map"), py::arg("read_ahead"), py::arg("threads"), py::arg("cold_threads"),
-             py::arg("window_bytes"), py::arg("task_bytes"), py::arg("block_bytes"), py::arg("spare_bytes"),
-             py::arg("read"));
+             py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::arg("parts"),
+             py::kw_only(), py::arg("map"), py::arg("must_map"), py::arg("read_ahead"), py::arg("threads"),
+             py::arg("cold_threads"), py::arg("window_bytes"), py::arg("task_bytes"), py::arg("block_bytes"),
+             py::arg("spare_bytes"), py::arg("read"));
   define_iteration(loader);
   refuse_copies(loader);
 }

@@ -21,8 +21,8 @@ struct TensorInfo {
   ByteRange bytes;              // from the start of the file
 };
 
-// A header that passed every rule of safetensors 0.8, and its own (csrc/README.md has the differences): tensors lie one
-// behind the other, in this order, from `data_begin` to the end of the file, without gap or overlap.
+// A header that passed every rule of safetensors 0.8, and its own: csrc/notes/headers_and_plans.md has the differences.
+// Tensors lie one behind the other, in this order, from `data_begin` to the end of the file, without gap or overlap.
 struct Header {
   std::vector<TensorInfo> tensors;  // sorted by offset; equal (empty) ranges keep the header's order
   std::vector<std::pair<std::string, std::string>> metadata;

@@ -62,7 +62,7 @@ int PageTables::populate(char* begin, char* end) {
 // MADV_POPULATE_READ visits every page of its range, those too that the fault of the page before has mapped: half of
 // its time, or more. A fault of one page maps its neighbours as far as they are in the page cache, and all of a huge
 // page. So one page is asked for, what that has mapped is looked up, then one page of each sixteen that are not mapped,
-// and at last what was passed over, for whatever reason. Figures: csrc/README.md.
+// and at last what was passed over, for whatever reason. csrc/notes/page_cache.md has figures.
 int PageTables::map_cached(char* begin, char* end) const {
   const uint64_t page = page_bytes();
   if (!pagemap_ || page >= kFaultAround) return populate(begin, end);

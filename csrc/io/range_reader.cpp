@@ -72,6 +72,12 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
   return attempt;
 }
 
+RangeReader::Attempt RangeReader::begin_scattered(ByteRange range, const Look& look) const {
+  Attempt attempt{range, look};
+  attempt.cached = !file_ || storage_ == Storage::memory || is_cached(*file_, range) == true;
+  return attempt;
+}
+
 bool RangeReader::direct(Attempt& attempt, ByteRange part, char* destination) {
   return attempt.direct && was_direct(attempt, part, direct_->read(part, destination, pace_, attempt.look));
 }

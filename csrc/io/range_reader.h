@@ -53,6 +53,9 @@ class RangeReader {
   // memory it will go to does not allow that. `look` outlives the attempt.
   Attempt begin(ByteRange range, const Look& look, bool may_be_direct = true);
 
+  // The same for pieces of a range that are far apart: nothing in between is read.
+  Attempt begin_scattered(ByteRange range, const Look& look) const;
+
   // As DirectFile::read, of a part of the range. False: the attempt is no longer direct, read the range with
   // buffered().
   bool direct(Attempt& attempt, ByteRange part, char* destination);

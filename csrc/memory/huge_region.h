@@ -3,10 +3,9 @@
 #include <cstdint>
 
 #include "base/page_prices.h"
+#include "base/pages.h"
 
 namespace weightload {
-
-inline constexpr size_t kHugePage = 2u << 20;  // of x86-64, and of arm64 with 4 KiB pages; elsewhere just an alignment
 
 // Anonymous memory from the kernel, in huge pages if they are not too dear.
 struct HugeRegion {

@@ -9,6 +9,7 @@
 #include "base/fork_generation.h"
 #include "base/stopwatch.h"
 #include "pipeline/cached_reads.h"
+#include "pipeline/strided_reads.h"
 
 namespace weightload {
 namespace {
@@ -25,14 +26,16 @@ void spread(char* image, uint64_t file_begin, const SlotPiece* first, const Slot
 
 DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
                            const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
-                           std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options)
+                           std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options,
+                           const WantedParts& parts)
     : device_(std::move(device)),
       ring_(std::move(ring)),
       shared_(std::move(exchange)),
-      selected_(std::move(files), selection),
+      selected_(std::move(files), selection, parts),
       counts_(selected_.files().size()),
       pace_(std::max(options.threads, 1u)),
       fork_generation_(fork_generation()) {
+  if (shared_ && selected_.has_parts()) throw Error(ErrorKind::usage, "parts of tensors cannot be shared");
   plan(std::move(places), options);
   open_readers(options.read);
   start(options);
@@ -67,7 +70,7 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   extents.reserve(selected_.size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const bool alone = !places.empty() && places.at(i);
-    extents.push_back({selected_.file_index(i), selected_.info(i).bytes, 1, false, alone});
+    extents.push_back({selected_.file_index(i), selected_.info(i).bytes, 1, false, alone, selected_.runs(i)});
   }
   LayoutOptions layout;
   layout.block_bytes = options.block_bytes;
@@ -172,6 +175,11 @@ void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& 
   char* const image = slot.data() + slot.place_for(slot_bytes_) + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
+  if (task.run.piece != 0) {
+    read_strided(reader, task.run, image, look);
+    selected_.files()[task.file]->source().require_unchanged(task.run.begin);
+    return;
+  }
   RangeReader::Attempt attempt = reader.begin(task.bytes, look, slot.pinned() || DirectFile::suits_private_memory());
   if (reader.direct(attempt, attempt.range, image)) {
     spread(image, task.bytes.begin, first, last);

@@ -73,7 +73,8 @@ class DeviceLoader {
   // agreement with other ranks to share the reading; places are not supported then.
   DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<PinnedRing> ring, CheckpointFiles files,
                const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
-               std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options);
+               std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options,
+               const WantedParts& parts = {});
   ~DeviceLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };

@@ -12,6 +12,7 @@
 #include "io/page_in.h"
 #include "memory/spare_memory.h"
 #include "pipeline/cached_reads.h"
+#include "pipeline/strided_reads.h"
 
 namespace weightload {
 namespace {
@@ -25,20 +26,19 @@ constexpr uint64_t kLeastCachedBytes = 2 << 20;
 // How long a mapped file that was found unchanged is taken to be so.
 constexpr auto kUnchangedFor = std::chrono::microseconds(20);
 
-bool is_aligned(const TensorInfo& tensor) { return tensor.bytes.begin % dtype_alignment(tensor.dtype) == 0; }
-
 }  // namespace
 
 HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
                        std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
-                       const HostLoaderOptions& options)
+                       const HostLoaderOptions& options, const WantedParts& parts)
     : shared_(std::move(exchange)),
-      selected_(std::move(files), selection),
+      selected_(std::move(files), selection, parts),
       counts_(selected_.files().size()),
       readiness_(selected_.size()),
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
       pace_(std::max({options.threads, options.cold_threads, 1u})),
       fork_generation_(fork_generation()) {
+  if (shared_ && selected_.has_parts()) throw Error(ErrorKind::usage, "parts of tensors cannot be shared");
   map_files(places, options);
   plan(std::move(places), options);
   find_tasks();
@@ -64,6 +64,12 @@ bool HostLoader::needs_others() const {
   return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
 }
 
+// Whether a tensor, or the part of it that is wanted, can be a view of its mapped file.
+bool HostLoader::can_view(size_t tensor) const {
+  const TensorInfo& info = selected_.info(tensor);
+  return info.bytes.begin % dtype_alignment(info.dtype) == 0 && selected_.runs(tensor) == nullptr;
+}
+
 bool HostLoader::forked() const { return fork_generation_ != fork_generation(); }
 
 void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options) {
@@ -72,8 +78,9 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool mapped = maps_[selected_.file_index(i)] && !alone && is_aligned(info);
-    extents.push_back({selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), mapped, alone});
+    const bool mapped = maps_[selected_.file_index(i)] && can_view(i) && !alone;
+    extents.push_back(
+        {selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), mapped, alone, selected_.runs(i)});
   }
   LayoutOptions layout;
   layout.block_bytes = options.block_bytes;
@@ -110,7 +117,7 @@ void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostL
     const uint32_t f = selected_.file_index(i);
     const CheckpointFile& file = *selected_.file(i);
     const bool alone = !places.empty() && places.at(i);
-    if (tried[f] || f >= options.most_maps || alone || !file.can_map() || !is_aligned(selected_.info(i))) continue;
+    if (tried[f] || f >= options.most_maps || alone || !file.can_map() || !can_view(i)) continue;
     tried[f] = true;
     try {
       maps_[f] = map_file(file.file()->descriptor().get(), file.size(), file.path(),
@@ -210,7 +217,13 @@ void HostLoader::work(size_t task, const Look& look) {
   const HostMemoryRef memory = block_memory(read.block);
   // The caller's memory is mostly in single pages.
   const bool huge = !in_place_[read.block] && memory->in_huge_pages();
-  read_private(*readers_[read.file], read.bytes, {*memory.get(), memory->data() + read.block_offset, huge}, look);
+  const Destination to{*memory.get(), memory->data() + read.block_offset, huge};
+  if (read.piece != 0) {
+    fault_in(to, read.bytes.size(), look);
+    read_strided(*readers_[read.file], read.run(), to.begin, look);
+  } else {
+    read_private(*readers_[read.file], read.bytes, to, look);
+  }
   file.source().require_unchanged(read.bytes.begin);
 }
 

@@ -81,10 +81,11 @@ class HostLoader {
   // occur twice, and on files that cannot be mapped.
   // `places`, if not empty, has an element for each tensor in order: the memory to read it into, or none for memory of
   // the loader's choice, which is to be copied from only, and needs no file that can be mapped. `exchange`, if not
-  // null, is an agreement with other ranks to share the reading; memory is then private, and places are not supported.
+  // null, is an agreement with other ranks to share the reading; memory is then private, and places and parts are not
+  // supported. `parts`: of which tensors only a part is wanted. One that is not contiguous in its file is private.
   HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
              std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
-             const HostLoaderOptions& options);
+             const HostLoaderOptions& options, const WantedParts& parts = {});
   ~HostLoader();
 
   enum class Step : uint8_t { tensor, not_ready, end };
@@ -116,6 +117,7 @@ class HostLoader {
     bool wait = true;        // false: nothing is read ahead
   };
 
+  bool can_view(size_t tensor) const;
   void map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options);
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   bool map_here();

@@ -74,15 +74,23 @@ class LayoutBuilder {
   bool continues_last_run(const TensorExtent& tensor, uint64_t offset) const {
     if (layout_.runs.empty()) return false;
     const CopyRun& run = layout_.runs.back();
-    return run.block == current_block() && run.file == tensor.file && run.bytes.end == tensor.bytes.begin &&
-           run.block_offset + run.bytes.size() == offset;
+    return run.piece == 0 && tensor.runs == nullptr && run.block == current_block() && run.file == tensor.file &&
+           run.bytes.end == tensor.bytes.begin && run.block_offset + run.bytes.size() == offset;
   }
 
   void add_run(const TensorExtent& tensor, uint64_t offset) {
-    if (continues_last_run(tensor, offset))
+    if (tensor.runs != nullptr) {
+      for (const StridedRun& run : *tensor.runs) {
+        const ByteRange bytes{run.begin, run.begin + run.bytes()};
+        const bool contiguous = run.is_contiguous();
+        layout_.runs.push_back(
+            {tensor.file, bytes, current_block(), offset, contiguous ? 0 : run.piece, contiguous ? 0 : run.stride});
+        offset += bytes.size();
+      }
+    } else if (continues_last_run(tensor, offset))
       layout_.runs.back().bytes.end = tensor.bytes.end;
     else
-      layout_.runs.push_back({tensor.file, tensor.bytes, current_block(), offset});
+      layout_.runs.push_back({tensor.file, tensor.bytes, current_block(), offset, 0, 0});
   }
 
   void open_block(uint32_t index, const TensorExtent& tensor) {

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "base/byte_range.h"
+#include "plan/tensor_box.h"
 
 namespace weightload {
 
@@ -16,14 +17,20 @@ struct TensorExtent {
   bool mapped = false;
   // The tensor's memory is there already (a parameter that is loaded into): a block of its own.
   bool alone = false;
+  // Of a tensor whose bytes are not contiguous in the file: where they are. `bytes` then begins where they do, and has
+  // their number.
+  const std::vector<StridedRun>* runs = nullptr;
 };
 
-// A run of bytes that is contiguous both in a file and in a block: one read, or one device copy.
+// A run of bytes that is contiguous in a block, and in a file: one read, or one device copy. Or in pieces in the file,
+// at equal distances: `bytes` then begins where they do, and has their number.
 struct CopyRun {
   uint32_t file = 0;
   ByteRange bytes;  // in the file
   uint32_t block = 0;
   uint64_t block_offset = 0;  // bytes from the block's start
+  uint64_t piece = 0;         // bytes; 0: contiguous in the file, too
+  uint64_t stride = 0;        // bytes from one piece's beginning to the next one's
 };
 
 // A piece of memory that holds neighbouring tensors: a torch allocation, anonymous host memory, or a slice of

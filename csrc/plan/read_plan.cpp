@@ -32,8 +32,29 @@ void add_tasks(const CopyRun& run, ByteRange share, uint64_t task_bytes, std::ve
   const uint64_t stop = run.bytes.begin + (end - in_block.begin);
   while (position < stop) {
     const uint64_t cut = std::min(stop, (position / task_bytes + 1) * task_bytes);
-    tasks.push_back({run.file, {position, cut}, run.block, run.block_offset + (position - run.bytes.begin)});
+    tasks.push_back({run.file, {position, cut}, run.block, run.block_offset + (position - run.bytes.begin), 0, 0});
     position = cut;
+  }
+}
+
+// Cuts a run of pieces between them; pieces of a task or more are reads of their own.
+void add_pieces(const CopyRun& run, uint64_t task_bytes, std::vector<ReadTask>& tasks) {
+  const uint64_t count = run.bytes.size() / run.piece;
+  if (run.piece >= task_bytes) {
+    for (uint64_t p = 0; p < count; ++p) {
+      const uint64_t begin = run.bytes.begin + p * run.stride;
+      const uint64_t offset = run.block_offset + p * run.piece;
+      add_tasks({run.file, {begin, begin + run.piece}, run.block, offset, 0, 0}, {offset, offset + run.piece},
+                task_bytes, tasks);
+    }
+    return;
+  }
+  const uint64_t most = task_bytes / run.piece;
+  for (uint64_t p = 0; p < count; p += most) {
+    const uint64_t begin = run.bytes.begin + p * run.stride;
+    const uint64_t bytes = std::min(most, count - p) * run.piece;
+    tasks.push_back(
+        {run.file, {begin, begin + bytes}, run.block, run.block_offset + p * run.piece, run.piece, run.stride});
   }
 }
 
@@ -66,8 +87,14 @@ ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options) {
   plan.block_ends.reserve(layout.blocks.size());
   for (const Block& block : layout.blocks) {
     const ByteRange share = rank_share(block.bytes, options);
-    for (uint32_t r = block.first_run; r < block.last_run; ++r)
-      add_tasks(layout.runs[r], share, options.task_bytes, plan.tasks);
+    for (uint32_t r = block.first_run; r < block.last_run; ++r) {
+      const CopyRun& run = layout.runs[r];
+      if (run.piece != 0) {
+        add_pieces(run, options.task_bytes, plan.tasks);
+      } else {
+        add_tasks(run, share, options.task_bytes, plan.tasks);
+      }
+    }
     plan.block_ends.push_back(static_cast<uint32_t>(plan.tasks.size()));
   }
   return plan;

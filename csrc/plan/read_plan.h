@@ -14,12 +14,20 @@ enum class Strategy : uint8_t {
   striped,      // rank r reads the r-th stripe of every block; an all-gather completes it
 };
 
-// One read: `bytes` of a file go to `block_offset` of a block.
+// One read: `bytes` of a file go to `block_offset` of a block. Or so many bytes in pieces at equal distances, the first
+// of them where `bytes` begins: each of `piece` bytes, one behind the other in the block.
 struct ReadTask {
   uint32_t file = 0;
   ByteRange bytes;
   uint32_t block = 0;
   uint64_t block_offset = 0;
+  uint64_t piece = 0;   // bytes; 0: contiguous in the file
+  uint64_t stride = 0;  // bytes from one piece's beginning to the next one's
+
+  StridedRun run() const {
+    return piece == 0 ? StridedRun{bytes.begin, bytes.size(), bytes.size(), 1}
+                      : StridedRun{bytes.begin, piece, stride, bytes.size() / piece};
+  }
 };
 
 struct ReadPlan {
@@ -53,7 +61,8 @@ uint64_t buffer_bytes(uint64_t block_bytes, const ReadPlanOptions& options);
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options);
 
 // The reads of one rank. Over all ranks of a striped group, or on the root of a broadcast, every byte of
-// every run is read exactly once. Pure. Throws Error{memory} beyond kMostReads.
+// every run is read exactly once. Pure. Throws Error{memory} beyond kMostReads. Runs in pieces are for loads in which
+// every rank reads for itself.
 ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options);
 
 }  // namespace weightload

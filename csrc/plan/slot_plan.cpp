@@ -17,12 +17,16 @@ class SlotPlanner {
 
   void add(const ReadTask& read) {
     uint64_t image_offset = open_ ? next_offset(read) : 0;
-    if (open_ && !fits(read, image_offset)) open_ = false;
+    if (open_ && (read.piece != 0 || !fits(read, image_offset))) open_ = false;
     if (!open_) {
       open(read);
       image_offset = 0;
     }
     SlotTask& task = plan_.tasks.back();
+    if (read.piece != 0) {
+      task.run = read.run();
+      open_ = false;
+    }
     const bool same_block = block_is_open(read.block);
     task.bytes.end = read.bytes.end;
     plan_.pieces.push_back({read.bytes, image_offset});
@@ -63,7 +67,7 @@ class SlotPlanner {
     SlotTask task;
     task.file = read.file;
     task.bytes = {read.bytes.begin, read.bytes.begin};
-    task.lead = read.bytes.begin % kDirectAlignment;
+    task.lead = read.piece != 0 ? 0 : read.bytes.begin % kDirectAlignment;
     task.first_piece = task.last_piece = static_cast<uint32_t>(plan_.pieces.size());
     task.first_copy = task.last_copy = static_cast<uint32_t>(plan_.copies.size());
     plan_.tasks.push_back(task);

@@ -36,6 +36,9 @@ struct SlotTask {
   uint32_t last_piece = 0;
   uint32_t first_copy = 0;  // copies [first_copy, last_copy); at most one a block
   uint32_t last_copy = 0;
+  // Of pieces at equal distances in the file (ReadTask::run): one SlotPiece, of which `bytes` has their number. Nothing
+  // else is in the slot.
+  StridedRun run{};
 };
 
 struct SlotPlan {

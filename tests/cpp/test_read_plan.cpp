@@ -129,3 +129,35 @@ TEST(a_plan_that_would_take_all_memory_is_refused_on_every_rank) {
     CHECK(plan_reads(layout_of(1ull << 40, 8), options).block_ends.size() == 8);
   }
 }
+
+TEST(pieces_are_read_in_tasks_of_several_and_large_ones_in_several_tasks) {
+  for (const uint64_t piece : {10u, 300u, 1000u, 2500u}) {
+    const std::vector<StridedRun> runs{{100, piece, piece + 50, 7}, {90000, 40, 40, 1}};
+    TensorExtent tensor{0, {100, 100 + 7 * piece + 40}, 4, false};
+    tensor.runs = &runs;
+    const Layout layout = plan_layout({{0, {20, 30}, 1, false}, tensor, {0, {95000, 95010}, 1, false}}, {});
+    ReadPlanOptions options;
+    options.task_bytes = 1000;
+    const ReadPlan plan = plan_reads(layout, options);
+    std::map<std::pair<uint32_t, uint64_t>, int> counts;
+    count_bytes(plan, counts);
+    CHECK(counts == bytes_of_runs(layout));
+    std::vector<uint64_t> from_file;
+    for (const ReadTask& task : plan.tasks) {
+      CHECK(task.bytes.size() <= 1000 && task.run().bytes() == task.bytes.size());
+      if (task.block_offset < layout.places[1].block_offset) continue;
+      if (task.bytes.begin >= 95000) continue;
+      const StridedRun run = task.run();
+      for (uint64_t p = 0; p < run.count; ++p) {
+        for (uint64_t i = 0; i < run.piece; ++i) from_file.push_back(run.begin + p * run.stride + i);
+      }
+    }
+    std::vector<uint64_t> expected;
+    for (const StridedRun& run : runs) {
+      for (uint64_t p = 0; p < run.count; ++p) {
+        for (uint64_t i = 0; i < run.piece; ++i) expected.push_back(run.begin + p * run.stride + i);
+      }
+    }
+    CHECK(from_file == expected);
+  }
+}

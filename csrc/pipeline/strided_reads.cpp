@@ -1,0 +1,54 @@
+#include "pipeline/strided_reads.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+namespace weightload {
+namespace {
+
+constexpr uint64_t kLeastGap = 8 << 10;
+constexpr uint64_t kMostOverread = 2;          // times what is wanted
+constexpr uint64_t kScratchBytes = 128 << 10;  // fits the second-level cache
+
+// Larger pieces are each worth asking whether they are in the page cache, and a direct read if not.
+constexpr uint64_t kLargePiece = 256 << 10;
+
+bool is_dense(const StridedRun& run) {
+  return run.stride - run.piece < kLeastGap && run.stride <= kMostOverread * run.piece &&
+         run.stride + run.piece <= kScratchBytes;
+}
+
+void read_dense(RangeReader& reader, const StridedRun& run, char* destination, const Look& look) {
+  const RangeReader::Attempt attempt = reader.begin(run.span(), look, /*may_be_direct=*/false);
+  const std::unique_ptr<char[]> scratch(new char[kScratchBytes]);
+  const uint64_t most = 1 + (kScratchBytes - run.piece) / run.stride;
+  for (uint64_t done = 0; done < run.count; done += most) {
+    const StridedRun part{run.begin + done * run.stride, run.piece, run.stride, std::min(most, run.count - done)};
+    reader.buffered(attempt, part.span(), scratch.get());
+    for (uint64_t p = 0; p < part.count; ++p) {
+      std::memcpy(destination, scratch.get() + p * part.stride, part.piece);
+      destination += part.piece;
+    }
+  }
+  reader.end(attempt);
+}
+
+}  // namespace
+
+void read_strided(RangeReader& reader, const StridedRun& run, char* destination, const Look& look) {
+  if (is_dense(run)) return read_dense(reader, run, destination, look);
+  const RangeReader::Attempt scattered = reader.begin_scattered(run.span(), look);
+  for (uint64_t p = 0; p < run.count; ++p, destination += run.piece) {
+    const ByteRange piece{run.begin + p * run.stride, run.begin + p * run.stride + run.piece};
+    if (run.piece < kLargePiece) {
+      reader.buffered(scattered, piece, destination);
+      continue;
+    }
+    const RangeReader::Attempt attempt = reader.begin(piece, look, /*may_be_direct=*/false);
+    reader.buffered(attempt, piece, destination);
+    reader.end(attempt);
+  }
+}
+
+}  // namespace weightload
