@@ -70,6 +70,7 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/fuzz -name '*.h' -o -name '*.cpp')
 	$(RUN) tests/generate_stubs.py --check
+	$(RUN) tests/check_imports.py
 
 # Loads to the simulated accelerator under this many seeds.
 stress: setup

@@ -1,7 +1,7 @@
 """Compares the pure-Python way to load safetensors files with weightload, side by side in one run.
 
     python benchmarks/benchmark_weight_loading.py --model-path MODEL [--subfolder NAME] [--warmup 1] [--repeats 5]
-        [--device cuda] [--cold] [--json FILE] [--plot FILE]
+        [--device cuda] [--cold] [--json FILE] [--plot FILE] [--title NAME]
     torchrun [--nnodes 2 ...] --nproc-per-node 2 benchmarks/benchmark_weight_loading.py --model-path MODEL ...
 
 Every loader yields (name, tensor) on the CPU (to_cpu=True). `touched` reads one byte of each 4 KiB page of every
@@ -10,6 +10,8 @@ nothing yet. With --device an accelerator (to_cpu=False) tensors are kept until 
 runs until then; compare_loaders.py compares all loaders there are. Loaders take turns in every round, in
 rotating order. Under torchrun every rank loads everything for itself, all at the same time and beginning together, and
 a load's time is that of the slowest rank; benchmark_weight_loading_comparison.py has the ranks share the reading.
+
+The table goes to stdout; stderr says what is being measured, and how far that is.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from command_line import Parser, Steps, checkpoint_of, run, say, usable_device
 from gpu_limits import Copy, device_facts
 from machine import (
     PeakMemory,
@@ -38,11 +41,12 @@ from machine import (
     resident_share,
 )
 from ranks import Ranks
-from report import deliver
+from report import deliver, scenario_in_words
 from safetensors import safe_open
 
 import weightload
 from weightload.devices import default_device
+from weightload.distributed import global_rank
 from weightload.selection import open_files
 from weightload.settings import current
 
@@ -160,7 +164,7 @@ def timed(run: Callable[[], object], ranks: Ranks) -> float:
 
 
 def measure(
-    files: list[str], cache: str, touched: bool, options: argparse.Namespace, ranks: Ranks
+    files: list[str], cache: str, touched: bool, options: argparse.Namespace, ranks: Ranks, steps: Steps
 ) -> list[dict[str, Any]]:
     """One scenario: every loader and the raw read, taking turns."""
     prepare_scenario(files, cache, ranks, can_evict=options.cold)
@@ -175,17 +179,19 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     peaks: dict[str, int] = dict.fromkeys(arms, 0)
     # Untouched, nobody has the bytes yet: fewer rounds do.
-    repeats = options.repeats if touched else -(-options.repeats // 2)
+    rounds = options.warmup + (options.repeats if touched else -(-options.repeats // 2))
     names = list(arms)
-    for number in range(options.warmup + repeats):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            prepare(files, cache == "cold", ranks)
-            peak = PeakMemory()
-            elapsed = timed(arms[name], ranks)
-            if number >= options.warmup:
-                seconds[name].append(elapsed)
-                peaks[name] = max(peaks[name], peak.bytes())
+    with steps.next(scenario_in_words(cache, touched), rounds * len(names)) as advance:
+        for number in range(rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                prepare(files, cache == "cold", ranks)
+                peak = PeakMemory()
+                elapsed = timed(arms[name], ranks)
+                if number >= options.warmup:
+                    seconds[name].append(elapsed)
+                    peaks[name] = max(peaks[name], peak.bytes())
+                advance(1)
     scenario = {"cache": cache, "touched": touched}
     return [{**scenario, "loader": name, "seconds": seconds[name], "peak_bytes": peaks[name]} for name in arms]
 
@@ -201,6 +207,18 @@ def private_peak(loader: Callable[[list[str]], Weights], files: list[str]) -> in
         if loaded >= 16 << 20:
             most, loaded = max(most, private_bytes()), 0
     return max(most, private_bytes()) - before
+
+
+def private_peaks(files: list[str], device: torch.device, steps: Steps) -> dict[str, int]:
+    """``private_peak`` of every loader to the CPU."""
+    if device.type != "cpu":
+        return {}
+    peaks = {}
+    with steps.next("private memory", len(LOADERS)) as advance:
+        for name, loader in LOADERS.items():
+            peaks[name] = private_peak(loader, files)
+            advance(1)
+    return peaks
 
 
 def summarise(rows: list[dict[str, Any]], total: int) -> None:
@@ -220,51 +238,87 @@ def summarise(rows: list[dict[str, Any]], total: int) -> None:
         row["of_limit"] = same[LIMIT] / median
 
 
+def benchmark_loading(
+    files: list[str], to_cpu: bool, broadcast: bool, warmup: int, repeats: int, label: str
+) -> list[float]:
+    """Measure weightload with the flags of FastVideo's iterator; the first rank prints a line about it.
+
+    For programs that import it. Tensors are dropped as they come; the ranks of an initialised torch.distributed all
+    call it, and begin and end together.
+
+    Returns:
+        Seconds of each of the ``repeats`` counted loads, after ``warmup`` others.
+    """
+
+    def once() -> float:
+        _meet()
+        begin = time.perf_counter()
+        for _ in weightload.safetensors_weights_iterator(files, to_cpu, broadcast, show_progress=False):
+            pass
+        if not to_cpu and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        _meet()
+        return time.perf_counter() - begin
+
+    opened = open_files(files)
+    tensors, total = sum(map(len, opened)), sum(file.size - file.data_begin for file in opened)
+    del opened
+    seconds = [once() for _ in range(warmup + repeats)][warmup:]
+    if global_rank() == 0:
+        average = statistics.fmean(seconds)
+        print(
+            f"{label}: {tensors} tensors, {total / 1e9:.2f} GB; average {average:.3f} s, best {min(seconds):.3f} s, "
+            f"{total / 1e9 / average:.2f} GB/s ({repeats} loads after {warmup} others)"
+        )
+    return seconds
+
+
+def _meet() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-path", required=True, help="a safetensors file, an index or a directory")
-    parser.add_argument("--subfolder", help="a folder below, such as diffusers' transformer")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, or an accelerator of this process")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
+    parser = Parser(__doc__)
+    parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, or an accelerator of this process")
     parser.add_argument(
         "--cold",
         action="store_true",
         help="also measure with the files evicted from the page cache, and with a page cache of single pages",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
-    parser.add_argument("--title", help="what to call the checkpoint")
     options = parser.parse_args()
 
     ranks = Ranks()
     if ranks.count > 1 and options.device.type != "cpu" and options.device.index is None:
         options.device = default_device()  # each rank has its own
-    files = weightload.resolve_safetensors_files(options.model_path, options.subfolder)
-    opened = open_files(files)
-    tensors = sum(len(file) for file in opened)
-    total = sum(file.size - file.data_begin for file in opened)
-    del opened
+    checkpoint = checkpoint_of(parser, options, ranks)
+    files = checkpoint.files
+    if ranks.first:
+        say(f"{checkpoint}; to {options.device}, by {ranks.count} rank(s)")
 
     rows: list[dict[str, Any]] = []
-    for cache in ("cold", "warm", "warm 4K") if options.cold else ("warm",):
-        for touched in (True, False) if cache != "warm 4K" and options.device.type == "cpu" else (True,):
-            rows += measure(files, cache, touched, options, ranks)
-    summarise(rows, total)
-    memory = {}
-    if options.device.type == "cpu":
-        memory = {name: private_peak(loader, files) for name, loader in LOADERS.items()}
+    to_cpu = options.device.type == "cpu"
+    scenarios = [
+        (cache, touched)
+        for cache in (("cold", "warm", "warm 4K") if options.cold else ("warm",))
+        for touched in ((True, False) if cache != "warm 4K" and to_cpu else (True,))
+    ]
+    steps = Steps(len(scenarios) + to_cpu)
+    for cache, touched in scenarios:
+        rows += measure(files, cache, touched, options, ranks, steps)
+    summarise(rows, checkpoint.bytes)
+    memory = private_peaks(files, options.device, steps)
     for row in rows:
         row["private_peak_bytes"] = memory.get(row["loader"])
 
     result = {
         "benchmark": "weight_loading",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "checkpoint": options.title or Path(options.model_path).name,
+        "checkpoint": checkpoint.title,
         "files": len(files),
-        "tensors": tensors,
-        "bytes": total,
+        "tensors": checkpoint.tensors,
+        "bytes": checkpoint.bytes,
         "ranks": ranks.count,
         "nodes": ranks.nodes,
         **({"device": "cpu"} if options.device.type == "cpu" else device_facts(options.device)),
@@ -278,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,93 +10,124 @@ kept in a dict; on the CPU one byte of each 4 KiB page of every tensor is read a
 time runs until all have arrived. Ways and limits take turns in every round, shuffled each time; all ranks begin
 together, and a load's time is that of the slowest. The page cache is warm, which is verified before every run. Before
 that, every way's tensors are compared with safetensors' on every rank, byte for byte.
+
+The table goes to stdout; stderr says what is being done, and how far that is.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import warnings
 from datetime import datetime, timezone
-from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from command_line import Parser, Steps, checkpoint_of, run, say, usable_device
 from gpu_limits import device_facts
 from group_report import print_table, save_plot
 from group_run import Comparison, summarise
-from group_ways import Place, ways_for
+from group_ways import Place, Weights, python_broadcast, python_mapped, ways_for
 from machine import describe
 from ranks import GroupedRanks
 from report import deliver
 
-import weightload
 from weightload import devices
-from weightload.selection import open_files
 from weightload.settings import current
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-path", required=True, help="a safetensors file, an index or a directory")
-    parser.add_argument("--subfolder", help="a folder below, such as diffusers' transformer")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
-    parser.add_argument("--device", help="cpu or cuda; default: this rank's accelerator, or the CPU without one")
+def load_independent(files: list[str], device: torch.device | str) -> Weights:
+    """For programs that import it: every rank reads every tensor with safetensors (CPU: views of the files)."""
+    yield from python_mapped(Place(files, torch.device(device), None))
+
+
+def load_broadcast(files: list[str], device: torch.device | str, node_group: Any, async_op: bool = False) -> Weights:
+    """For programs that import it: one rank reads every tensor with safetensors, and broadcasts it to the others.
+
+    Args:
+        files: the same on all ranks, who all read the headers.
+        device: of this rank.
+        node_group: a ``ProcessGroup``, an object with one as its ``device_group`` (FastVideo's, vLLM's), or None for
+            all ranks; where torch.distributed is not initialised this process loads alone.
+        async_op: start all broadcasts of a file before the first of its tensors is waited for and yielded.
+    """
+    if not dist.is_initialized():
+        return load_independent(files, device)
+    place = Place(files, torch.device(device), getattr(node_group, "device_group", node_group))
+    return python_broadcast(place, async_op)
+
+
+def parsed() -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--device", type=usable_device, help="cpu or cuda; default: this rank's accelerator, or the CPU without one"
+    )
     parser.add_argument("--group", choices=("node", "all"), default="node", help="the ranks that load together")
     parser.add_argument("--backend", metavar="NAME", help="torch.distributed's; default: the CPU's and the device's")
     parser.add_argument("--drop-failing", action="store_true", help="ways that fail are left out and said why")
     parser.add_argument("--budget", type=float, default=1e9, metavar="S", help="time after which no round begins")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the order (default: a new one)")
     parser.add_argument("--ways", metavar="NAME,NAME", help="default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture")
-    parser.add_argument("--title", help="what to call the checkpoint")
     options = parser.parse_args()
     try:
         options.ways = options.ways and [name.strip() for name in options.ways.split(",")]
         ways_for(torch.device("cpu"), options.ways)
+        options.device = the_device(options.device)
     except ValueError as error:
         parser.error(str(error))
-    if options.repeats < 1:
-        parser.error("--repeats: at least 1")
-    return options
+    return parser, options
 
 
-def the_device(name: str | None) -> torch.device:
+def the_device(named: torch.device | None) -> torch.device:
     """This rank's device: each rank has an accelerator of its own, unless one is named with its number."""
-    if name is None or (name != "cpu" and torch.device(name).index is None):
+    if named is None or (named.type != "cpu" and named.index is None):
         device = devices.default_device()
-        if name not in (None, device.type):
-            raise SystemExit(f"--device {name}: torch has no such device here")
     else:
-        device = devices.resolve(name)
+        device = devices.resolve(named)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     return device
 
 
+def ranks_of(parser: Parser, options: argparse.Namespace) -> GroupedRanks:
+    whole = options.group == "all"
+    if options.backend is None:
+        return GroupedRanks(options.device, whole)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a backend that torch then refuses
+            return GroupedRanks(options.device, whole, options.backend)
+    except Exception as error:  # torch has an AssertionError for a name it does not know
+        parser.error(f"--backend {options.backend}: {str(error).splitlines()[0]}")
+
+
 def main() -> None:
     """Command line."""
-    options = parsed()
-    device = the_device(options.device)
-    ranks = GroupedRanks(device, whole=options.group == "all", backend=options.backend)
-    files = weightload.resolve_safetensors_files(options.model_path, options.subfolder)
-    opened = open_files(files)
-    tensors = sum(len(file) for file in opened)
-    total = sum(file.size - file.data_begin for file in opened)
-    del opened
+    parser, options = parsed()
+    device: torch.device = options.device
+    ranks = ranks_of(parser, options)
+    checkpoint = checkpoint_of(parser, options, ranks)
+    files = checkpoint.files
+    if ranks.first:
+        say(f"{checkpoint}; to {device}, by {ranks.count} rank(s) in groups of {ranks.group_size}")
 
-    comparison = Comparison(Place(files, device, ranks.group), ways_for(device, options.ways), ranks, total)
-    comparison.check(options.drop_failing)
+    ways = ways_for(device, options.ways)
+    comparison = Comparison(Place(files, device, ranks.group), ways, ranks, checkpoint.bytes)
+    steps = Steps(2)
+    with steps.next("comparing bytes with safetensors", len(ways)) as advance:
+        comparison.check(options.drop_failing, advance)
     seed = ranks.gather(options.seed)[0]
-    comparison.measure(options.warmup, options.repeats, seed, options.budget)
+    with steps.next("warm page cache", (options.warmup + options.repeats) * len(comparison.timings)) as advance:
+        comparison.measure(options.warmup, options.repeats, seed, options.budget, advance)
     remarks = comparison.cache_remarks()
     result = {
         "benchmark": "weight_loading_comparison",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "checkpoint": options.title or Path(options.model_path).name,
+        "checkpoint": checkpoint.title,
         "files": len(files),
-        "tensors": tensors,
-        "bytes": total,
+        "tensors": checkpoint.tensors,
+        "bytes": checkpoint.bytes,
         "ranks": ranks.count,
         "nodes": ranks.nodes,
         "group": options.group,
@@ -113,7 +144,7 @@ def main() -> None:
         "warmup": options.warmup,
         "repeats": options.repeats,
         "seed": seed,
-        "rows": summarise(comparison.timings, total),
+        "rows": summarise(comparison.timings, checkpoint.bytes),
     }
     if ranks.first:
         deliver(result, options.json, options.plot, print_table, save_plot)
@@ -121,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

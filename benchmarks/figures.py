@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+
+WIDTH = 100  # of what is printed for people
+
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
@@ -15,3 +19,8 @@ def ratio(value: float | None) -> str:
 
 def megabytes(value: int | None) -> str:
     return f"{value / 1e6:7.0f} MB" if value is not None else " " * 10
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines that fit."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)

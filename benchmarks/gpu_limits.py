@@ -142,16 +142,6 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def cold_read(files: Sequence[str], threads: int = THREADS) -> tuple[float, str, str | None]:
-    """Seconds to read evicted files: past the page cache, or through it where that is refused (and why)."""
-    evict(files)
-    try:
-        return timed(lambda: direct_read(files, threads)), "direct read", None
-    except OSError as error:
-        evict(files)
-        return timed(lambda: raw_parallel_read(files, threads)), "parallel read, page cache cold", str(error)
-
-
 def write_random(path: Path, size: int) -> None:
     """A file that neither compresses nor is sparse."""
     random = np.random.SFC64(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from figures import duration
+from figures import duration, wrapped
 
 FOOTNOTE = """\
 The time of a load is that of its slowest rank; "vs" is times as fast as python broadcast, of medians. "of read":
@@ -25,24 +25,29 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print a result for people."""
+    """Print a result for people, in lines of at most figures.WIDTH characters."""
     memory = f"{result['memory_bytes'] / 2**30:.0f} GiB"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     cache = "warm, verified" if result["cache_verified"] else f"not verified: {'; '.join(result['cache_remarks'])}"
-    print(f"\n{result['checkpoint']}: {heading(result)}; {result['threads']} threads a rank")
-    print(f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}; page cache {cache}")
-    print(f"Python {result['python']}, {versions}; commit {result['commit']}\n")
+    print()
+    for line in (
+        f"{result['checkpoint']}: {heading(result)}; {result['threads']} threads a rank",
+        f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}; page cache {cache}",
+        f"Python {result['python']}, {versions}; commit {result['commit']}",
+    ):
+        print(wrapped(line))
     print(
-        f"{'way':30} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>7} {'of read':>8} {'of bcast':>8} "
+        f"\n{'way':29} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>7} {'of read':>8} {'of bcast':>8} "
         f"{'agree':>6}"
     )
     for row in result["rows"]:
-        print(
-            f"{_name(row):30} {duration(row['average_s'])} {duration(row['best_s'])} {duration(row['median_s'])} "
+        line = (
+            f"{_name(row):29} {duration(row['average_s'])} {duration(row['best_s'])} {duration(row['median_s'])} "
             f"{row['gb_per_s']:7.2f} {_number(row['speedup'], 6, 'x')} {_number(row['of_raw_read'], 8)} "
             f"{_number(row['of_raw_broadcast'], 8)} {_percent(row['agreement_share']):>6}"
         )
-    print(f"\n{FOOTNOTE}\n")
+        print(line.rstrip())
+    print(f"\n{wrapped(FOOTNOTE)}\n")
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from machine import NotEvictedError, back_memory, fill_cache, raw_parallel_read,
 from ranks import GroupedRanks
 from safetensors import safe_open
 
+from weightload.progress import Advance, unseen
 from weightload.settings import current
 
 RAW_READ = "raw parallel read"
@@ -106,7 +107,7 @@ class Comparison:
         self.dropped: dict[str, dict[str, str | None]] = {}  # ways that failed, and how
         self.remarks: list[str] = []  # why the page cache may not have been warm
 
-    def check(self, drop_failing: bool = False) -> None:
+    def check(self, drop_failing: bool = False, advance: Advance = unseen) -> None:
         """One untimed load of every way, compared byte for byte.
 
         A way that raises, or has a wrong byte on any rank, ends the run; or with ``drop_failing`` it takes no further
@@ -137,11 +138,14 @@ class Comparison:
             if found or reasons:
                 del self.ways[name], self.timings[name]
                 self.dropped[name] = {"wrong": "; ".join(found) or None, "reason": reasons[0] if reasons else None}
+            advance(1)
 
-    def measure(self, warmup: int, repeats: int, seed: int, budget: float = math.inf) -> None:
+    def measure(
+        self, warmup: int, repeats: int, seed: int, budget: float = math.inf, advance: Advance = unseen
+    ) -> None:
         """Everything once a round, shuffled each time, by the same seed on all ranks.
 
-        After ``budget`` seconds no round begins.
+        After ``budget`` seconds no round begins. ``advance`` is called with 1 after every load.
         """
         names = list(self.timings)
         order = random.Random(seed)
@@ -156,6 +160,7 @@ class Comparison:
                 seconds, agreement = self.ranks.most([timing.seconds, timing.agreement_seconds])
                 if number >= warmup:
                     self.timings[name].append(Timing(seconds, agreement, timing.strategy))
+                advance(1)
 
     def _prepare(self, memory: bool) -> None:
         """The same state before every run: garbage collected, cache warm and verified, memory backed if it is used."""

@@ -34,7 +34,8 @@ class Place:
 
     files: list[str]
     device: torch.device
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
+    """None: all ranks."""
 
 
 Way = Callable[[Place], Weights]
@@ -66,7 +67,7 @@ def _empty(opened: Any, name: str, device: torch.device) -> torch.Tensor:
     return torch.empty(torch_shape(dtype, tuple(described.get_shape())), dtype=TORCH_DTYPES[dtype], device=device)
 
 
-def _broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool) -> Any:
+def _broadcast(tensor: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool) -> Any:
     """Broadcast from the group's first rank; the answer of an asynchronous one is to be waited for."""
     if tensor.numel() == 0:  # every rank knows, and has it already
         return None

@@ -18,7 +18,7 @@ import compare_overview
 import compare_plot
 import compare_report
 import group_report
-from figures import duration, megabytes, ratio
+from figures import duration, megabytes, ratio, wrapped
 
 FOOTNOTE = """\
 GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with
@@ -29,31 +29,44 @@ of the resident set, mapped page cache included; "private" is the anonymous part
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print a result of benchmark_weight_loading.py."""
+    """Print a result of benchmark_weight_loading.py, in lines of at most figures.WIDTH characters."""
+    print()
     print(
-        f"\n{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, "
-        f"{result['files']} files; {result['ranks']} rank(s){_nodes(result)}, {result['threads']} threads"
+        wrapped(
+            f"{result['checkpoint']}: {result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, "
+            f"{result['files']} files; {result['ranks']} rank(s){_nodes(result)}, {result['threads']} threads"
+        )
     )
     memory = f"{result['memory_bytes'] / 2**30:.0f} GiB"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     print(
-        f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}"
-        f", read_ahead_kb {result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}\n"
+        wrapped(
+            f"{result['machine']}, {result['cpus']} CPUs, {memory}, Linux {result['kernel']}, read_ahead_kb "
+            f"{result['read_ahead_kb']}; Python {result['python']}, {versions}; commit {result['commit']}"
+        )
     )
-    head = f"{'cache':7} {'bytes':9} {'loader':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>7}"
-    print(f"{head} {'of limit':>8} {'peak':>10} {'private':>10}")
     last = None
     for row in result["rows"]:
-        scenario = (row["cache"], "touched" if row["touched"] else "untouched")
-        if last not in (None, scenario):
-            print()
+        scenario = scenario_in_words(row["cache"], row["touched"])
+        if scenario != last:
+            print(f"\n{scenario}")
+            print(
+                f"{'':18} {'average':>9} {'best':>9} {'median':>9} {'GB/s':>7} {'vs':>7} {'of limit':>8} "
+                f"{'peak':>10} {'private':>10}"
+            )
         last = scenario
-        print(
-            f"{scenario[0]:7} {scenario[1]:9} {row['loader']:18} {duration(row['average_s'])} "
-            f"{duration(row['best_s'])} {duration(row['median_s'])} {row['gb_per_s']:7.2f} {ratio(row['speedup'])} "
-            f"{row['of_limit']:8.2f} {megabytes(row['peak_bytes'])} {megabytes(row['private_peak_bytes'])}"
+        line = (
+            f"{row['loader']:18} {duration(row['average_s'])} {duration(row['best_s'])} {duration(row['median_s'])} "
+            f"{row['gb_per_s']:7.2f} {ratio(row['speedup'])} {row['of_limit']:8.2f} "
+            f"{megabytes(row['peak_bytes'])} {megabytes(row['private_peak_bytes'])}"
         )
-    print(f"\n{FOOTNOTE}\n")
+        print(line.rstrip())
+    print(f"\n{wrapped(FOOTNOTE)}\n")
+
+
+def scenario_in_words(cache: str, touched: bool) -> str:
+    """What a scenario measures: ``cache`` is that of a row."""
+    return f"{cache} page cache, {'every page touched' if touched else 'untouched'}"
 
 
 def _nodes(result: dict[str, Any]) -> str:
@@ -77,7 +90,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
         drawn = axis.barh([row["loader"] for row in bars], [row["gb_per_s"] for row in bars], color=colours)
         axis.bar_label(drawn, fmt="%.1f", padding=3)
         axis.axvline(limit, color="#d1242f", linewidth=1, linestyle="--", label=f"raw parallel read {limit:.1f}")
-        axis.set_title(f"{cache} page cache, every page touched")
+        axis.set_title(scenario_in_words(cache, touched))
         axis.set_xlabel("GB/s")
         axis.margins(x=0.15)
         axis.invert_yaxis()

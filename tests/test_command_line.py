@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import entry, file_bytes, write_tensors
 
 from weightload import __version__, cli
+from weightload.cli_load import touch
 
 
 def test_inspect(real_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +69,20 @@ def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str) 
     assert [file["read"] for file in stats["files"]] == [{"mmap": "mapped", "pread": "buffered"}[backend]] * 2
 
 
+def test_touching_brings_in_every_page(tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    size = 50 * mmap.PAGESIZE
+    path.write_bytes(bytes(size))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as mapped:
+        tensor = torch.frombuffer(mapped, dtype=torch.float16).reshape(50, -1)
+        touch(tensor)
+        lines = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1].splitlines()
+        assert next(line.split()[1] for line in lines if line.startswith("Rss:")) == str(size // 1024)
+        del tensor
+    for tensor in (torch.zeros(()), torch.zeros(0), torch.zeros(3, 0, 2), torch.zeros(5, dtype=torch.bool)):
+        touch(tensor)
+
+
 def test_load_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tensors(tmp_path / "m.safetensors", [])
     for how in ([], ["--stats"], ["--json"]):
@@ -98,8 +115,29 @@ def test_exit_codes(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[
     assert usage.value.code == 2
 
 
+def test_a_device_or_a_setting_that_is_wrong_is_wrong_usage(
+    real_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("nonsense", "xpu:0"):
+        assert cli.main(["load", str(real_checkpoint), "--device", device]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv("WEIGHTLOAD_THREADS", "many")
+    assert cli.main(["load", str(real_checkpoint)]) == 2
+
+
+def test_ctrl_c_ends_a_command(
+    real_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weightload.cli_load.safetensors_weights_iterator", pressed)
+    assert cli.main(["load", str(real_checkpoint)]) == 130
+    assert capsys.readouterr().err == "weightload: stopped\n"
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], *([command, "--help"] for command in ("inspect", "verify", "settings", "tune"))):
+    for arguments in (["--help"], *([command, "--help"] for command in ("inspect", "verify", "load", "settings"))):
         with pytest.raises(SystemExit) as done:
             cli.main(arguments)
         assert done.value.code == 0

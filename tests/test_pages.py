@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "weightload" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 NOTES = sorted((ROOT / "csrc" / "notes").glob("*.md"))
-PAGES = [ROOT / "README.md", GUIDE, *(ROOT / name / "README.md" for name in ("benchmarks", "csrc", "tests")), *NOTES]
+ROOT_PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
+PAGES = [*ROOT_PAGES, GUIDE, *(ROOT / name / "README.md" for name in ("benchmarks", "csrc", "tests")), *NOTES]
 SOURCES = [path for kind in ("*.h", "*.cpp", "*.py", "*.sh") for path in (ROOT / "csrc").rglob(kind)]
 SOURCES += [path for name in ("weightload", "benchmarks", "tests") for path in (ROOT / name).rglob("*.py")]
 

@@ -8,29 +8,45 @@ from pathlib import Path
 
 import pytest
 
-from weightload import cli, settings, settings_page
+from weightload import cli, cli_settings, settings
 
 PAGE = Path(settings.__file__).parent / "SETTINGS.md"
 
 
-def test_the_page_is_the_one_that_is_made(capsys: pytest.CaptureFixture[str]) -> None:
-    """If not: weightload settings --markdown > weightload/SETTINGS.md."""
-    assert cli.main(["settings", "--markdown"]) == 0
-    assert capsys.readouterr().out == PAGE.read_text()
+def test_the_table_is_of_the_settings_there_are() -> None:
+    """Names, units, defaults, environment variables and loads, in the order of the fields."""
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| [`")]
+    assert rows == [
+        [
+            f"[`{field.name}`](#{field.name})",
+            field.metadata["unit"],
+            cli_settings.shown(field.name, field.default),  # type: ignore[arg-type]
+            f"`WEIGHTLOAD_{field.name.upper()}`",
+            field.metadata["loads"],
+        ]
+        for field in dataclasses.fields(settings.Settings)
+    ]
+    assert [row[3].strip("`") for row in rows] == [settings.variable(name) for name in settings.NAMES]
 
 
-def test_every_setting_is_explained() -> None:
-    page = PAGE.read_text()
-    for field in dataclasses.fields(settings.Settings):
-        about = field.metadata
-        assert all(about[key] for key in ("unit", "loads", "what", "change")), field.name
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| [`{field.name}`]")]
-        assert f"`WEIGHTLOAD_{field.name.upper()}`" in row
-        assert about["unit"] in row
-        section = page.split(f"\n## {field.name}\n")[1].split("\n## ")[0]
-        assert " ".join(about["what"].split()) in " ".join(section.split())
-        assert "*When to change it*" in section
-    assert "settings.override(" in page
+def test_every_setting_has_a_section() -> None:
+    sections = dict(section.split("\n", 1) for section in PAGE.read_text().split("\n## ")[1:])
+    assert list(sections) == [*settings.NAMES, "What is no setting"]
+    for name in settings.NAMES:
+        assert "\n\n*" in sections[name], f"{name}: when to change it is missing"
+    in_one_line = {name: " ".join(text.split()) for name, text in sections.items()}
+    for name, said in (
+        ("threads", f"at most {settings.MOST_DEFAULT_THREADS};"),
+        ("threads", f"at least {settings.LEAST_COLD_THREADS}."),
+        ("cached_pinned_bytes", f"a {settings.SLOTS_OF_CACHED}nd of it"),
+    ):
+        assert said in in_one_line[name]
+    multiples = [name for name in settings.NAMES if "multiple of 4096" in in_one_line[name]]
+    fields = dataclasses.fields(settings.Settings)
+    assert multiples == [field.name for field in fields if field.metadata["multiple"] == 4096]
+    least = {field.name: field.metadata["least"] for field in fields if field.metadata["unit"] == "bytes"}
+    assert "Numbers of bytes are at least 4096; `spare_bytes` may be 0." in PAGE.read_text()
+    assert least == {**dict.fromkeys(least, 4096), "spare_bytes": 0}
 
 
 def test_the_page_s_links_and_example_hold() -> None:
@@ -65,14 +81,11 @@ def test_the_values_in_force(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_spare_memory_may_be_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WEIGHTLOAD_SPARE_BYTES", "0")
-    assert settings_page.in_force()["spare_bytes"]["value"] == 0
+    assert cli_settings.in_force()["spare_bytes"]["value"] == 0
     assert cli.main(["settings"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spare_bytes")]
     assert "0 bytes" in row
     assert row.endswith("WEIGHTLOAD_SPARE_BYTES")
-    section = PAGE.read_text().split("\n## spare_bytes\n")[1].split("\n## ")[0]
-    assert "0 keeps none." in section
-    assert "At least" not in section
 
 
 def test_a_value_that_is_not_allowed_is_wrong_usage(
@@ -89,4 +102,4 @@ def test_a_value_that_is_not_allowed_is_wrong_usage(
      ("threads", 0, "0 (the CPUs of the process)"), ("threads", 4, "4"), ("read", "auto", "auto")],
 )  # fmt: skip
 def test_values_in_words(name: str, value: int | str, words: str) -> None:
-    assert settings_page.shown(name, value) == words
+    assert cli_settings.shown(name, value) == words

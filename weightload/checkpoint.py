@@ -14,6 +14,7 @@ from weightload.errors import CheckpointError, located
 from weightload.index import is_index, is_missing, read_index, require_shards
 from weightload.passed_over import PassedOverWarning
 from weightload.paths import natural_key
+from weightload.selection import open_files
 
 __all__ = ["check_contents", "find_files", "natural_key", "resolve_and_tell", "resolve_safetensors_files"]
 
@@ -116,8 +117,6 @@ def _require_file(path: Path) -> None:
 def check_contents(found: Found) -> None:
     """Refuse tensors that occur in two files, unless an index says which has them, and shards without the tensors that
     the index promises of them."""
-    from weightload.selection import open_files
-
     if len(found.files) < 2 and not found.promised:
         return
     opened = open_files(found.files)

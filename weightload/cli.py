@@ -9,7 +9,7 @@ import sys
 
 from safetensors import SafetensorError
 
-from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_tune, cli_verify, settings
+from weightload import __version__, cli_inspect, cli_load, cli_settings, cli_verify, settings
 from weightload.cli_common import (
     BROKEN,
     EPILOG,
@@ -73,6 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weightload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (cli_inspect, cli_verify, cli_load, cli_settings, cli_tune):
+    for command in (cli_inspect, cli_verify, cli_load, cli_settings):
         command.add(commands)
     return parser

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import time
 
+import torch
+
 from weightload import devices
 from weightload.cli_common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 from weightload.iterator import safetensors_weights_iterator
-from weightload.page_touch import touch
 
 DESCRIPTION = """\
 Load a checkpoint's tensors one after the other and drop each, as an engine does that copies them into its own memory.
 With --touch one byte of every page of CPU tensors is read, which a mapped tensor's user would do.
 """
+PAGE = 4096  # bytes
 
 
 def add(commands: Commands) -> None:
@@ -32,8 +34,6 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
     device = devices.resolve(options.device)
     paths = resolve(options)
     begin = time.perf_counter()
@@ -56,3 +56,8 @@ def run(options: argparse.Namespace) -> int:
         rate = f"{stats.bytes / 1e9 / seconds:.2f} GB/s" if stats.bytes else "nothing to load"
         say(f"{stats.tensors} tensors, {bytes_in_words(stats.bytes)} in {seconds:.3f} s, to the last byte: {rate}")
     return OK
+
+
+def touch(tensor: torch.Tensor) -> None:
+    """Read one byte of each page of a contiguous CPU tensor, as the least that its consumer does."""
+    tensor.reshape(-1).view(torch.uint8)[::PAGE].sum()

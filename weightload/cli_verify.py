@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from weightload.api import load_file
 from weightload.checkpoint import check_contents, find_files
 from weightload.cli_common import (
     BROKEN,
@@ -20,6 +21,7 @@ from weightload.cli_common import (
     say,
     tell_warning,
 )
+from weightload.errors import WeightLoadError
 from weightload.selection import open_files
 
 
@@ -64,9 +66,6 @@ def _compare(path: Path) -> int:
     """Load a file with both libraries; the number of tensors, all equal in name, dtype, shape and bytes."""
     import torch
     from safetensors.torch import load_file as reference_load_file
-
-    from weightload.api import load_file
-    from weightload.errors import WeightLoadError
 
     reference = reference_load_file(path)
     ours = load_file(path)

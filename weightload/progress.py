@@ -1,11 +1,11 @@
-"""A tqdm bar over a load, in bytes."""
+"""A tqdm bar over a load, in bytes, or over other work."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightload import _C, terminal
 from weightload.distributed import global_rank
@@ -15,8 +15,6 @@ from weightload.plain_torch import plainly
 if TYPE_CHECKING:
     import torch
 
-    from weightload.device_iterator import DeviceWeightIterator
-    from weightload.iterator import WeightIterator
     from weightload.load_stats import LoadStats
 
 Advance = Callable[[int], object]
@@ -32,7 +30,7 @@ def wanted(show_progress: bool | None) -> bool:
     return terminal.is_terminal(sys.stderr) if show_progress is None else terminal.can_write(sys.stderr)
 
 
-def _bar(total: int, always: bool) -> Any:
+def _bar(total: int, always: bool, what: str = "Loading weights", unit: str = "B") -> Any:
     try:
         from tqdm.auto import tqdm
 
@@ -41,9 +39,9 @@ def _bar(total: int, always: bool) -> Any:
         bar = type("Bar", (tqdm,), {"__del__": _C.finish, "monitor_interval": 0})
         return bar(
             total=total,
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
             unit_divisor=1000,
             miniters=1,
             delay=0 if always else SECONDS_BEFORE_THE_BAR,
@@ -75,6 +73,26 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
+class Load(Protocol):
+    """What a bar needs of a load: iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
+
+    agreement_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all its tensors."""
+
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None:
+        """Stop it."""
+
+    def stats(self) -> LoadStats:
+        """What it has done so far."""
+
+
 class WeightsWithBar:
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
@@ -83,7 +101,7 @@ class WeightsWithBar:
         always: show the bar from the start, not only once the load has lasted a second.
     """
 
-    def __init__(self, weights: WeightIterator | DeviceWeightIterator, always: bool) -> None:
+    def __init__(self, weights: Load, always: bool) -> None:
         self._weights = weights
         self.agreement_seconds = weights.agreement_seconds
         self.total_bytes = weights.total_bytes
@@ -125,10 +143,10 @@ def unseen(_: int) -> None:
 
 
 @contextmanager
-def bar(total: int, show_progress: bool | None) -> Iterator[Advance]:
-    """A function to call with bytes as they are loaded, and a bar if one is wanted."""
+def bar(total: int, show_progress: bool | None, what: str = "Loading weights", unit: str = "B") -> Iterator[Advance]:
+    """A function to call with bytes as they are loaded (or with what ``unit`` counts), and a bar if one is wanted."""
     if not wanted(show_progress):
         yield unseen
         return
-    with _bar(total, show_progress is True) as shown:
+    with _bar(total, show_progress is True, what, unit) as shown:
         yield shown.update

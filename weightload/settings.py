@@ -1,6 +1,6 @@
 """Every knob of a load: its unit, its default, its environment variable, and a scoped override.
 
-SETTINGS.md is made from this file (``weightload settings --markdown``).
+SETTINGS.md says what each is for, and when to change it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,23 @@ LEAST_COLD_THREADS = 8  # some wait for the storage while others copy; beside ot
 CPU = "CPU"
 ACCELERATORS = "accelerators"
 BOTH = f"{CPU}, {ACCELERATORS}"
+PRIVATE = f"{CPU} (private memory)"
 
 _Value = TypeVar("_Value", int, str)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _knob(
-    default: _Value, *, unit: str, loads: str, what: str, change: str, least: int = 4096, multiple: int = 1
-) -> _Value:
-    """A field of Settings, with what its page says of it.
+def _knob(default: _Value, *, unit: str, loads: str, least: int = 4096, multiple: int = 1) -> _Value:
+    """A field of Settings.
 
     Args:
         default: the value without an environment variable and without an override.
         unit: what a number counts.
         loads: which loads it is for: to the CPU, to accelerators.
-        what: what it is.
-        change: when to change it, and what that costs.
         least: the least number allowed.
         multiple: numbers must be multiples of it.
     """
-    about = {"unit": unit, "loads": loads, "what": what, "change": change, "least": least, "multiple": multiple}
+    about = {"unit": unit, "loads": loads, "least": least, "multiple": multiple}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -55,104 +52,30 @@ def _knob(
 class Settings:
     """Settings of one load. The environment variable of a field is ``WEIGHTLOAD_`` and its name in capitals."""
 
-    threads: int = _knob(
-        0,
-        unit="threads",
-        loads=BOTH,
-        least=0,
-        what="Reading threads. 0: as many as the process may use CPUs (affinity and cgroup quota), at most "
-        f"{MOST_DEFAULT_THREADS}; on the CPU at least {LEAST_COLD_THREADS} for files that are not in the page cache.",
-        change="More where the storage answers late but to many at once (network file systems, striped disks); fewer "
-        "where other work of the process needs the CPUs, or where one disk slows down under several readers.",
-    )
-    window_bytes: int = _knob(
-        256 * MIB,
-        unit="bytes",
-        loads=CPU,
-        what="How far reading may run ahead of the consumer: bounds the memory that no tensor owns yet, and what an "
-        "early exit has read in vain.",
-        change="Larger where the consumer works in bursts (quantises a large tensor, say) and storage should not "
-        "stand still meanwhile; smaller where memory is short.",
-    )
-    task_bytes: int = _knob(
-        8 * MIB,
-        unit="bytes",
-        loads=CPU,
-        what="One read of one thread.",
-        change="Smaller reads start the consumer sooner and share small loads among more threads; larger ones cost "
-        "fewer system calls, which pays where each request is a round trip over a network.",
-    )
-    block_bytes: int = _knob(
-        64 * MIB,
-        unit="bytes",
-        loads=f"{CPU} (private memory)",
-        what="Private memory that neighbouring small tensors share; a larger tensor has its own. Also what ranks "
-        "that share the reading send in one piece. Mapped tensors (the default on the CPU) are in no block.",
-        change="Smaller where single small tensors are kept and the rest is dropped: a block lives as long as any of "
-        "its tensors. Ranks that share a load must have the same value.",
-    )
-    spare_bytes: int = _knob(
-        4096 * MIB,
-        unit="bytes",
-        loads=f"{CPU} (private memory)",
-        least=0,
-        what="How much private memory, at most, the process keeps for its next loads when no tensor uses it any more: "
-        "fresh memory costs as much as the copy into it. The kernel takes it back as soon as anybody needs memory "
-        "(MADV_FREE); until then it counts in the process's resident size. 0 keeps none. The process has one limit, "
-        "that of the CPU load begun last; what is kept above it is given up when that load begins. Nothing is kept "
-        "where address space is limited (ulimit -v, ulimit -d, vm.overcommit_memory=2). weightload.release_memory() "
-        "gives all back at once.",
-        change="0 where resident sizes are watched and nothing is loaded twice; larger where larger models take turns.",
-    )
-    pinned_bytes: int = _knob(
-        256 * MIB,
-        unit="bytes",
-        loads=ACCELERATORS,
-        what="Page-locked host memory at most, in slots that are filled and copied from in turn.",
-        change="Larger where stats() shows that the threads wait for slots although reading is the "
-        "slower side; smaller where many processes share the memory or its limit (ulimit -l).",
-    )
-    cached_pinned_bytes: int = _knob(
-        64 * MIB,
-        unit="bytes",
-        loads=ACCELERATORS,
-        what="So much of pinned_bytes is enough where the files look to be in the page cache, in slots of a "
-        f"{SLOTS_OF_CACHED}nd of it or less, 256 KiB at least: what the threads have copied into a slot should still "
-        "be in the processor's caches when the device fetches it. With more, the machine's memory is the limit, and "
-        "not the link to the device. The rest is used where the device is late, having other work before the copies.",
-        change="Smaller where the processor's caches are; larger where a measurement says so, with many threads say. "
-        "That threads wait for slots is as it should be here: the link is the limit then. As much as pinned_bytes: no "
-        "difference is made.",
-    )
-    slot_bytes: int = _knob(
-        8 * MIB,
-        unit="bytes",
-        loads=ACCELERATORS,
-        multiple=4096,
-        what="One slot: one read and one copy. torch locks the next power of two. Small loads, and files in the page "
-        "cache (cached_pinned_bytes), take smaller slots.",
-        change="Smaller slots start the first copy sooner; larger ones cost fewer calls. pinned_bytes must hold one.",
-    )
-    device_block_bytes: int = _knob(
-        128 * MIB,
-        unit="bytes",
-        loads=ACCELERATORS,
-        what="Device memory that neighbouring tensors share; a larger tensor has its own. Also how far reading may "
-        "run ahead of the consumer, and what ranks that share the reading send in one piece.",
-        change="Smaller where device memory is nearly full, or single small tensors are kept and the rest is dropped. "
-        "Allocators round sizes: 128 MiB keeps that below 1 %. Ranks that share a load must have the same value.",
-    )
+    threads: int = _knob(0, unit="threads", loads=BOTH, least=0)
+    """Reading threads; 0: ``thread_count``."""
+    window_bytes: int = _knob(256 * MIB, unit="bytes", loads=CPU)
+    """How far reading may run ahead of the consumer."""
+    task_bytes: int = _knob(8 * MIB, unit="bytes", loads=CPU)
+    """One read of one thread."""
+    block_bytes: int = _knob(64 * MIB, unit="bytes", loads=PRIVATE)
+    """Memory that neighbouring small tensors share, and what ranks send in one piece; equal on all ranks of a load."""
+    spare_bytes: int = _knob(4096 * MIB, unit="bytes", loads=PRIVATE, least=0)
+    """What the process keeps at most for its next loads; one limit, that of the CPU load begun last."""
+    pinned_bytes: int = _knob(256 * MIB, unit="bytes", loads=ACCELERATORS)
+    """Page-locked memory at most."""
+    cached_pinned_bytes: int = _knob(64 * MIB, unit="bytes", loads=ACCELERATORS)
+    """So much of it where the files look to be in the page cache, in slots of 1 / SLOTS_OF_CACHED of this or less."""
+    slot_bytes: int = _knob(8 * MIB, unit="bytes", loads=ACCELERATORS, multiple=4096)
+    """One slot of it: one read and one copy."""
+    device_block_bytes: int = _knob(128 * MIB, unit="bytes", loads=ACCELERATORS)
+    """Device memory that neighbouring tensors share, and what ranks send in one piece; equal on all ranks of a load."""
     read: str = _knob(
         "auto",
         unit=", ".join(f'"{mode}"' for mode in READ_MODES),
         loads=f"{CPU} (private memory and parameters), {ACCELERATORS}",
-        what='"buffered" reads through the page cache, "direct" past it (O_DIRECT), "auto" range by range: what is in '
-        "the page cache from there, the rest on local disks whichever way has been faster, but through the page cache "
-        "where several ranks of a node load independently. Ranks that share a load to the CPU always read through it, "
-        "as does private memory before Linux 5.18 (6.5 with pages beyond 4 KiB), which could lose what a disk wrote.",
-        change='"direct" where loads are always cold and the page cache belongs to others; "buffered" where the files '
-        "are soon loaded again, by this process or another one.",
     )
+    """Through the page cache, past it, or range by range whichever is better."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,0 +1,99 @@
+"""Checks that includes between the rooms of csrc/ run one way, and that imports inside weightload/ have no cycle.
+
+python tests/check_imports.py [ROOT]    prints what is wrong, a line each, and exits with 1 if anything is
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# A file may include what is in its own room and in those before it.
+ROOMS = ("base", "format", "plan", "io", "memory", "device", "collective", "pipeline", "bindings")
+
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)/', re.M)
+
+
+def wrong_includes(csrc: Path) -> Iterator[str]:
+    """Files in no known room, and includes of a room that comes later."""
+    order = {room: number for number, room in enumerate(ROOMS)}
+    for path in sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cpp")):
+        shown, room = path.relative_to(csrc.parent), path.relative_to(csrc).parts[0]
+        if room not in order:
+            yield f"{shown}: no such room in {Path(__file__).name}: {', '.join(ROOMS)}"
+            continue
+        text = path.read_text()
+        for match in INCLUDE.finditer(text):
+            if order.get(match[1], len(ROOMS)) > order[room]:
+                line = text.count("\n", 0, match.start(1)) + 1
+                yield f"{shown}:{line}: {room} may not include {match[1]}"
+
+
+def imports(package: Path) -> dict[str, dict[str, str]]:
+    """Of each module the modules of the package that it imports, and where; in functions and for types alone, too."""
+    names = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, dict[str, str]] = {}
+    for name, path in names.items():
+        found[name] = {}
+        for node in ast.walk(ast.parse(path.read_text())):
+            for imported in _imported(node, name, path.name == "__init__.py", set(names)):
+                if imported != name:
+                    found[name].setdefault(imported, f"{path.relative_to(package.parent)}:{node.lineno}")  # type: ignore[attr-defined]
+    return found
+
+
+def _imported(node: ast.AST, module: str, is_package: bool, known: set[str]) -> Iterator[str]:
+    """The package's modules that a statement imports. A package's ``__init__`` is what gives names that are no module;
+    the extension (``_C``) imports nothing."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in known)
+    if isinstance(node, ast.ImportFrom):
+        above = module.split(".")[: (None if is_package else -1)]
+        base = ".".join([*above[: len(above) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+        base = base if node.level else node.module or ""
+        for alias in node.names:
+            inner = f"{base}.{alias.name}"
+            if inner in known or (base in known and alias.name != "_C"):
+                yield inner if inner in known else base
+
+
+def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
+    """A cycle for every module that reaches itself and is in none of the cycles before it; the shortest one."""
+    found: list[list[str]] = []
+    for start in graph:
+        if any(start in cycle for cycle in found):
+            continue
+        came_from: dict[str, str] = {}
+        queue = [start]
+        for module in queue:
+            for imported in graph.get(module, {}):
+                if imported not in came_from:
+                    came_from[imported] = module
+                    queue.append(imported)
+        if start in came_from:
+            cycle = [came_from[start]]
+            while cycle[-1] != start:
+                cycle.append(came_from[cycle[-1]])
+            found.append(cycle[::-1])
+    return found
+
+
+def problems(root: Path) -> list[str]:
+    """What is wrong in a source tree, a line each."""
+    graph = imports(root / "weightload")
+    said = list(wrong_includes(root / "csrc"))
+    for cycle in cycles(graph):
+        steps = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
+        said.append("a cycle: " + "; ".join(f"{graph[a][b]}: {a} imports {b}" for a, b in steps))
+    return said
+
+
+if __name__ == "__main__":
+    wrong = problems(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent.parent)
+    sys.exit("\n".join(wrong) or None)
