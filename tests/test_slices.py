@@ -293,3 +293,35 @@ class Indices(torch.Tensor):
 
 
 OF_A_SUBCLASS = torch.tensor([1, 2]).as_subclass(Indices)
+
+
+def read_so_far() -> int:
+    """Bytes that this process has got from read calls."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("index", "most"),
+    [
+        ((slice(None), slice(256, 512)), 1.0),  # an eighth, 1 KiB a row
+        ((slice(1024, 4096), slice(-256, None)), 1.0),
+        ((slice(None), slice(0, 1024)), 2.0),  # halves are read with what lies between them
+        ((slice(None), slice(100, 100)), 0.0),
+    ],
+)
+def test_columns_of_a_cold_tensor_are_read_without_the_others(
+    backend: Any, index: Any, most: float, tmp_path: Path
+) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [("a", "U8", [8]), ("x", "F32", [4096, 2048])])
+    with weightload.safe_open(path, backend=backend) as handle:
+        whole = handle.get_tensor("x")[index].clone()
+        evict([path])
+        part = handle.get_slice("x")
+        before = read_so_far()
+        got = part[index]
+        read = read_so_far() - before
+    assert torch.equal(got.view(torch.int32), whole.view(torch.int32))
+    assert got.is_contiguous() or backend == "mmap"
+    if whole.nbytes:
+        assert read <= most * whole.nbytes + (64 << 10)  # and what the kernel says of itself

@@ -17,6 +17,7 @@ from weightload.plain_torch import empty, plainly
 from weightload.printable import printable
 from weightload.rows import Run
 from weightload.selection import select_all
+from weightload.shards import NO_PARTS, Part, Parts
 
 # Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
 LEAST_FOR_PIPELINE = 1 << 20
@@ -60,6 +61,20 @@ def fetch(
         for _ in weights:
             pass
     return whole
+
+
+@plainly
+def fetch_part(reader: _C.TensorReader, number: int, device: torch.device, part: Part) -> torch.Tensor:
+    """Less than whole rows of a tensor, read by threads, in memory of its own.
+
+    Raises:
+        ReadError, TensorError, OutOfMemoryError: as ``safetensors_weights_iterator``.
+    """
+    file = reader.with_parts([(number, None)])
+    (name,) = file.names()
+    with _start(file, [], device, "pread", {name: part}) as weights:
+        tensor: torch.Tensor = next(weights)[1]
+        return tensor
 
 
 def row_bytes(dtype: str, shape: Sequence[int], total: int) -> int:
@@ -134,10 +149,14 @@ def meminfo() -> dict[str, int]:
 
 
 def _start(
-    part: _C.CheckpointFile, places: list[torch.Tensor], device: torch.device, backend: str
+    part: _C.CheckpointFile,
+    places: list[torch.Tensor],
+    device: torch.device,
+    backend: str,
+    parts: Parts = NO_PARTS,
 ) -> WeightIterator | DeviceWeightIterator:
     everything = list(range(len(part)))
     if device.type == "cpu":
-        return WeightIterator([part], [everything], backend=backend, read_ahead=True, places=places)
+        return WeightIterator([part], [everything], backend=backend, read_ahead=True, places=places, parts=parts)
     most = part.bytes_of(everything)
-    return load_to_device(device, most, [part.path], lambda: [part], None, places=places)
+    return load_to_device(device, most, [part.path], lambda: [part], None, places=places, parts=parts)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from weightload.handlers import pass_on
+from weightload.shards import Part
 
 # Tensors that are their elements.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -64,6 +65,25 @@ def plan_rows(index: Any, shape: Sequence[int], row_bytes: int) -> Rows:
         return everything
     items[at] = planned.index
     return Rows(planned.runs, tuple(items))
+
+
+def box_of(index: Any, shape: Sequence[int]) -> Part | None:
+    """The part of a tensor that a tuple of slices asks for, if it is less than whole rows; None where it is not that.
+
+    Args:
+        index: as for ``plan_rows``, which has looked at it.
+        shape: the tensor's, as torch counts it.
+    """
+    if not isinstance(index, tuple) or not 1 < len(index) <= len(shape):
+        return None
+    ranges = []
+    for item, size in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape, strict=True):
+        if not isinstance(item, slice) or item.step not in (None, 1):
+            return None
+        begin, end, _ = item.indices(size)
+        ranges.append(((begin, max(begin, end)),))
+    inner = zip(ranges[1:], shape[1:], strict=True)
+    return None if all(((0, size),) == wanted for wanted, size in inner) else tuple(ranges)
 
 
 def try_index(index: Any, shape: Sequence[int]) -> None:

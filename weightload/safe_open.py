@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C, devices
 from weightload.dtypes import torch_shape
 from weightload.errors import WeightLoadError
-from weightload.fetch import copied, fetch, find, load_all, no_such_tensor, row_bytes
+from weightload.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
 from weightload.iterator import Backend, require_backend
 from weightload.paths import Path, as_text
 from weightload.plain_torch import plainly
 from weightload.prefetch import PrefetchLoader, start_prefetch
-from weightload.rows import about_last_dimension, is_basic, plan_rows
+from weightload.rows import about_last_dimension, box_of, is_basic, plan_rows
 from weightload.selection import open_files
+from weightload.shards import shape_of
 
 # What safetensors calls torch. Other frameworks are its own business.
 TORCH_NAMES = ("pt", "torch", "pytorch")
@@ -156,6 +158,9 @@ class safe_open:
     def get_slice(self, name: str) -> TensorSlice:
         """A tensor to be indexed: ``f.get_slice(name)[10:20, ::2]`` reads no other rows than are needed.
 
+        Of large tensors that are not in the page cache, or not mapped, a tuple of slices reads no other columns either
+        where that saves half of it; halves of short rows are read with what lies between them.
+
         Raises:
             TensorError: there is no such tensor.
         """
@@ -223,6 +228,12 @@ class TensorSlice:
             view: torch.Tensor | None = self._reader.first_view(self._number, one, None if one else runs)
             if view is not None:
                 return view[within if one else index]
+        part = box_of(index, torch_shape(self._dtype, tuple(self._shape)))
+        # Threads' work, and at least half of the rows' bytes need not be read.
+        if part is not None and end - begin >= 2 * _C.TensorReader.LEAST_FOR_THREADS:
+            wanted = math.prod(shape_of(part)) * size // math.prod(self._shape)
+            if 0 < 2 * wanted <= end - begin:
+                return fetch_part(self._reader, self._number, self._device, part)
         rows = fetch(self._reader, self._number, self._device, "mmap" if lazy else "pread", runs)
         picked = rows[within]
         of_a_mapping = lazy and end - begin >= _C.TensorReader.LEAST_FOR_THREADS and (one or not runs)
