@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SEED, evict, write_tensors
-from simulated_support import DEVICE, SMALL, raw, reference_of
+from simulated_support import DEVICE, KIND, SMALL, raw, reference_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import weightload
 from weightload import _C, errors, settings
@@ -94,3 +98,29 @@ def test_a_piece_that_cannot_be_read_names_its_tensor(simulated: Any, path: Path
     finally:
         _C.disarm_fault()
     assert (caught.value.tensor, caught.value.errno) == ("columns", errno.EIO)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=str)
+def test_shards_in_device_memory_are_read_into(placement: Any, simulated: Any, path: Path) -> None:
+    whole = reference_of(path)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh = init_device_mesh(KIND, (2,))
+        target, expected = {}, {}
+        for name in ("rows", "columns", "wide", "last"):
+            expected[name] = whole[name].chunk(2, placement.dim)[1]
+            local = torch.zeros(expected[name].shape, device=DEVICE)
+            stride = whole[name].stride()
+            target[name] = DTensor.from_local(
+                local, mesh, [placement], run_check=False, shape=whole[name].shape, stride=stride
+            )
+        with settings.override(**SMALL):
+            report = weightload.load_into(target, path, strict=False)
+        assert report.in_place == len(target)
+        assert report.bytes == sum(tensor.nbytes for tensor in expected.values())
+        for name, tensor in target.items():
+            assert torch.equal(raw(tensor.to_local()), raw(expected[name].contiguous())), name
+        # What is only counted here must be gone before the simulation looks.
+        del target, local, tensor
+    finally:
+        dist.destroy_process_group()

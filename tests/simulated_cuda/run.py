@@ -28,7 +28,7 @@ STEPS: dict[str, list[str]] = {
     "gpu": ["tests/test_gpu.py"],
     "loads": [
         "tests/test_simulated.py", "tests/test_simulated_order.py", "tests/test_simulated_handle.py",
-        "tests/test_simulated_ring.py", "tests/test_simulated_failures.py",
+        "tests/test_simulated_ring.py", "tests/test_simulated_failures.py", "tests/test_simulated_parts.py",
     ],
     "others": [
         "-m", "simulated", "tests/test_load_into.py", "tests/test_load_stats.py", "tests/test_fault_loops.py",
