@@ -58,10 +58,14 @@ def load_into(
     ``LoadReport.took_part`` names them. Hooks after loading are called. All that code of modules runs under the
     caller's torch modes, which change nothing otherwise.
 
+    A DTensor gets its shard of the file's tensor, as ``distribute_tensor`` would deal it out, and no more is read than
+    that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks then each read for
+    themselves, whatever the strategy. Modules that FSDP has gathered for a forward go back to their shards first.
+
     Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
-    about them leaves the target as it was, and names all tensors that it concerns. DTensors are refused. What the code
-    of a module complains of, and an error on the way, leave it partly loaded. Autograd is told of the change (version
-    counters). Inference tensors are filled in and outside inference mode.
+    about them leaves the target as it was, and names all tensors that it concerns. What the code of a module complains
+    of, and an error on the way, leave it partly loaded. Autograd is told of the change (version counters). Inference
+    tensors are filled in and outside inference mode.
 
     Args:
         target: a module (its parameters and persistent buffers) or a mapping of names to tensors.
@@ -80,7 +84,8 @@ def load_into(
 
     Raises:
         StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target cannot be filled: it has
-            no memory, or memory that is read-only, is a DTensor, or is of a class that takes no copy.
+            no memory, or memory that is read-only, is of a class that takes no copy, or a DTensor that is no shard (of
+            ``Partial`` placements, or in a module that takes part in its own loading).
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
             as ``safetensors_weights_iterator``.
     """
