@@ -24,6 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import weightload
 from weightload import _C, errors, settings
 from weightload.dtypes import TORCH_DTYPES
+from weightload.iterator import WeightIterator
+from weightload.selection import open_files
 from weightload.shards import part_of_rank
 
 MESHES = [(2,), (3,), (4,), (2, 2), (2, 3), (2, 2, 2)]
@@ -125,6 +127,33 @@ def test_a_rank_outside_of_the_mesh_has_nothing_to_load(tmp_path: Path) -> None:
         report = weightload.load_into({"x": shard}, tmp_path / "m.safetensors")
         assert report.loaded == ["x"]
         assert report.bytes == 0
+
+
+def test_a_replica_has_all_of_the_tensor_or_nothing(tmp_path: Path) -> None:
+    """Bytes behind a memory that is too small are somebody else's."""
+    safetensors.torch.save_file({"x": torch.ones(4, 4), "y": torch.ones(())}, tmp_path / "m.safetensors")
+    with rank_of((4,), 3):
+        others = dist.DeviceMesh("cpu", [0, 1])
+        target = {
+            "x": distribute_tensor(torch.zeros(4, 4), others, [Replicate()], src_data_rank=None),
+            "y": distribute_tensor(torch.zeros(()), others, [Replicate()], src_data_rank=None),
+        }
+        assert sorted(weightload.load_into(target, tmp_path / "m.safetensors").loaded) == ["x", "y"]
+    with rank_of((2,), 0) as mesh:
+        memory = torch.zeros(16)
+        small = DTensor.from_local(
+            memory[:4].view(2, 2), mesh, [Replicate()], run_check=False, shape=(4, 4), stride=(4, 1)
+        )
+        with pytest.raises(errors.StateDictError, match="it has"):
+            weightload.load_into({"x": small}, tmp_path / "m.safetensors", strict=False)
+        assert not memory.any()
+
+
+def test_a_place_that_is_too_small_is_no_place(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [("x", "F32", [4, 4])])
+    files = open_files([path])
+    with pytest.raises(errors.WeightLoadError, match="smaller than it"):
+        WeightIterator(files, [[0]], backend="pread", read_ahead=True, places=[torch.zeros(15)])
 
 
 def test_values_of_another_dtype_are_cast(tmp_path: Path) -> None:
@@ -311,6 +340,25 @@ for kind in ("fsdp", "tp", "both"):
             for tensor in state.values():
                 tensor.mul_(0)
             model(x)
+# What is shared between ranks by strategy is read by each for itself where there are shards: gathered or buffers only.
+model = Net()
+fully_shard(model, mesh=init_device_mesh("cpu", (4,)), reshard_after_forward=False)
+weightload.load_into(model, path)
+model(x)
+weightload.load_into(model, path, group=dist.group.WORLD, strategy="striped")
+torch.testing.assert_close(model(x), expected)
+model = Net()
+rows = torch.distributed.tensor.distribute_tensor(torch.zeros(24, 10), mesh, [torch.distributed.tensor.Shard(0)] * 2)
+del model.up.weight
+model.up.register_buffer("weight", rows)
+weightload.load_into(model, path, group=dist.group.WORLD, strategy="striped")
+assert torch.equal(rows.full_tensor(), safetensors.torch.load_file(path)["up.weight"])
+# Tied weights whose shards have no elements on some ranks.
+tied = nn.Sequential(nn.Linear(10, 2, bias=False), nn.Linear(10, 2, bias=False))
+tied[1].weight = tied[0].weight
+fully_shard(tied, mesh=init_device_mesh("cpu", (4,)))
+safetensors.torch.save_file({"0.weight": torch.ones(2, 10)}, f"{path}.{rank}")
+assert weightload.load_into(tied.state_dict(), f"{path}.{rank}").missing == []
 dist.barrier()
 dist.destroy_process_group()
 print("done")
@@ -399,6 +447,10 @@ def test_answers_that_are_no_boxes(tmp_path: Path) -> None:
         ([slice(1)], TypeError, "not a list"),
         ((3,), TypeError, "not int"),
         ((slice(None, None, 2),), ValueError, "step 2"),
+        ((slice(0.5, 2),), TypeError, "shard.. of x: slice indices"),
+        (([(0.5, 2.0)],), TypeError, "lists of .begin, end."),
+        ((["12"],), TypeError, "lists of .begin, end."),
+        (([(1, 2, 3)],), TypeError, "lists of .begin, end."),
         (([(0, 5)],), ValueError, "0 to 5 of a dimension that has 4"),
         (([(3, 2)],), ValueError, "3 to 2"),
         ((slice(1),) * 3, ValueError, "3 dimensions, the tensor 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,13 +63,16 @@ def _part(answer: object, name: str, shape: Sequence[int]) -> Part:
 
 def _ranges(item: object, name: str, size: int) -> Ranges:
     if isinstance(item, slice):
-        begin, end, step = item.indices(size)
+        try:
+            begin, end, step = item.indices(size)
+        except TypeError as error:
+            raise TypeError(f"shard() of {printable(name)}: {error}") from error
         if step != 1:
             raise ValueError(f"shard() of {printable(name)}: a slice of step {step}; it must be 1")
         return ((begin, max(begin, end)),)
     try:
-        ranges = tuple((int(begin), int(end)) for begin, end in item)  # type: ignore[attr-defined]
-    except TypeError as error:
+        ranges = tuple((operator.index(begin), operator.index(end)) for begin, end in item)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
         what = f"shard() of {printable(name)}: must be slices, or lists of (begin, end)"
         raise TypeError(f"{what}; not {type(item).__name__}") from error
     for begin, end in ranges:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
 from weightload.selection import open_files
-from weightload.shards import is_dtensor
+from weightload.shards import go_back_to_shards, is_dtensor
 from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def _shares(group: ProcessGroup | None, strategy: str) -> bool:
 def _tensors(target: Target) -> Iterable[torch.Tensor]:
     found: Iterable[object] = ()
     if isinstance(target, torch.nn.Module):
-        found = target.parameters()
+        found = itertools.chain(target.parameters(), target.buffers())
     elif isinstance(target, Mapping):
         found = target.values()
     return (tensor for tensor in found if isinstance(tensor, torch.Tensor))
@@ -296,6 +297,7 @@ def _first_device(target: Target) -> torch.device:
 
 @plainly
 def _has_shards(target: Target) -> bool:
+    go_back_to_shards(target)
     return any(map(is_dtensor, {type(tensor): tensor for tensor in _tensors(target)}.values()))
 
 

@@ -199,7 +199,8 @@ def safetensors_weights_iterator(
             dimensions that it lacks, all. What is yielded is contiguous, and no more is read than that (of rows with
             less than 8 KiB between what is wanted of them up to twice as much). Every rank reads for itself, so the
             answers may differ between ranks, which do not wait for each other. On the CPU a part that is contiguous in
-            its file is a view, any other has memory of its own.
+            its file is a view, any other has memory of its own. Several ranges in one dimension cost a read for each
+            piece of a row that they ask for.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
             them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
             ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
@@ -250,7 +251,7 @@ def safetensors_weights_iterator(
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
-    group, chosen = resolve_group(None if shard else group, chosen, target.type, load_name(paths))
+    group, chosen = resolve_group(None if shard is not None else group, chosen, target.type, load_name(paths))
     weights: WeightIterator | DeviceWeightIterator
     if target.type == "cpu":
         weights = load_to_host(

@@ -52,8 +52,16 @@ class Place(NamedTuple):
         """Equal for tensors that are the same memory seen in the same way: tied weights."""
         tensor = self.tensor
         if not self.begin:
-            return (id(tensor if self.whole is None else self.whole),)
+            return (id(tensor),) if self.whole is None else _key_of_empty_shard(tensor, self.whole)
         return tensor.device, self.begin, self.end, tensor.dtype, tensor.shape, tensor.stride(), self.part
+
+
+def _key_of_empty_shard(local: torch.Tensor, whole: torch.Tensor) -> object:
+    """Ranks must agree on what is tied: a shard without elements may have memory for padding behind it."""
+    storage = local.untyped_storage()
+    if not storage.nbytes():
+        return (id(whole),)
+    return storage.data_ptr(), local.storage_offset(), local.dtype, whole.shape
 
 
 def keys(places: Mapping[str, Place]) -> dict[str, object]:

@@ -18,6 +18,8 @@ Part = tuple[Ranges, ...]
 """What is wanted of each dimension of a tensor."""
 Parts = Mapping[str, Part]
 """The parts of tensors, by name; of other tensors all is wanted."""
+NOTHING: Part = ((),)
+"""The part of a tensor without dimensions that has not even its element."""
 NO_PARTS: Parts = MappingProxyType({})
 
 
@@ -109,17 +111,16 @@ def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
     kind: Any = type(spec)
     with torch.no_grad():  # with autograd it is a view, and each a node of the graph
         local: torch.Tensor = given.to_local()
-    if all(placement.is_replicate() for placement in spec.placements):
-        return local, None
     order = getattr(spec, "shard_order", None)
     if order is not None and order != _default_order(kind, spec.placements):
         raise NotAShardError("its dimensions are dealt out in an order of their own (shard_order)")
     mesh = spec.mesh
     coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank has no part in it
-        part: Part = ((),) * tensor.dim()
-    else:
-        part = part_of_rank(tuple(tensor.shape), tuple(mesh.shape), tuple(coordinate), tuple(spec.placements))
+    if coordinate is None:  # this rank has no part in it, and no element of it
+        if local.numel():
+            raise NotAShardError(f"this rank is not in its mesh, but has {tuple(local.shape)} of it")
+        return local, ((),) * tensor.dim() or NOTHING
+    part = part_of_rank(tuple(tensor.shape), tuple(mesh.shape), tuple(coordinate), tuple(spec.placements))
     here = tuple(local.shape)
     if shape_of(part) != here and (local.numel() or math.prod(shape_of(part))):
         raise NotAShardError(f"its placements give this rank {shape_of(part)}, but it has {here}")

@@ -15,7 +15,7 @@ from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
-from weightload.shards import Part, go_back_to_shards, shape_of
+from weightload.shards import NOTHING, Part, go_back_to_shards, shape_of
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -101,7 +101,8 @@ def _match(
     tied = keys(places | theirs if theirs else places)
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
-    read = {name: places[name] for name in here if name in tensors and last[tied[name]] == name}
+    wanted = (name for name in here if name in tensors and last[tied[name]] == name)
+    read = {name: places[name] for name in wanted if places[name].part is not NOTHING}
     spans = Spans(read | theirs if theirs else read)
     mixed = spans.overlapping()
     direct = {

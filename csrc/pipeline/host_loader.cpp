@@ -94,6 +94,9 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
   in_place_.resize(layout_.blocks.size());
   for (size_t i = 0; i < places.size(); ++i) {
     if (!places[i]) continue;
+    if (places[i]->size() < selected_.info(i).bytes.size()) {
+      throw selected_.for_tensor(Error(ErrorKind::usage, "the memory to load the tensor into is smaller than it"), i);
+    }
     in_place_[layout_.places[i].block] = true;
     blocks_[layout_.places[i].block] = std::move(places[i]);
   }
