@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <future>
 #include <stdexcept>
 
 #include "base/error.h"
@@ -192,12 +193,17 @@ TEST(room_is_what_direct_reads_can_have) {
 
 TEST(room_is_asked_of_the_first_slot_and_later_ones_may_be_less_lucky) {
   FakeDevice device;
-  const auto ring = PinnedRing::make(2, [&, first = true](bool pinned) mutable {
-    device.shift = first ? 0 : 16;
-    first = false;
+  std::promise<void> asked;
+  std::atomic<int> made{0};
+  const auto ring = PinnedRing::make(2, [&, after = asked.get_future().share()](bool pinned) {
+    if (made++ > 0) {
+      after.wait();  // threads make slots side by side, and the second may be done before the first
+      device.shift = 16;
+    }
     return device.allocate_slot(8192, pinned);
   });
   CHECK(ring->room(8192) == 8192);
+  asked.set_value();
   const PinnedRing::Lease one = ring->acquire(), other = ring->acquire();
   CHECK(one->place_for(8192) == 0 && other->place_for(8192) == 0);
   CHECK(one->before_aligned() + other->before_aligned() == 4080);
