@@ -164,3 +164,20 @@ def test_ranks_that_share_the_gpu_over_nccl(gpu: torch.device, mixed: list[Path]
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert run["result"]["identical_bytes"]
     assert not result["unproven"]
+
+
+def test_boxes(gpu: torch.device, mixed: list[Path]) -> None:
+    """Rows and columns, read piece by piece into slots."""
+    reference = reference_of(*mixed)
+
+    def half(name: str, shape: tuple[int, ...], *_: object) -> tuple[slice, ...] | None:
+        return (*[slice(None)] * (len(shape) - 1), slice(shape[-1] // 2, None)) if shape else None
+
+    for small in ({}, SMALL):
+        with settings.override(**small):
+            got = dict(weightload.safetensors_weights_iterator(mixed, device=gpu, shard=half))
+        assert set(got) == set(reference)
+        for name, tensor in got.items():
+            expected = reference[name]
+            expected = expected[..., expected.shape[-1] // 2 :] if expected.dim() else expected
+            assert torch.equal(raw(tensor), raw(expected.contiguous())), name

@@ -11,6 +11,9 @@ constexpr uint64_t kLeastGap = 8 << 10;
 constexpr uint64_t kMostOverread = 2;          // times what is wanted
 constexpr uint64_t kScratchBytes = 128 << 10;  // fits the second-level cache
 
+// What storage brings in of a gap costs less than another request to it.
+constexpr uint64_t kLeastColdGap = 16 << 10;
+
 // Larger pieces are each worth asking whether they are in the page cache, and a direct read if not.
 constexpr uint64_t kLargePiece = 256 << 10;
 
@@ -38,17 +41,21 @@ void read_dense(RangeReader& reader, const StridedRun& run, char* destination, c
 
 void read_strided(RangeReader& reader, const StridedRun& run, char* destination, const Look& look) {
   if (is_dense(run)) return read_dense(reader, run, destination, look);
-  const RangeReader::Attempt scattered = reader.begin_scattered(run.span(), look);
+  // What is not in the page cache is brought in with what lies between.
+  const bool near = run.piece < kLargePiece && run.stride - run.piece < kLeastColdGap;
+  const RangeReader::Attempt whole =
+      near ? reader.begin(run.span(), look, /*may_be_direct=*/false) : reader.begin_scattered(run.span(), look);
   for (uint64_t p = 0; p < run.count; ++p, destination += run.piece) {
     const ByteRange piece{run.begin + p * run.stride, run.begin + p * run.stride + run.piece};
     if (run.piece < kLargePiece) {
-      reader.buffered(scattered, piece, destination);
+      reader.buffered(whole, piece, destination);
       continue;
     }
     const RangeReader::Attempt attempt = reader.begin(piece, look, /*may_be_direct=*/false);
     reader.buffered(attempt, piece, destination);
     reader.end(attempt);
   }
+  if (near) reader.end(whole);
 }
 
 }  // namespace weightload

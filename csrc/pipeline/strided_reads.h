@@ -11,9 +11,9 @@ namespace weightload {
 // Note [Pieces of rows]
 // A rank that wants a part of each row reads as many pieces as there are rows. A read of its own costs about as much as
 // copying 8 KiB does, so pieces that lie closer together are read with what is between them, into a buffer that stays
-// in the processor's cache, unless that would more than double what is read. From storage the same holds with other
-// figures; but bytes between pieces are mostly those of another rank of the machine, which needs them in the page
-// cache, too.
+// in the processor's cache, unless that would more than double what is read. A request to storage costs about as much
+// as 16 KiB from it do: pieces that lie closer together come into the page cache with what is between them, which is
+// mostly what another rank of the machine needs there, too.
 void read_strided(RangeReader& reader, const StridedRun& run, char* destination, const Look& look);
 
 }  // namespace weightload
