@@ -229,6 +229,26 @@ def test_only_the_shard_of_a_padded_parameter_is_written(tmp_path: Path) -> None
     assert_done(run_ranks(PADDED, 4, tmp_path, path))
 
 
+@pytest.mark.parametrize("names", [["weight"], ["weight", "bias", "surplus"]])
+def test_names_of_a_module_of_fsdp_are_judged_before_any_byte(names: list[str], tmp_path: Path) -> None:
+    """Its own hooks after loading forgive none."""
+    path = tmp_path / "m.safetensors"
+    sizes = {"weight": (5, 3), "bias": (5,), "surplus": (1,)}
+    safetensors.torch.save_file({name: torch.rand(sizes[name]) + 1 for name in names}, path)
+    with rank_of((2,), 0) as mesh:
+        model = nn.Linear(3, 5)
+        fully_shard(model, mesh=mesh)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.zero_()
+        with pytest.raises(errors.StateDictError) as caught:
+            weightload.load_into(model, path)
+        assert "partly loaded" not in str(caught.value)
+        assert not any(tensor.to_local().any() for tensor in model.parameters())  # type: ignore[attr-defined]
+        weightload.load_into(model, path, strict=False)
+        assert model.weight.to_local().all()  # type: ignore[operator]
+
+
 def test_autograd_is_told(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.ones(4, 4)}, tmp_path / "m.safetensors")
     with rank_of((2,), 0) as mesh:
@@ -445,7 +465,7 @@ def test_answers_that_are_no_boxes(tmp_path: Path) -> None:
     answers: list[tuple[Any, type[Exception], str]] = [
         (True, TypeError, "shard.. of x must be None, False or a tuple"),
         ([slice(1)], TypeError, "not a list"),
-        ((3,), TypeError, "not int"),
+        ((3,), TypeError, "not 3"),
         ((slice(None, None, 2),), ValueError, "step 2"),
         ((slice(0.5, 2),), TypeError, "shard.. of x: slice indices"),
         (([(0.5, 2.0)],), TypeError, "lists of .begin, end."),
@@ -460,6 +480,8 @@ def test_answers_that_are_no_boxes(tmp_path: Path) -> None:
             weightload.safetensors_weights_iterator(path, to_cpu=True, shard=lambda *_, answer=answer: answer)
     with pytest.raises(ValueError, match="every rank reads for itself"):
         weightload.safetensors_weights_iterator(path, device="cpu", strategy="striped", shard=lambda *_: None)
+    with pytest.raises(TypeError, match="shard must be a function"):
+        weightload.safetensors_weights_iterator(path, to_cpu=True, shard=3)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         weightload.safetensors_weights_iterator(path, to_cpu=True, shard=lambda *_: 1 // 0)
 

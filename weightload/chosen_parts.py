@@ -52,7 +52,8 @@ def choose_parts(
 def _part(answer: object, name: str, shape: Sequence[int]) -> Part:
     if not isinstance(answer, tuple):
         kind = type(answer).__name__
-        raise TypeError(f"shard() of {printable(name)} must be None, False or a tuple of slices, not a {kind}")
+        what = "must be None, False or a tuple: of each dimension a slice, or a list of (begin, end)"
+        raise TypeError(f"shard() of {printable(name)} {what}; not a {kind}")
     if len(answer) > len(shape):
         raise ValueError(
             f"shard() of {printable(name)} has {len(answer)} dimensions, the tensor {len(shape)}: {tuple(shape)}"
@@ -74,7 +75,7 @@ def _ranges(item: object, name: str, size: int) -> Ranges:
         ranges = tuple((operator.index(begin), operator.index(end)) for begin, end in item)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         what = f"shard() of {printable(name)}: must be slices, or lists of (begin, end)"
-        raise TypeError(f"{what}; not {type(item).__name__}") from error
+        raise TypeError(f"{what}; not {repr(item)[:80]}") from error
     for begin, end in ranges:
         if not 0 <= begin <= end <= size:
             what = f"shard() of {printable(name)}: indices {begin} to {end} of a dimension"

@@ -245,6 +245,8 @@ def safetensors_weights_iterator(
         require_strategy(strategy)
         require_backend(backend)
         require_duplicates(duplicates)
+        if shard is not None and not callable(shard):
+            raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
         if shard is not None and chosen != "independent":
             raise ValueError(f"strategy {strategy!r}: with shard= every rank reads for itself ('independent')")
         target = _target(to_cpu, device)

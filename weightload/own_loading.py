@@ -19,7 +19,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from weightload.errors import StateDictError
 from weightload.handlers import pass_on
 from weightload.places import PLAIN
-from weightload.shards import is_resharding
+from weightload.shards import is_resharding, may_forgive
 
 Module = torch.nn.Module
 EXTRA_STATE = "_extra_state"
@@ -96,6 +96,8 @@ class Walk:
     """The topmost modules that are copied to, but whose state_dict is not torch's alone, with their prefix."""
     kinds: dict[type[Module], bool] = dataclasses.field(default_factory=dict)
     """Whether a class has a state_dict of its own."""
+    forgiving: bool = False
+    """Whether some of them may forgive names."""
     hooked: bool = False
     """Whether hooks are called after the loading: they may forgive names."""
 
@@ -115,7 +117,12 @@ class Walk:
         for name, child in part._modules.items():
             if child is not None:
                 self.into(child, f"{prefix}{name}.", names)
-        self.hooked = self.hooked or bool(part._load_state_dict_post_hooks)
+        self._look_at_hooks(part)
+
+    def _look_at_hooks(self, part: Module) -> None:
+        hooks = part._load_state_dict_post_hooks
+        self.hooked = self.hooked or bool(hooks)
+        self.forgiving = self.forgiving or any(map(may_forgive, hooks.values()))
 
     def _makes(self, part: Module) -> bool:
         kind, own = type(part), vars(part)
@@ -136,7 +143,7 @@ class Walk:
 
     def _theirs(self, part: Module, prefix: str) -> None:
         self.theirs.update(own_tensors(part, prefix))
-        self.hooked = self.hooked or bool(part._load_state_dict_post_hooks)
+        self._look_at_hooks(part)
         for name, child in part._modules.items():
             if child is not None:
                 self._theirs(child, f"{prefix}{name}.")

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from weightload.handlers import pass_on
-
 Ranges = tuple[tuple[int, int], ...]
 """Indices of one dimension: begin and end of each run of them, in order."""
 Part = tuple[Ranges, ...]
@@ -151,10 +149,17 @@ def go_back_to_shards(target: object) -> None:
 
 def is_resharding(hook: object) -> bool:
     """Whether a hook before loading is FSDP's own, which does no more than to go back to the shards."""
-    function = getattr(hook, "hook", hook)
-    try:
-        name = f"{function.__module__}.{function.__qualname__}"  # type: ignore[attr-defined]
-    except AttributeError as failed:
-        pass_on(failed)
-        return False
-    return name.startswith("torch.distributed.fsdp._fully_shard") and name.endswith(".to_sharded_hook")
+    return _is_of_fsdp(getattr(hook, "hook", hook)) and _name(getattr(hook, "hook", hook)).endswith(".to_sharded_hook")
+
+
+def may_forgive(hook: object) -> bool:
+    """Whether a hook after loading may change which names are missing: FSDP's own looks after its memory only."""
+    return not (_is_of_fsdp(hook) and "FSDPParam.__init__." in _name(hook))
+
+
+def _is_of_fsdp(function: object) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", ""))

@@ -128,7 +128,7 @@ def _match(
         problems, untried = _uncopyable(here, {name: read[name] for name in read.keys() - direct})
         problems += [(name, f"{name!r} {READ_ONLY}") for name in spans.read_only()]
     # Hooks may forgive names, and are asked after the loading.
-    strictly = differing_names(missing, surplus) if strict and not walk.hooked else []
+    strictly = differing_names(missing, surplus) if strict and not walk.forgiving else []
     if problems or strictly:
         raise refusal(target, files, [words for _, words in problems] + strictly, next(iter(problems), (None,))[0])
     turns = None
