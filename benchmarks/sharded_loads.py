@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from first_loads import against
 from machine import describe, evict, fill_cache
 from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -70,28 +71,26 @@ def target_of(plan: str, files: list[str]) -> Target:
                 chosen = placements(plan, name, part.get_shape())
                 if chosen is None:
                     continue
-                whole = torch.empty(part.get_shape(), dtype=handle.get_slice(name)[:0].dtype, device="meta")
-                shape = list(whole.shape)
-                for size, number, placement in zip(mesh.shape, mesh.get_coordinate() or (), chosen, strict=True):
-                    if isinstance(placement, Shard):
-                        each = -(-shape[placement.dim] // size)
-                        shape[placement.dim] = max(0, min(each, shape[placement.dim] - number * each))
-                local = torch.zeros(shape, dtype=whole.dtype)
+                whole = torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
+                local = torch.zeros(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=whole.dtype)
                 found[name] = DTensor.from_local(
                     local, mesh, chosen, run_check=False, shape=whole.shape, stride=whole.stride()
                 )
     return found
 
 
-def ranges_of(tensor: DTensor) -> tuple[slice, ...]:
+def ranges_of(shape: torch.Size, mesh: DeviceMesh, chosen: Sequence[Any]) -> tuple[slice, ...]:
     """The indices of a shard, of placements as above."""
-    found = [slice(None)] * tensor.dim()
-    mesh = tensor.device_mesh
-    for size, number, placement in zip(mesh.shape, mesh.get_coordinate() or (), tensor.placements, strict=True):
+    found = [slice(None)] * len(shape)
+    for size, number, placement in zip(mesh.shape, mesh.get_coordinate() or (), chosen, strict=True):
         if isinstance(placement, Shard):
-            each = -(-tensor.shape[placement.dim] // size)
+            each = -(-shape[placement.dim] // size)
             found[placement.dim] = slice(number * each, (number + 1) * each)
     return tuple(found)
+
+
+def of_shard(shard: DTensor) -> tuple[slice, ...]:
+    return ranges_of(shard.shape, shard.device_mesh, shard.placements)
 
 
 def load_into(target: Target, files: list[str]) -> None:
@@ -113,7 +112,7 @@ def get_slice(target: Target, files: list[str]) -> None:
                 if name in target:
                     shard: Any = target[name]
                     part = handle.get_slice(name)
-                    shard.to_local().copy_(part[ranges_of(shard)] if shard.dim() else handle.get_tensor(name))
+                    shard.to_local().copy_(part[of_shard(shard)] if shard.dim() else handle.get_tensor(name))
 
 
 def whole_tensors(target: Target, files: list[str]) -> None:
@@ -123,7 +122,7 @@ def whole_tensors(target: Target, files: list[str]) -> None:
         for name, tensor in load_file(file).items():
             if name in target:
                 shard: Any = target[name]
-                shard.to_local().copy_(tensor[ranges_of(shard)])
+                shard.to_local().copy_(tensor[of_shard(shard)])
 
 
 WAYS: dict[str, Callable[[Target, list[str]], None]] = {
@@ -136,10 +135,7 @@ WAYS: dict[str, Callable[[Target, list[str]], None]] = {
 
 def one_load(way: str, plan: str, cold: bool, check: bool, files: list[str]) -> dict[str, Any]:
     """In a process of its own."""
-    size = 1
-    for extent in MESHES[plan]:
-        size *= extent
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=math.prod(MESHES[plan]))
     target = target_of(plan, files)
     wanted = sum(tensor.to_local().nbytes for tensor in target.values())  # type: ignore[attr-defined]
     if cold:
@@ -157,7 +153,7 @@ def one_load(way: str, plan: str, cold: bool, check: bool, files: list[str]) -> 
                 for name in set(handle.offset_keys()) & target.keys():
                     shard: Any = target[name]
                     whole = handle.get_tensor(name)
-                    expected = whole[ranges_of(shard)] if shard.dim() else whole
+                    expected = whole[of_shard(shard)] if shard.dim() else whole
                     assert torch.equal(raw(shard.to_local()), raw(expected.contiguous())), (way, name)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from conftest import DTYPE_BITS, SEED, write_tensors
 from group_support import run_ranks
+from part_support import cut
+from simulated_support import raw
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -35,21 +38,11 @@ ODD = 7  # what places hold before
 @contextmanager
 def rank_of(mesh: tuple[int, ...], rank: int) -> Iterator[Any]:
     """This process as one of the ranks of a mesh whose others are not there."""
-    size = 1
-    for extent in mesh:
-        size *= extent
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(mesh))
     try:
         yield init_device_mesh("cpu", mesh)
     finally:
         dist.destroy_process_group()
-
-
-def sized(mesh: tuple[int, ...]) -> int:
-    size = 1
-    for extent in mesh:
-        size *= extent
-    return size
 
 
 def empty_like(tensor: DTensor) -> DTensor:
@@ -79,10 +72,10 @@ def test_shards_are_what_distribute_tensor_deals_out(
     mesh_shape: tuple[int, ...], task_bytes: int | None, tmp_path: Path
 ) -> None:
     """Any placements, uneven and empty shards, all sizes of elements."""
-    chance = random.Random(SEED + sized(mesh_shape))
+    chance = random.Random(SEED + math.prod(mesh_shape))
     for number in range(12):
         whole, target, expected = {}, {}, {}
-        with rank_of(mesh_shape, chance.randrange(sized(mesh_shape))) as mesh:
+        with rank_of(mesh_shape, chance.randrange(math.prod(mesh_shape))) as mesh:
             for name in "abcdefgh":
                 shape = tuple(chance.choice([1, 2, 3, 5, 8, 16, 33]) for _ in range(chance.randrange(4)))
                 dtype = chance.choice([torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.complex64])
@@ -392,10 +385,6 @@ def test_models_of_fsdp_and_tensor_parallelism_compute_the_same(tmp_path: Path) 
     assert_done(run_ranks(TWO_DIMENSIONS, 4, tmp_path, tmp_path / "m.safetensors"))
 
 
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def boxes(chance: random.Random, shape: tuple[int, ...]) -> Any:
     kind = chance.randrange(6)
     if kind < 2:
@@ -409,15 +398,6 @@ def boxes(chance: random.Random, shape: tuple[int, ...]) -> Any:
             ends = sorted(chance.randrange(size + 1) for _ in range(4))
             found.append([(ends[2], ends[3]), (ends[0], ends[1])])
     return tuple(found)
-
-
-def cut(tensor: torch.Tensor, box: Any) -> torch.Tensor:
-    if box is None:
-        return tensor
-    for dimension, item in enumerate(box):
-        pieces = [item] if isinstance(item, slice) else [slice(*ends) for ends in item]
-        tensor = torch.cat([tensor[(slice(None),) * dimension + (piece,)] for piece in pieces], dimension)
-    return tensor
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED, evict, write_tensors
+from part_support import cut
 from simulated_support import DEVICE, KIND, SMALL, raw, reference_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -37,13 +38,6 @@ BOXES: dict[str, Any] = {
     "scalar": None,
     "last": (slice(0, 512), slice(0, 256)),
 }
-
-
-def cut(tensor: torch.Tensor, box: Any) -> torch.Tensor:
-    for dimension, item in enumerate(box or ()):
-        pieces = [item] if isinstance(item, slice) else [slice(*ends) for ends in item]
-        tensor = torch.cat([tensor[(slice(None),) * dimension + (piece,)] for piece in pieces], dimension)
-    return tensor
 
 
 def load(path: Path, boxes: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -96,6 +96,7 @@ def load_into(
         paths = path_list(files)
         require_strategy(strategy)
         require_duplicates(duplicates)
+        go_back_to_shards(target)
     except Exception as error:
         fail_arguments_together(error, group, strategy, first, paths)
         raise
@@ -297,7 +298,6 @@ def _first_device(target: Target) -> torch.device:
 
 @plainly
 def _has_shards(target: Target) -> bool:
-    go_back_to_shards(target)
     return any(map(is_dtensor, {type(tensor): tensor for tensor in _tensors(target)}.values()))
 
 

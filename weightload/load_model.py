@@ -18,6 +18,7 @@ from weightload.places import PLAIN
 from weightload.plain_torch import plainly
 from weightload.printable import printable
 from weightload.selection import open_files
+from weightload.shards import go_back_to_shards
 from weightload.state_dict import match
 
 
@@ -71,6 +72,7 @@ def _load(
     backend: str,
 ) -> tuple[set[str], list[str]]:
     names = files[0].names()
+    go_back_to_shards(model)
     matched = match(model, files, strict=False) if _is_plain(model) else None
     if matched is not None and matched.turns is not None:
         matched = None

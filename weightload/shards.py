@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,10 @@ Parts = Mapping[str, Part]
 NOTHING: Part = ((),)
 """The part of a tensor without dimensions that has not even its element."""
 NO_PARTS: Parts = MappingProxyType({})
+
+
+FSDP = "torch.distributed.fsdp._fully_shard"
+"""The package of ``fully_shard``."""
 
 
 class NotAShardError(ValueError):
@@ -139,7 +144,8 @@ def go_back_to_shards(target: object) -> None:
 
     It does so itself before ``state_dict`` and ``load_state_dict``, by a hook.
     """
-    if not isinstance(target, torch.nn.Module):
+    # Looking for its hooks takes a microsecond a module, which only its users are to spend.
+    if FSDP not in sys.modules or not isinstance(target, torch.nn.Module):
         return
     for module in target.modules():
         for hook in (module._load_state_dict_pre_hooks or {}).values():
@@ -158,7 +164,7 @@ def may_forgive(hook: object) -> bool:
 
 
 def _is_of_fsdp(function: object) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
+    return str(getattr(function, "__module__", "")).startswith(f"{FSDP}.")
 
 
 def _name(function: object) -> str:

@@ -15,7 +15,7 @@ from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
-from weightload.shards import NOTHING, Part, go_back_to_shards, shape_of
+from weightload.shards import NOTHING, Part, shape_of
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -76,12 +76,13 @@ def wanted_names(target: Target, files: Sequence[_C.CheckpointFile]) -> set[str]
 def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
     """Decide where every tensor of the files goes, before any byte of them is read.
 
+    Modules of FSDP must be back to their shards: ``shards.go_back_to_shards``.
+
     Raises:
         StateDictError: shapes differ, or names do under ``strict``, or tensors cannot be filled. All are named.
         TensorError: torch lacks the dtype of a tensor that is wanted.
         TypeError: the target is neither a module nor a mapping of tensors.
     """
-    go_back_to_shards(target)
     here = {tensor[0]: tensor for file in files for tensor in file.tensors()}
     walk = _walk(target, here.keys())
     made = walk.made_on_the_fly()  # by the user's code, in the user's modes
@@ -131,6 +132,10 @@ def _match(
     strictly = differing_names(missing, surplus) if strict and not walk.forgiving else []
     if problems or strictly:
         raise refusal(target, files, [words for _, words in problems] + strictly, next(iter(problems), (None,))[0])
+    sizes = {name: end - begin for name, _, _, begin, end in here.values()}
+    for name, place in read.items():
+        if place.part is not None and place.whole is not None and sizes[name]:
+            sizes[name] = sizes[name] * math.prod(shape_of(place.part)) // place.whole.numel()
     turns = None
     if walk.parts or walk.hooked:
         turns = Turns(walk, given, unexpected, set(absent), strict)
@@ -147,18 +152,9 @@ def _match(
         absent=absent,
         unexpected=[name for name in here if name in set(surplus)] if surplus else [],
         turns=turns,
-        sizes={name: _bytes(read.get(name), shape, end - begin) for name, _, shape, begin, end in here.values()},
+        sizes=sizes,
         tied=tied,
     )
-
-
-def _bytes(place: Place | None, shape: Sequence[int], size: int) -> int:
-    """Bytes that are read of a tensor of a file."""
-    if place is None or place.part is None or not size:
-        return size
-    # The dimensions of packed dtypes count pairs here, and elements there.
-    of = math.prod(place.whole.shape) if place.whole is not None else math.prod(shape)
-    return size * math.prod(shape_of(place.part)) // of
 
 
 def refusal(

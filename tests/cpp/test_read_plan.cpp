@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "check.h"
+#include "run_bytes.h"
 
 using namespace weightload;
 
@@ -36,16 +37,22 @@ std::map<std::pair<uint32_t, uint64_t>, int> bytes_of_runs(const Layout& layout)
   return bytes;
 }
 
-}  // namespace
-
-TEST(one_rank_reads_every_byte_once_in_order) {
-  const Layout layout = three_blocks();
+// The plan of one rank, in tasks of 1,000 bytes: each byte of each run is read once.
+ReadPlan plan_of_thousands(const Layout& layout) {
   ReadPlanOptions options;
   options.task_bytes = 1000;
   const ReadPlan plan = plan_reads(layout, options);
   std::map<std::pair<uint32_t, uint64_t>, int> counts;
   count_bytes(plan, counts);
   CHECK(counts == bytes_of_runs(layout));
+  return plan;
+}
+
+}  // namespace
+
+TEST(one_rank_reads_every_byte_once_in_order) {
+  const Layout layout = three_blocks();
+  const ReadPlan plan = plan_of_thousands(layout);
   for (size_t i = 0; i < plan.tasks.size(); ++i) {
     const ReadTask& task = plan.tasks[i];
     CHECK(!task.bytes.empty() && task.bytes.size() <= 1000);
@@ -136,28 +143,16 @@ TEST(pieces_are_read_in_tasks_of_several_and_large_ones_in_several_tasks) {
     TensorExtent tensor{0, {100, 100 + 7 * piece + 40}, 4, false};
     tensor.runs = &runs;
     const Layout layout = plan_layout({{0, {20, 30}, 1, false}, tensor, {0, {95000, 95010}, 1, false}}, {});
-    ReadPlanOptions options;
-    options.task_bytes = 1000;
-    const ReadPlan plan = plan_reads(layout, options);
-    std::map<std::pair<uint32_t, uint64_t>, int> counts;
-    count_bytes(plan, counts);
-    CHECK(counts == bytes_of_runs(layout));
+    const ReadPlan plan = plan_of_thousands(layout);
     std::vector<uint64_t> from_file;
     for (const ReadTask& task : plan.tasks) {
       CHECK(task.bytes.size() <= 1000 && task.run().bytes() == task.bytes.size());
       if (task.block_offset < layout.places[1].block_offset) continue;
       if (task.bytes.begin >= 95000) continue;
-      const StridedRun run = task.run();
-      for (uint64_t p = 0; p < run.count; ++p) {
-        for (uint64_t i = 0; i < run.piece; ++i) from_file.push_back(run.begin + p * run.stride + i);
-      }
+      add_bytes(task.run(), from_file);
     }
     std::vector<uint64_t> expected;
-    for (const StridedRun& run : runs) {
-      for (uint64_t p = 0; p < run.count; ++p) {
-        for (uint64_t i = 0; i < run.piece; ++i) expected.push_back(run.begin + p * run.stride + i);
-      }
-    }
+    for (const StridedRun& run : runs) add_bytes(run, expected);
     CHECK(from_file == expected);
   }
 }

@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "check.h"
+#include "run_bytes.h"
 
 using namespace weightload;
 
@@ -33,11 +34,7 @@ std::vector<uint64_t> bytes_by_index(const std::vector<uint64_t>& shape, uint64_
 
 std::vector<uint64_t> bytes_by_run(const TensorBox& box) {
   std::vector<uint64_t> bytes;
-  for (const StridedRun& run : box.runs) {
-    for (uint64_t p = 0; p < run.count; ++p) {
-      for (uint64_t byte = 0; byte < run.piece; ++byte) bytes.push_back(run.begin + p * run.stride + byte);
-    }
-  }
+  for (const StridedRun& run : box.runs) add_bytes(run, bytes);
   return bytes;
 }
 
