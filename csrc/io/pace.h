@@ -10,6 +10,7 @@
 #include "base/byte_range.h"
 #include "base/look.h"
 #include "base/pages.h"
+#include "io/pace_rule.h"
 
 namespace weightload {
 
@@ -25,15 +26,18 @@ namespace weightload {
 class Pace {
  public:
   using Clock = std::chrono::steady_clock;
+  using Now = Clock::time_point (*)();
 
   // Pieces from which on the system may well read more than it is asked for: the next reads then find it there. Where
   // smaller ones take long it would only be in their way.
   static constexpr uint64_t kReadOn = 1 << 20;
 
-  static constexpr unsigned kAnyNumber = std::numeric_limits<unsigned>::max();
+  static constexpr unsigned kAnyNumber = PaceRule::kAnyNumber;
 
   // Threads that may read at once, if it is of use; kAnyNumber does not hold any back. No piece exceeds `most_bytes`.
-  explicit Pace(unsigned readers = kAnyNumber, uint64_t most_bytes = std::numeric_limits<uint64_t>::max());
+  // `now` is the clock.
+  explicit Pace(unsigned readers = kAnyNumber, uint64_t most_bytes = std::numeric_limits<uint64_t>::max(),
+                Now now = &Clock::now);
 
   // Calls read(piece) for one piece of the range after the other, which comes from storage, and look() before each. If
   // read() returns a bool, false ends it: what was refused says nothing of the storage.
@@ -59,10 +63,10 @@ class Pace {
     for (uint64_t at = range.begin; at < range.end;) {
       look();
       const ByteRange piece{at, end_of_piece(at, range.end, fast_.load(std::memory_order_relaxed) ? most_ : kCached)};
-      const auto begin = Clock::now();
+      const auto begin = now_();
       read(piece);
       at = piece.end;
-      if (Clock::now() - begin <= kLong) continue;
+      if (now_() - begin <= PaceRule::kLong) continue;
       in_pieces({at, range.end}, look, read);
       return;
     }
@@ -75,10 +79,7 @@ class Pace {
   void stop() noexcept;
 
  private:
-  static constexpr std::chrono::milliseconds kLong{250};
   static constexpr uint64_t kCached = 1 << 20;
-
-  enum class Trial : uint8_t { none, smaller, larger, more };
 
   class Turn {
    public:
@@ -105,33 +106,19 @@ class Pace {
     return cut > begin ? cut : begin + most;
   }
 
-  void judge(uint64_t bytes, std::chrono::nanoseconds took, uint64_t epoch, bool full);
-  void finish_trial(std::chrono::nanoseconds took);
-  void begin_trial(Trial trial, std::chrono::nanoseconds took);
-  void set(uint64_t piece, unsigned allowed);
-  void slow_down(uint64_t bytes, std::chrono::nanoseconds took);
+  void follow_rule();
 
-  const unsigned readers_;
   const uint64_t most_;
-  std::atomic<uint64_t> piece_;    // written with mutex_ held
-  std::atomic<bool> fast_{false};  // nobody waits, and nobody is counted; written with mutex_ held
+  const Now now_;
 
-  std::mutex mutex_;  // guards all below
+  std::mutex mutex_;  // guards all below; the atomics are read without it
   std::condition_variable turns_;
+  PaceRule rule_;
+  std::atomic<uint64_t> piece_;
+  std::atomic<bool> fast_{false};  // nobody waits, and nobody is counted
+  uint64_t followed_ = 0;          // the rule's epoch that piece_ and fast_ are from
   bool stopped_ = false;
   unsigned active_ = 0;
-  unsigned allowed_;
-  uint64_t epoch_ = 0;  // of the present pieces and threads
-  uint64_t gathered_bytes_ = 0;
-  std::chrono::nanoseconds gathered_{0};
-  Trial trial_ = Trial::none;
-  uint64_t piece_before_ = 0;
-  unsigned allowed_before_ = 0;
-  std::chrono::nanoseconds took_before_{0};
-  uint64_t least_;                                           // smaller pieces take as long
-  uint64_t largest_ = std::numeric_limits<uint64_t>::max();  // larger ones cost time in proportion
-  unsigned useful_;                                          // more threads do
-  unsigned proven_ = 0;                                      // so many read more than half of them would
 };
 
 }  // namespace weightload

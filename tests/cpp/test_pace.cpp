@@ -1,10 +1,14 @@
-// How pieces grow on healthy storage and shrink on slow one. Storage is simulated by sleeping, in generous proportions.
+// How pieces grow on healthy storage and shrink on slow one. Time is simulated: it passes when the test says so.
 #include "io/pace.h"
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
+#include <limits>
+#include <queue>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/start_thread.h"
@@ -17,12 +21,17 @@ using std::chrono::milliseconds;
 namespace {
 
 constexpr uint64_t kMiB = 1 << 20;
+constexpr uint64_t kUnlimited = std::numeric_limits<uint64_t>::max();
+
+std::atomic<int64_t> milliseconds_passed{0};
+
+Pace::Clock::time_point simulated_now() { return Pace::Clock::time_point(milliseconds(milliseconds_passed)); }
 
 std::vector<ByteRange> pieces_of(Pace& pace, ByteRange range, milliseconds each = milliseconds(0)) {
   std::vector<ByteRange> pieces;
   pace.in_pieces(range, no_look, [&](ByteRange piece) {
     pieces.push_back(piece);
-    if (each.count() > 0) std::this_thread::sleep_for(each);
+    milliseconds_passed += each.count();
   });
   return pieces;
 }
@@ -31,7 +40,7 @@ std::vector<ByteRange> pieces_of(Pace& pace, ByteRange range, milliseconds each 
 
 TEST(pieces_cover_the_range) {
   for (const ByteRange range : {ByteRange{0, 100 * kMiB}, ByteRange{777, 3 * kMiB + 5}, ByteRange{5, 5}}) {
-    Pace pace(4, 3 * kMiB);
+    Pace pace(4, 3 * kMiB, simulated_now);
     uint64_t at = range.begin;
     for (const ByteRange piece : pieces_of(pace, range)) {
       CHECK(piece.begin == at && piece.end > at && piece.size() <= 3 * kMiB);
@@ -42,7 +51,7 @@ TEST(pieces_cover_the_range) {
 }
 
 TEST(healthy_storage_costs_four_calls_more_a_load) {
-  Pace pace(4);
+  Pace pace(4, kUnlimited, simulated_now);
   CHECK(pieces_of(pace, {0, 8 * kMiB}).size() <= 5);
   pieces_of(pace, {0, 8 * kMiB});
   for (int task = 0; task < 10; ++task) CHECK(pieces_of(pace, {0, 8 * kMiB}).size() == 1);
@@ -50,13 +59,13 @@ TEST(healthy_storage_costs_four_calls_more_a_load) {
 }
 
 TEST(small_reads_say_something_together) {
-  Pace pace(4);
+  Pace pace(4, kUnlimited, simulated_now);
   for (int read = 0; read < 10'000; ++read) pieces_of(pace, {0, 4096});
   CHECK(pace.allows(4 * kMiB));
 }
 
 TEST(what_is_refused_says_nothing_of_the_storage) {
-  Pace pace(4);
+  Pace pace(4, kUnlimited, simulated_now);
   int calls = 0;
   for (int read = 0; read < 100; ++read) {
     pace.in_pieces({0, 8 * kMiB}, no_look, [&](ByteRange) {
@@ -69,15 +78,15 @@ TEST(what_is_refused_says_nothing_of_the_storage) {
 }
 
 TEST(slow_storage_is_read_in_small_pieces) {
-  Pace pace(4);
+  Pace pace(4, kUnlimited, simulated_now);
   // 400 kB/s
-  const auto read = [](ByteRange piece) { std::this_thread::sleep_for(milliseconds(piece.size() * 5 / 2048)); };
+  const auto read = [](ByteRange piece) { milliseconds_passed += static_cast<int64_t>(piece.size() * 5 / 2048); };
   pace.in_pieces({0, kMiB}, no_look, read);
   CHECK(!pace.allows(256 << 10));
 }
 
 TEST(what_slows_down_is_read_in_small_pieces_from_then_on) {
-  Pace pace(4);
+  Pace pace(4, kUnlimited, simulated_now);
   pieces_of(pace, {0, 64 * kMiB});
   CHECK(pace.allows(8 * kMiB));
   pieces_of(pace, {0, 8 * kMiB}, milliseconds(2000));
@@ -85,7 +94,7 @@ TEST(what_slows_down_is_read_in_small_pieces_from_then_on) {
 }
 
 TEST(a_look_ends_the_reading_and_lets_others_go_on) {
-  Pace pace(1);
+  Pace pace(1, kUnlimited, simulated_now);
   int looks = 0;
   const Look look = [&] {
     if (++looks == 2) throw std::runtime_error("enough");
@@ -121,40 +130,53 @@ TEST(who_waits_for_a_turn_is_let_go_by_stop) {
   CHECK(ended == 4);
 }
 
-// Storage that answers so many at once as ask, or one after the other. How many of four threads read at once in the
-// end.
-int readers_of(bool queue) {
-  Pace pace(4, 64 << 10);
-  std::mutex mutex;
-  auto free = Pace::Clock::now();  // guarded by mutex: when the queue's last answer will have been given
-  std::atomic<int> inside{0}, most{0};
-  const auto read = [&](ByteRange) {
-    const int now = ++inside;
-    int seen = most;
-    while (seen < now && !most.compare_exchange_weak(seen, now)) {
-    }
-    auto answer = Pace::Clock::now();
-    if (queue) {
-      std::lock_guard<std::mutex> lock(mutex);
-      answer = free = std::max(answer, free) + milliseconds(120);
-    } else {
-      answer += milliseconds(120);
-    }
-    std::this_thread::sleep_until(answer);
-    --inside;
+// Storage that answers as many as ask at once, or one after the other (`queue`), 120 ms each. How many of four threads
+// read at once at most.
+unsigned readers_of(bool queue) {
+  struct Answer {
+    milliseconds at, begun;
+    uint64_t epoch;
+    bool full;
+    bool operator>(const Answer& other) const { return at > other.at; }
   };
-  std::vector<std::thread> threads;
-  for (int t = 0; t < 4; ++t) threads.emplace_back([&] { pace.in_pieces({0, kMiB / 2}, no_look, read); });
-  for (std::thread& thread : threads) thread.join();
+  PaceRule rule(4, 64 << 10);
+  std::priority_queue<Answer, std::vector<Answer>, std::greater<>> reading;
+  milliseconds now{0}, free{0};  // free: when the queue will have given its last answer
+  unsigned most = 0;
+  for (int answers = 0; answers < 32; ++answers) {
+    while (reading.size() < std::min(rule.allowed(), 4u)) {
+      free = std::max(now, free) + milliseconds(120);
+      const bool full = reading.size() + 1 >= rule.allowed();
+      reading.push({queue ? free : now + milliseconds(120), now, rule.epoch(), full});
+    }
+    most = std::max(most, static_cast<unsigned>(reading.size()));
+    const Answer answer = reading.top();
+    reading.pop();
+    now = answer.at;
+    rule.judge(rule.piece(), now - answer.begun, answer.epoch, answer.full);
+  }
   return most;
 }
 
-// On a busy machine an answer may look late: then it is asked again.
 TEST(threads_are_added_where_they_are_of_use) {
-  bool all = false, few = false;
-  for (int attempt = 0; attempt < 10 && !all; ++attempt) all = readers_of(false) == 4;
-  for (int attempt = 0; attempt < 10 && !few; ++attempt) few = readers_of(true) <= 2;
-  CHECK(all && few);
+  CHECK(readers_of(false) == 4);
+  CHECK(readers_of(true) == 2);
+}
+
+TEST(added_threads_read_at_once) {
+  Pace pace(2, 64 << 10, simulated_now);
+  pieces_of(pace, {0, kMiB}, milliseconds(20));
+  std::atomic<int> inside{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 2; ++t) {
+    threads.emplace_back([&] {
+      pace.in_pieces({0, 1}, no_look, [&](ByteRange) {
+        ++inside;
+        while (inside < 2) std::this_thread::yield();
+      });
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 TEST(without_threads_the_consumer_works_and_is_interrupted) {
