@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Files whose own digest is in the record, so that the first one that differs can be named.
 NAMED_FILES = 32
 AGREED, FAILED = b"\1", b"\0"
+TOLD = "weightload_was_told"  # an attribute of exceptions
 
 Opened = tuple[list[_C.CheckpointFile], list[list[int]]]
 
@@ -68,18 +69,18 @@ class Sharing:
             record = self._record(files, selection)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
-            record = FAILED + _describe(error, self._load)
-        record = record.ljust(RECORD_BYTES, b" ")
+            record = failed_record(error, self._load)
         try:
             if isinstance(failure, (KeyboardInterrupt, SystemExit)):
                 with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
                     self._group.tell(record)  # without waiting for ranks that may be late
+                failure.__dict__[TOLD] = True
                 raise failure
             begin = time.perf_counter()
             more = self.core is not None and failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
             records = self._group.agree(record, more)
             self.seconds = time.perf_counter() - begin
-            _check(records, failure)
+            check(records, failure)
         except BaseException:
             files.clear()
             raise
@@ -93,38 +94,62 @@ class Sharing:
         self._group.close()
 
     def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]]) -> bytes:
-        """What must be the same on every rank, as JSON, so that a difference can be said in words."""
+        """What must be the same on every rank."""
         now = settings.current()
-        names = [os.path.basename(file.path) for file in files]
-        sizes = [str(file.size) for file in files]
-        headers = [f"{file.header_digest():016x}" for file in files]
-        same: dict[str, Any] = {
-            "load": self._load[:100],
-            "versions": [__version__, torch.__version__],
+        same: dict[str, object] = {
             "strategy": self._strategy,
             "device": self._kind,
             "block_bytes": now.block_bytes if self._kind == "cpu" else now.device_block_bytes,
-            "number of files": len(files),
-            "file names": _digest(names),
-            "file sizes": _digest(sizes),
-            "headers": _digest(headers),
             "selection": f"{_C.selection_digest(files, selection):016x}",
-            "files": [_digest(one)[:8] for one in list(zip(names, sizes, headers, strict=True))[:NAMED_FILES]],
         }
-        return AGREED + json.dumps(same, separators=(",", ":")).encode()
+        return agreed_record(self._load, same | of_files(files))
 
 
-def _digest(texts: Any) -> str:
+def agreed_record(load: str, same: Mapping[str, object]) -> bytes:
+    """What a rank tells the others that is ready: as JSON, so that a difference can be said in words."""
+    fields = {"load": load[:100], "versions": [__version__, torch.__version__], **same}
+    return (AGREED + json.dumps(fields, separators=(",", ":")).encode()).ljust(RECORD_BYTES, b" ")
+
+
+def of_files(files: Sequence[_C.CheckpointFile]) -> dict[str, object]:
+    """What of files must be the same on every rank: their names, sizes and headers, which are read for it."""
+    names = [os.path.basename(file.path) for file in files]
+    sizes = [str(file.size) for file in files]
+    headers = [f"{file.header_digest():016x}" for file in files]
+    return {
+        "number of files": len(files),
+        "file names": digest(names),
+        "file sizes": digest(sizes),
+        "headers": digest(headers),
+        "files": [digest(one)[:8] for one in list(zip(names, sizes, headers, strict=True))[:NAMED_FILES]],
+    }
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Equal for equal texts."""
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
+def check(records: list[bytes], failure: BaseException | None) -> None:
+    """Raise what every rank raises, unless all are the same: ``was_told`` is true of it."""
+    try:
+        _check(records, failure)
+    except BaseException as error:
+        error.__dict__[TOLD] = True
+        raise
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether every rank raises this error: it is what their records say."""
+    return TOLD in error.__dict__
+
+
 def _check(records: list[bytes], failure: BaseException | None) -> None:
-    """Raise what every rank raises, unless all are the same."""
     if any(record[:1] == NODE for record in records):
         raise errors.GroupError("ranks of the group are at different calls: some ask for the nodes of its ranks")
-    failed = [rank for rank, record in enumerate(records) if record[:1] == FAILED]
-    if failed:
-        raise errors.from_rank(failed[0], **json.loads(records[failed[0]][1:])) from failure
+    for rank, record in enumerate(records):
+        if record[:1] == FAILED:
+            raise errors.from_rank(**({"rank": rank} | json.loads(record[1:]))) from failure
     if all(record == records[0] for record in records):
         return
     views = [json.loads(record[1:]) for record in records]
@@ -138,7 +163,7 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
     at = next(
         (
             f" (first in file number {number + 1})"
-            for number, one in enumerate(right["files"])
+            for number, one in enumerate(right.get("files", []))
             if any(views[rank].get("files", [])[number : number + 1] != [one] for rank in odd)
         ),
         "",
@@ -157,8 +182,13 @@ def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) ->
     return f"{name} ({', '.join(values)} where the others have {right[name]})"
 
 
-def _describe(error: BaseException, load: str) -> bytes:
-    """An error as JSON of limited length."""
+def failed_record(error: BaseException, load: str, rank: int | None = None, when: str = "before it began") -> bytes:
+    """What a rank tells the others that failed: the error as JSON.
+
+    Args:
+        rank: whose error it is, unless it is the teller's, by the group's numbers.
+        when: in words, for errors that are not ours.
+    """
     limit = RECORD_BYTES // 4
     known = {name: getattr(error, name, None) for name in ("filename", "tensor", "offset", "errno")}
     filename = os.fsdecode(known["filename"]) if isinstance(known["filename"], (str, bytes)) else None
@@ -177,8 +207,9 @@ def _describe(error: BaseException, load: str) -> bytes:
             "tensor": tensor and tensor[:limit],
             "offset": known["offset"] if isinstance(known["offset"], int) else None,
             "errno": known["errno"] if isinstance(known["errno"], int) else None,
-        }
-        text = json.dumps(fields, separators=(",", ":")).encode()
-        if len(text) < RECORD_BYTES:
-            return text
+            "when": when,
+        } | ({} if rank is None else {"rank": rank})
+        record = FAILED + json.dumps(fields, separators=(",", ":")).encode()
+        if len(record) <= RECORD_BYTES:
+            return record.ljust(RECORD_BYTES, b" ")
         limit //= 2  # characters that take several bytes each

@@ -194,6 +194,12 @@ def require_strategy(strategy: str) -> None:
         raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
 
 
+def require_group(group: object) -> None:
+    """Raise ``ValueError`` for what is no group that this process is a member of; None is no group."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(f"group={group!r}: this process is not a member of it, or it is no process group")
+
+
 @plainly
 def resolve_group(
     group: ProcessGroup | None, strategy: str, device_type: str, load: str
@@ -206,8 +212,7 @@ def resolve_group(
     Raises:
         ValueError: a group that this process is no member of.
     """
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise ValueError(f"group={group!r}: this process is not a member of it, or it is no process group")
+    require_group(group)
     if strategy == "independent" or not _initialised():
         return None, "independent"
     nodes = 1

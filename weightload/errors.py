@@ -226,8 +226,9 @@ def from_rank(
     tensor: str | None,
     offset: int | None,
     errno: int | None,
+    when: str,
 ) -> BaseException:
-    """Make the exception for an error that a rank told the others of before a load began."""
+    """Make the exception for an error that a rank told the others of before a load, or after it."""
     known = globals().get(type, getattr(builtins, type, None))
     system = isinstance(known, builtins.type) and issubclass(known, OSError) and known is not ReadError
     if errno is not None and system:
@@ -236,6 +237,7 @@ def from_rank(
         error = known(f"on rank {rank}: {message}")
     else:
         of_rank = {"TypeError": GroupTypeError, "ValueError": GroupValueError}.get(type, GroupError)
-        error = of_rank(f"{load}: rank {rank} failed before it began: {type}: {message}")
+        failed = f"failed {when}".rstrip()
+        error = of_rank(f"{load}: rank {rank} {failed}: {type}: {message}")
     error.filename, error.tensor, error.offset, error.errno, error.rank = filename, tensor, offset, errno, rank
     return error

@@ -6,19 +6,20 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightload import _C, devices, progress
+from weightload.agreement import of_files
 from weightload.device_iterator import (
     DeviceWeightIterator,
     fail_arguments_together,
     fail_together,
     load_to_device,
 )
-from weightload.distributed import load_name, require_strategy, resolve_group
+from weightload.distributed import load_name, require_group, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload.errors import StateDictError, located
 from weightload.handlers import pass_on
@@ -30,6 +31,7 @@ from weightload.plain_torch import plainly
 from weightload.selection import open_files
 from weightload.shards import go_back_to_shards, is_dtensor
 from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
+from weightload.together import Together, of_dtensors, of_group, of_meshes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,6 +64,11 @@ def load_into(
     A DTensor gets its shard of the file's tensor, as ``distribute_tensor`` would deal it out, and no more is read than
     that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks then each read for
     themselves, whatever the strategy. Modules that FSDP has gathered for a forward go back to their shards first.
+    **All ranks of the DTensors' meshes must make this call.** They compare files, names, shapes, meshes and placements
+    before the first byte is read, and wait for one another at the end.
+
+    What fails on one rank of those that load together (the ranks of ``group``, or of the meshes) is raised on all, with
+    its ``rank``: at once where others wait, on those that still load within a second or a tensor.
 
     Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
     about them leaves the target as it was, and names all tensors that it concerns. What the code of a module complains
@@ -92,18 +99,53 @@ def load_into(
     """
     first = _first_device(target)
     paths: list[str] = []
+    together = of_group(None, first.type)
+    has_shards = False
     try:
+        go_back_to_shards(target)
+        has_shards = _has_shards(target)
+        if has_shards:
+            require_group(group)
+            together = of_meshes(_tensors(target)) if group is None else of_group(group, first.type)
         paths = path_list(files)
+        together.load = load_name(paths)
         require_strategy(strategy)
         require_duplicates(duplicates)
-        go_back_to_shards(target)
     except Exception as error:
-        fail_arguments_together(error, group, strategy, first, paths)
+        if has_shards:
+            together.begin({}, error)
+        else:
+            fail_arguments_together(error, group, strategy, first, paths)
         raise
-    group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
-    if group is not None and _has_shards(target):
-        # What a rank reads is nobody else's. Loads to an accelerator agree only where they share.
-        group, strategy = (group if first.type == "cpu" else None), "independent"
+    if has_shards:
+        # What a rank reads is nobody else's.
+        group, strategy = None, "independent"
+    else:
+        group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
+        together = of_group(group, first.type)
+        together.load = load_name(paths)
+    try:
+        report = _load(target, paths, strict, group, strategy, duplicates, show_progress, first, together)
+    except BaseException as error:
+        if together.should_hear(error):
+            together.shout(error)
+            together.end(error)
+        raise
+    together.end()
+    return report
+
+
+def _load(
+    target: Target,
+    paths: list[str],
+    strict: bool,
+    group: ProcessGroup | None,
+    strategy: str,
+    duplicates: Duplicates,
+    show_progress: bool | None,
+    first: torch.device,
+    together: Together,
+) -> LoadReport:
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
@@ -115,14 +157,27 @@ def load_into(
         except BaseException as error:
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)
+            elif together.should_hear(error):
+                together.begin({}, error)
             raise
+        if group is None and not together.alone:  # else the loads agree themselves
+            together.begin(of_files(opened) | of_dtensors(matched.dtensors))
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         at_load = time.perf_counter()
         devices_here = devices_of(matched)
         if group is not None:
             devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
-        filled = fill(matched, devices_here, opened, paths, group, strategy, show_progress)
+        filled = fill(
+            matched,
+            devices_here,
+            opened,
+            paths,
+            group,
+            strategy,
+            show_progress,
+            None if together.alone else together.look,
+        )
         loaded, missing, unexpected = _names(matched, filled, target, opened, strict)
     finally:
         # An exception's traceback would keep them open through this frame.
@@ -138,6 +193,10 @@ def load_into(
         stats=filled.stats,
         took_part=[prefix[:-1] for prefix in matched.turns.walk.parts] if matched.turns else [],
     )
+
+
+Look = Callable[[], None]
+"""Called between any two tensors; ends the load by an exception."""
 
 
 @dataclasses.dataclass
@@ -158,9 +217,10 @@ def fill(
     group: ProcessGroup | None = None,
     strategy: str = "independent",
     show_progress: bool | None = False,
+    look: Look | None = None,
 ) -> Filled:
     """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
-    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress)
+    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look)
     if matched.turns is None:
         return filled
 
@@ -186,6 +246,7 @@ def _read(
     group: ProcessGroup | None,
     strategy: str,
     show_progress: bool | None,
+    look: Look | None,
 ) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
     """Do all but what needs the turns of modules.
 
@@ -211,7 +272,7 @@ def _read(
             for device in to:
                 with _start(device, files, paths, matched, group, strategy) as weights:
                     began = True
-                    _take(weights, matched, held, advance)
+                    _take(weights, matched, held, advance, look)
                 filled.stats[str(device)] = weights.stats()
     finally:
         if began:
@@ -332,9 +393,15 @@ def _take(
     matched: Match,
     held: dict[str, torch.Tensor],
     advance: progress.Advance,
+    look: Look | None,
 ) -> None:
     """Let the load run, and put into place what could not be read there. What overlaps is held until all is read."""
-    if advance is progress.unseen and not matched.overlapping and len(matched.direct) == len(matched.places):
+    if (
+        look is None
+        and advance is progress.unseen
+        and not matched.overlapping
+        and len(matched.direct) == len(matched.places)
+    ):
         collections.deque(weights, maxlen=0)  # nothing is left to do for tens of thousands of them, perhaps
         return
     late = set(matched.overlapping)
@@ -344,6 +411,8 @@ def _take(
         elif name not in matched.direct:
             _put(name, tensor, matched.places[name])
         advance(matched.sizes[name])
+        if look is not None:
+            look()
 
 
 def _put(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:

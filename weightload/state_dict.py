@@ -34,6 +34,8 @@ class Match:
     """Which part of the file's tensor goes there; of the others, all."""
     wholes: list[torch.Tensor]
     """The DTensors whose memory it is."""
+    dtensors: dict[str, torch.Tensor]
+    """All the target's DTensors."""
     direct: set[str]
     """Names whose bytes can be read straight into that memory."""
     overlapping: list[str]
@@ -144,6 +146,7 @@ def _match(
         places={name: place.tensor for name, place in read.items()},
         parts={name: place.part for name, place in read.items() if place.part is not None},
         wholes=[place.whole for place in read.values() if place.whole is not None],
+        dtensors={name: place.whole for name, place in places.items() if place.whole is not None},
         direct=direct,
         overlapping=[name for name in tensors if name in mixed and name in read],
         first=[name for name in untried if name not in mixed],
