@@ -255,3 +255,10 @@ def assert_same_failure(outcomes: list[Outcome], kind: str, rank: int | None) ->
         assert result.names == results[0].names
     assert first.rank == rank, first
     return first
+
+
+def assert_done(ranks: list[tuple[int, str]]) -> None:
+    """All ranks of ``run_ranks`` printed ``done`` at their end."""
+    outputs = "\n".join(output for _, output in ranks)
+    assert not any(status for status, _ in ranks), outputs
+    assert all(output.strip().endswith("done") for _, output in ranks), outputs

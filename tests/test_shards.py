@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import DTYPE_BITS, SEED, write_tensors
-from group_support import run_ranks
+from group_support import assert_done, run_ranks
 from part_support import cut
 from simulated_support import raw
 from torch import nn
@@ -259,12 +259,6 @@ def test_tied_shards_are_read_once(tmp_path: Path) -> None:
         report = weightload.load_into({"a": shard, "b": shard}, tmp_path / "m.safetensors")
         assert (shard.to_local() == 2).all()
         assert sum(file.bytes for file in report.stats["cpu"].files) == shard.to_local().nbytes
-
-
-def assert_done(ranks: list[tuple[int, str]]) -> None:
-    for status, output in ranks:
-        assert status == 0, output
-        assert output.strip().endswith("done")
 
 
 def bytes_read(report: Any) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from weightload import _C, errors, settings
 from weightload._version import __version__
 from weightload.distributed import NODE, RECORD_BYTES, load_name
 from weightload.handlers import pass_on
-from weightload.selection import Names, Path, open_and_select
+from weightload.selection import Names, Path, open_and_select, parts_in_order
+from weightload.shards import NO_PARTS, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +54,11 @@ class Sharing:
         self.core = None if strategy == "independent" else self._group
 
     def agree(
-        self, open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str = "error"
+        self,
+        open_them: Callable[[], list[_C.CheckpointFile]],
+        names: Names | None,
+        duplicates: str = "error",
+        parts: Parts = NO_PARTS,
     ) -> Opened:
         """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
 
@@ -66,7 +72,7 @@ class Sharing:
         failure: BaseException | None = None
         try:
             files, selection = open_and_select(open_them, names, duplicates)
-            record = self._record(files, selection)
+            record = self._record(files, selection, parts)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
             record = failed_record(error, self._load)
@@ -93,7 +99,7 @@ class Sharing:
         """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
         self._group.close()
 
-    def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]]) -> bytes:
+    def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts) -> bytes:
         """What must be the same on every rank."""
         now = settings.current()
         same: dict[str, object] = {
@@ -101,6 +107,7 @@ class Sharing:
             "device": self._kind,
             "block_bytes": now.block_bytes if self._kind == "cpu" else now.device_block_bytes,
             "selection": f"{_C.selection_digest(files, selection):016x}",
+            "parts": digest(map(repr, parts_in_order(files, selection, parts))),
         }
         return agreed_record(self._load, same | of_files(files))
 
@@ -176,7 +183,7 @@ def _check(records: list[bytes], failure: BaseException | None) -> None:
 
 
 def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    if name in ("file names", "file sizes", "headers", "selection"):
+    if name in ("file names", "file sizes", "headers", "selection", "parts"):
         return name
     values = dict.fromkeys(str(view.get(name)) for view in others if view.get(name) != right[name])
     return f"{name} ({', '.join(values)} where the others have {right[name]})"
@@ -198,6 +205,8 @@ def failed_record(error: BaseException, load: str, rank: int | None = None, when
     except Exception as failed:  # of other people's exceptions anything may come
         pass_on(failed)
         message = ""
+    if getattr(error, "rank", None) is not None:
+        message = re.sub(r"^on rank \d+: ", "", message)  # which is about to be said again
     while True:
         fields = {
             "load": load[:limit],

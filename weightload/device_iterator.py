@@ -131,8 +131,8 @@ def load_to_device(
 ) -> DeviceWeightIterator:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
-    It is shared with the ranks of ``group`` unless that is None; there are no places then, and no parts. ``shard``
-    takes the place of ``parts``.
+    It is shared with the ranks of ``group`` unless that is None: there are no places then, and parts are the same on
+    all. ``shard`` takes the place of ``parts``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -157,8 +157,8 @@ def load_to_device(
                 target, files, selection, places, parts, window_bytes=window_bytes, counting=counting
             )
         sharing = Sharing(group, strategy, device, target, paths)
-        files, selection = sharing.agree(open_them, names, duplicates)
-        return DeviceWeightIterator(target, files, selection, sharing=sharing, counting=counting)
+        files, selection = sharing.agree(open_them, names, duplicates, parts)
+        return DeviceWeightIterator(target, files, selection, parts=parts, sharing=sharing, counting=counting)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
+from weightload.replicas import Replicas, find_replicas
 from weightload.selection import open_files
 from weightload.shards import go_back_to_shards, is_dtensor
 from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
@@ -118,8 +119,7 @@ def load_into(
             fail_arguments_together(error, group, strategy, first, paths)
         raise
     if has_shards:
-        # What a rank reads is nobody else's.
-        group, strategy = None, "independent"
+        group = None  # what is shared is between replicas
     else:
         group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
         together = of_group(group, first.type)
@@ -162,11 +162,14 @@ def _load(
             raise
         if group is None and not together.alone:  # else the loads agree themselves
             together.begin(of_files(opened) | of_dtensors(matched.dtensors))
+        replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
+        elif replicas is not None:
+            matched = dataclasses.replace(matched, direct=matched.direct - replicas.names)
         at_load = time.perf_counter()
         devices_here = devices_of(matched)
-        if group is not None:
+        if group is not None or replicas is not None:
             devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
         filled = fill(
             matched,
@@ -177,6 +180,7 @@ def _load(
             strategy,
             show_progress,
             None if together.alone else together.look,
+            replicas,
         )
         loaded, missing, unexpected = _names(matched, filled, target, opened, strict)
     finally:
@@ -204,7 +208,7 @@ class Filled:
     """What a load did."""
 
     stats: dict[str, LoadStats]
-    """By device."""
+    """By device; of what replicas have shared beside others, ``"cuda:0, replicas"``."""
     names: tuple[list[str], list[str]] | None = None
     """Missing and unexpected ones, where modules had a say in that."""
 
@@ -218,9 +222,10 @@ def fill(
     strategy: str = "independent",
     show_progress: bool | None = False,
     look: Look | None = None,
+    replicas: Replicas | None = None,
 ) -> Filled:
     """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
-    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look)
+    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look, replicas)
     if matched.turns is None:
         return filled
 
@@ -247,6 +252,7 @@ def _read(
     strategy: str,
     show_progress: bool | None,
     look: Look | None,
+    replicas: Replicas | None,
 ) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
     """Do all but what needs the turns of modules.
 
@@ -268,12 +274,19 @@ def _read(
             except BaseException as error:
                 if group is not None:
                     fail_together(error, group, strategy, paths, to[0])
+                if replicas is not None:
+                    fail_together(error, replicas.group, replicas.strategy, paths, replicas.device)
                 raise
-            for device in to:
-                with _start(device, files, paths, matched, group, strategy) as weights:
-                    began = True
-                    _take(weights, matched, held, advance, look)
-                filled.stats[str(device)] = weights.stats()
+            for what, device, names, ranks, how in _loads(to, matched, group, strategy, replicas):
+                try:
+                    with _start(device, files, paths, matched, names, ranks, how) as weights:
+                        began = True
+                        _take(weights, matched, held, advance, look)
+                except BaseException as error:
+                    if replicas is not None and ranks is replicas.group:
+                        replicas.number_globally(error)
+                    raise
+                filled.stats[what] = weights.stats()
     finally:
         if began:
             # Bytes that changed behind autograd's back, perhaps not all of them. Inference tensors do without it.
@@ -362,16 +375,40 @@ def _has_shards(target: Target) -> bool:
     return any(map(is_dtensor, {type(tensor): tensor for tensor in _tensors(target)}.values()))
 
 
+def _loads(
+    devices_here: Iterable[torch.device],
+    matched: Match,
+    group: ProcessGroup | None,
+    strategy: str,
+    replicas: Replicas | None,
+) -> Iterator[tuple[str, torch.device, set[str], ProcessGroup | None, str]]:
+    """The loads: what statistics call each, its device and names, and the ranks that share it, and how."""
+    # First what is shared: a rank that fails by itself must not leave its replicas waiting.
+    shared: set[str] = set()
+    if replicas is not None:
+        group, strategy = None, "independent"
+        shared = {name for name in _names_on(replicas.device, matched) if name in replicas.names}
+        yield f"{replicas.device}, replicas", replicas.device, shared, replicas.group, replicas.strategy
+    for device in devices_here:
+        own = _names_on(device, matched) - shared
+        if own or replicas is None:
+            yield str(device), device, own, group, strategy
+
+
+def _names_on(device: torch.device, matched: Match) -> set[str]:
+    return {name for name, place in matched.places.items() if place.device == device}.difference(matched.first)
+
+
 def _start(
     device: torch.device,
     files: list[_C.CheckpointFile],
     paths: Sequence[Path],
     matched: Match,
+    here: set[str],
     group: ProcessGroup | None,
     strategy: str,
 ) -> WeightIterator | DeviceWeightIterator:
-    """The load of what goes to one device."""
-    here = {name for name, place in matched.places.items() if place.device == device}.difference(matched.first)
+    """A load of these names to one device."""
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name] if name in matched.direct else None for name in in_order]
     if _shares(group, strategy):

@@ -134,7 +134,7 @@ def load_to_host(
         )
     sharing = Sharing(group, strategy, devices.CPU, None, paths)
     try:
-        files, selection = sharing.agree(open_them, names, duplicates)
+        files, selection = sharing.agree(open_them, names, duplicates, parts)
         if sharing.core is not None:
             backend, places = "pread", ()
         return WeightIterator(

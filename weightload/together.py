@@ -53,6 +53,7 @@ class Together:
     def __init__(self, groups: Sequence[ProcessGroup], kind: str, ranks: Sequence[int], is_mesh: bool) -> None:
         self.load = ""
         self._groups, self._kind, self._is_mesh = groups, kind, is_mesh
+        self._has_begun = self._is_over = False
         self._key = ""
         if groups:
             name = digest(map(str, ranks))
@@ -73,6 +74,7 @@ class Together:
             GroupError: a rank cannot be reached.
             Exception: what a rank raised, on every rank.
         """
+        self._has_begun = True
         self._round(same, failure, "before it began")
 
     def end(self, failure: BaseException | None = None) -> None:
@@ -83,10 +85,10 @@ class Together:
 
     def should_hear(self, failure: BaseException) -> bool:
         """Whether the other ranks are waiting to hear of this failure."""
-        if not self._groups or was_told(failure):
+        if not self._groups or self._is_over or (was_told(failure) and not self._has_begun):
             return False
         # A rank that cannot be reached will not come to a round, either. The others find out as this one did.
-        return type(failure) is not GroupError
+        return not (type(failure) is GroupError and failure.rank is None)
 
     def shout(self, failure: BaseException) -> None:
         """Have ranks that are still loading stop."""
@@ -116,7 +118,9 @@ class Together:
             return
         mine = None if isinstance(failure, OthersFailed) else failure
         # Of a mesh, a group's rank is not what the caller knows a rank by.
-        rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
+        own_rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
+        rank = getattr(mine, "rank", None)  # of replicas, one that has failed is known already
+        rank = own_rank if rank is None else rank
         record = agreed_record(self.load, same) if mine is None else failed_record(mine, self.load, rank, when)
         heard: BaseException | None = None
         for group in self._groups:
@@ -131,6 +135,7 @@ class Together:
                     record = failed_record(error, self.load, getattr(error, "rank", None), when)
         if heard is None:
             return
+        self._is_over = True
         if mine is not None and getattr(heard, "rank", None) == rank and not isinstance(heard, type(mine)):
             raise mine  # of a class that only its own rank knows
         raise heard

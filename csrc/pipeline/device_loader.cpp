@@ -35,7 +35,6 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
       counts_(selected_.files().size()),
       pace_(std::max(options.threads, 1u)),
       fork_generation_(fork_generation()) {
-  if (shared_ && selected_.has_parts()) throw Error(ErrorKind::usage, "parts of tensors cannot be shared");
   plan(std::move(places), options);
   open_readers(options.read);
   start(options);

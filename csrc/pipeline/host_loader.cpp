@@ -38,7 +38,6 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
       pace_(std::max({options.threads, options.cold_threads, 1u})),
       fork_generation_(fork_generation()) {
-  if (shared_ && selected_.has_parts()) throw Error(ErrorKind::usage, "parts of tensors cannot be shared");
   map_files(places, options);
   plan(std::move(places), options);
   find_tasks();

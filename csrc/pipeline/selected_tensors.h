@@ -53,7 +53,6 @@ class SelectedTensors {
     if (parts_.empty() || !parts_[tensor] || parts_[tensor]->runs.empty()) return nullptr;
     return &parts_[tensor]->runs;
   }
-  bool has_parts() const { return !parts_.empty(); }
   const CheckpointFiles& files() const { return files_; }
 
   // An error of a reading thread, with the tensor that it hit: threads know bytes only. Looks from tensor `from` on.

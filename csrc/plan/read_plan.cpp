@@ -37,24 +37,25 @@ void add_tasks(const CopyRun& run, ByteRange share, uint64_t task_bytes, std::ve
   }
 }
 
-// Cuts a run of pieces between them; pieces of a task or more are reads of their own.
-void add_pieces(const CopyRun& run, uint64_t task_bytes, std::vector<ReadTask>& tasks) {
-  const uint64_t count = run.bytes.size() / run.piece;
-  if (run.piece >= task_bytes) {
-    for (uint64_t p = 0; p < count; ++p) {
-      const uint64_t begin = run.bytes.begin + p * run.stride;
-      const uint64_t offset = run.block_offset + p * run.piece;
-      add_tasks({run.file, {begin, begin + run.piece}, run.block, offset, 0, 0}, {offset, offset + run.piece},
-                task_bytes, tasks);
+// Cuts the part of a run of pieces that lies in `share` into tasks: between pieces, but for those of a task or more and
+// those that the share cuts, which are reads of their own.
+void add_pieces(const CopyRun& run, ByteRange share, uint64_t task_bytes, std::vector<ReadTask>& tasks) {
+  const ByteRange in_block{run.block_offset, run.block_offset + run.bytes.size()};
+  const uint64_t end = std::min(in_block.end, share.end);
+  for (uint64_t at = std::max(in_block.begin, share.begin); at < end;) {
+    const uint64_t p = (at - in_block.begin) / run.piece;
+    const ByteRange piece{in_block.begin + p * run.piece, in_block.begin + (p + 1) * run.piece};
+    const uint64_t in_file = run.bytes.begin + p * run.stride;
+    const uint64_t whole = at == piece.begin ? std::min((end - at) / run.piece, task_bytes / run.piece) : 0;
+    if (whole > 0 && run.piece < task_bytes) {
+      const uint64_t bytes = whole * run.piece;
+      tasks.push_back({run.file, {in_file, in_file + bytes}, run.block, at, run.piece, run.stride});
+      at += bytes;
+      continue;
     }
-    return;
-  }
-  const uint64_t most = task_bytes / run.piece;
-  for (uint64_t p = 0; p < count; p += most) {
-    const uint64_t begin = run.bytes.begin + p * run.stride;
-    const uint64_t bytes = std::min(most, count - p) * run.piece;
-    tasks.push_back(
-        {run.file, {begin, begin + bytes}, run.block, run.block_offset + p * run.piece, run.piece, run.stride});
+    add_tasks({run.file, {in_file, in_file + run.piece}, run.block, piece.begin, 0, 0}, {at, std::min(end, piece.end)},
+              task_bytes, tasks);
+    at = std::min(end, piece.end);
   }
 }
 
@@ -90,7 +91,7 @@ ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options) {
     for (uint32_t r = block.first_run; r < block.last_run; ++r) {
       const CopyRun& run = layout.runs[r];
       if (run.piece != 0) {
-        add_pieces(run, options.task_bytes, plan.tasks);
+        add_pieces(run, share, options.task_bytes, plan.tasks);
       } else {
         add_tasks(run, share, options.task_bytes, plan.tasks);
       }

@@ -61,8 +61,7 @@ uint64_t buffer_bytes(uint64_t block_bytes, const ReadPlanOptions& options);
 ByteRange rank_share(uint64_t block_bytes, const ReadPlanOptions& options);
 
 // The reads of one rank. Over all ranks of a striped group, or on the root of a broadcast, every byte of
-// every run is read exactly once. Pure. Throws Error{memory} beyond kMostReads. Runs in pieces are for loads in which
-// every rank reads for itself.
+// every run is read exactly once. Pure. Throws Error{memory} beyond kMostReads.
 ReadPlan plan_reads(const Layout& layout, const ReadPlanOptions& options);
 
 }  // namespace weightload

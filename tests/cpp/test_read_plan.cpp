@@ -156,3 +156,29 @@ TEST(pieces_are_read_in_tasks_of_several_and_large_ones_in_several_tasks) {
     CHECK(from_file == expected);
   }
 }
+
+TEST(stripes_of_pieces_are_where_the_run_says) {
+  for (const uint64_t piece : {10u, 300u, 1000u, 2500u}) {
+    const std::vector<StridedRun> runs{{100, piece, piece + 50, 7}, {90000, 40, 40, 1}};
+    TensorExtent tensor{0, {100, 100 + 7 * piece + 40}, 1, false};
+    tensor.runs = &runs;
+    const Layout layout = plan_layout({tensor}, {});
+    std::vector<uint64_t> expected;
+    for (const StridedRun& run : runs) add_bytes(run, expected);
+    for (const uint32_t ranks : {1u, 2u, 3u, 7u}) {
+      std::vector<uint64_t> from_file;
+      for (uint32_t rank = 0; rank < ranks; ++rank) {
+        ReadPlanOptions options;
+        options.rank = rank;
+        options.ranks = ranks;
+        options.strategy = Strategy::striped;
+        options.task_bytes = 1000;
+        for (const ReadTask& task : plan_reads(layout, options).tasks) {
+          CHECK(task.bytes.size() <= 1000 && task.block_offset == from_file.size());
+          add_bytes(task.run(), from_file);
+        }
+      }
+      CHECK(from_file == expected);
+    }
+  }
+}

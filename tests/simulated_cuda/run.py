@@ -35,7 +35,9 @@ STEPS: dict[str, list[str]] = {
         "tests/test_overlay.py", "tests/test_hostile_files.py",
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],
-    "groups": ["tests/test_simulated_group.py", "tests/test_simulated_collectives.py"],
+    "groups": [
+        "tests/test_simulated_group.py", "tests/test_simulated_collectives.py", "tests/test_simulated_replicas.py",
+    ],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed
     "benchmarks": [],  # benchmarks/gpu/check.sh, with the other loaders; only where it is asked for
