@@ -136,6 +136,36 @@ def test_every_rank_gets_every_byte(ranks: Ranks, mixed: list[Path], kind: str, 
     ranks.call(loads, kind, [0, 1, 2], strategy, consumer, mixed)
 
 
+def loads_of_own_choice(rank: Rank, kind: str, strategy: str, paths: list[Path]) -> None:
+    """Every third tensor is one rank's, of every fifth each rank wants some rows; the rest is shared."""
+    reference = reference_of(*paths)
+    order = order_of(paths)
+    mine = {name for number, name in enumerate(order) if number % 3 or number // 3 % rank.size == rank.number}
+    rows = {name: slice(rank.number, rank.number + 2) for name in order[::5] if reference[name].dim()}
+
+    def shard(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        return (rows[name],) if name in rows else None
+
+    with rank.group(kind) as group:
+        for number, longest_us in enumerate((0, 500, 2500)):
+            rank.seed(SEED + number, longest_us)
+            with settings.override(**TUNED):
+                weights = weightload.safetensors_weights_iterator(
+                    paths, device=DEVICE, group=group, strategy=strategy, names=mine, shard=shard
+                )
+                got = {name: tensor.clone() for name, tensor in weights}
+            assert list(got) == [name for name in order if name in mine]
+            for name, tensor in got.items():
+                expected = reference[name][rows[name]] if name in rows else reference[name]
+                assert torch.equal(raw(tensor), raw(expected.contiguous())), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_want_different_tensors(ranks: Ranks, mixed: list[Path], kind: str, strategy: str) -> None:
+    ranks.call(loads_of_own_choice, kind, strategy, mixed)
+
+
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "auto", "independent"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_dtype_in_one_file_for_two_ranks(ranks: Ranks, all_dtypes: Path, kind: str, strategy: str) -> None:

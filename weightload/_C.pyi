@@ -216,6 +216,10 @@ class HostLoader:
         """
         What the load has counted so far; weightload/load_stats.py makes sense of it.
         """
+    def tell_ranks_of(self, other: HostLoader) -> None:
+        """
+        Has the ranks that share another load hear of an error of this one, when that one is closed.
+        """
     @property
     def total_bytes(self) -> int:
         """
@@ -254,6 +258,10 @@ class DeviceLoader:
     def device_counts(self) -> dict[str, typing.Any]:
         """
         What the ring and the side stream have done so far, beside counts().
+        """
+    def tell_ranks_of(self, other: DeviceLoader) -> None:
+        """
+        Has the ranks that share another load hear of an error of this one, when that one is closed.
         """
     @property
     def total_bytes(self) -> int:

@@ -15,9 +15,10 @@ import torch
 
 from weightload import _C, errors, settings
 from weightload._version import __version__
+from weightload.apart import common_to, wish
 from weightload.distributed import NODE, RECORD_BYTES, load_name
 from weightload.handlers import pass_on
-from weightload.selection import Names, Path, open_and_select, parts_in_order
+from weightload.selection import Path, parts_in_order
 from weightload.shards import NO_PARTS, Parts
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 NAMED_FILES = 32
 AGREED, FAILED = b"\1", b"\0"
 TOLD = "weightload_was_told"  # an attribute of exceptions
+WISHES = ("selection", "parts")  # what of a record ranks may differ in that read for themselves
 
-Opened = tuple[list[_C.CheckpointFile], list[list[int]]]
+Chosen = tuple[list[_C.CheckpointFile], list[list[int]], Parts]
+"""The files of a load, the tensors of each by number, and the parts of those of which not all is wanted."""
 
 
 class Sharing:
@@ -36,6 +39,7 @@ class Sharing:
 
     Attributes:
         core: what a loader takes over, unless the ranks only agree (``"independent"``): None then.
+        common: by file, what all ranks want in full, where they differ; see ``agree``.
         seconds: how long the agreement took, from the moment this rank was ready for it.
     """
 
@@ -50,29 +54,29 @@ class Sharing:
         load = load_name(paths)
         self.seconds = 0.0
         self._strategy, self._kind, self._load = strategy, device.type, load
-        self._group = _C.Group(group, target, str(device), getattr(_C.Strategy, strategy), load)
+        self._arguments = group, target, str(device), getattr(_C.Strategy, strategy), load
+        self._group = _C.Group(*self._arguments)
         self.core = None if strategy == "independent" else self._group
+        self.common: list[list[int]] | None = None
 
-    def agree(
-        self,
-        open_them: Callable[[], list[_C.CheckpointFile]],
-        names: Names | None,
-        duplicates: str = "error",
-        parts: Parts = NO_PARTS,
-    ) -> Opened:
+    def agree(self, choose: Callable[[], Chosen], may_differ: bool = False) -> Chosen:
         """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
+
+        Args:
+            choose: does the first two. Its list of files is empty after an error.
+            may_differ: ranks may want different tensors and parts. Where they do, and the load is shared, ``common``
+                says what all want in full, and ``core`` is None.
 
         Raises:
             RankDisagreementError: the ranks are about to load different things.
             GroupError: a rank cannot be reached.
             Exception: what a rank raised before the agreement, on every rank.
         """
-        files: list[_C.CheckpointFile] = []
-        selection: list[list[int]] = []
+        chosen: Chosen | None = None
         failure: BaseException | None = None
         try:
-            files, selection = open_and_select(open_them, names, duplicates)
-            record = self._record(files, selection, parts)
+            chosen = choose()
+            record = self._record(*chosen)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
             record = failed_record(error, self._load)
@@ -83,17 +87,32 @@ class Sharing:
                 failure.__dict__[TOLD] = True
                 raise failure
             begin = time.perf_counter()
+            files, selection, _ = chosen or ([], [], NO_PARTS)
             more = self.core is not None and failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
             records = self._group.agree(record, more)
+            same = check(records, failure, WISHES if may_differ else ())
+            if chosen is None:
+                raise errors.GroupError(f"{self._load}: this rank failed, and the others did not hear of it")
+            if not same and self.core is not None:
+                self.core = None
+                self.common = self._find_common(*chosen)
             self.seconds = time.perf_counter() - begin
-            check(records, failure)
         except BaseException:
-            files.clear()
+            if chosen is not None:
+                chosen[0].clear()
             raise
         finally:
             # Its traceback has this frame in it, and files in others.
             failure = None
-        return files, selection
+        return chosen
+
+    def _find_common(self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts) -> list[list[int]]:
+        self._group.close()
+        self._group = _C.Group(*self._arguments)
+        records = self._group.agree(AGREED + wish(files, selection, lambda name: name not in parts), False)
+        if any(record[:1] != AGREED for record in records):
+            raise errors.GroupError(f"{self._load}: other ranks are at another call")
+        return common_to([record[1:] for record in records], files)
 
     def close(self) -> None:
         """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
@@ -137,10 +156,14 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def check(records: list[bytes], failure: BaseException | None) -> None:
-    """Raise what every rank raises, unless all are the same: ``was_told`` is true of it."""
+def check(records: list[bytes], failure: BaseException | None, may_differ: Sequence[str] = ()) -> bool:
+    """Raise what every rank raises, if one has failed or they differ: ``was_told`` is true of it.
+
+    Returns:
+        Whether all are the same. If not, they differ in nothing but ``may_differ``.
+    """
     try:
-        _check(records, failure)
+        return _check(records, failure, may_differ)
     except BaseException as error:
         error.__dict__[TOLD] = True
         raise
@@ -151,15 +174,19 @@ def was_told(error: BaseException) -> bool:
     return TOLD in error.__dict__
 
 
-def _check(records: list[bytes], failure: BaseException | None) -> None:
+def _check(records: list[bytes], failure: BaseException | None, may_differ: Sequence[str]) -> bool:
     if any(record[:1] == NODE for record in records):
         raise errors.GroupError("ranks of the group are at different calls: some ask for the nodes of its ranks")
     for rank, record in enumerate(records):
         if record[:1] == FAILED:
             raise errors.from_rank(**({"rank": rank} | json.loads(record[1:]))) from failure
     if all(record == records[0] for record in records):
-        return
+        return True
     views = [json.loads(record[1:]) for record in records]
+    if may_differ:
+        views = [{name: value for name, value in view.items() if name not in may_differ} for view in views]
+        if all(view == views[0] for view in views):
+            return False
     # Whom most of the others agree with is right; of two halves, the one with the first rank.
     right = max(views, key=lambda view: (views.count(view), -views.index(view)))
     odd = [rank for rank, view in enumerate(views) if view != right]

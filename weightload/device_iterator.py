@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, devices, settings
-from weightload.agreement import Sharing
+from weightload.agreement import Chosen, Sharing
+from weightload.apart import SharedAndOwn, start_both
 from weightload.chosen_parts import Shard
 from weightload.counting import Counting
 from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
@@ -79,27 +80,28 @@ class DeviceWeightIterator(_C.DeviceLoader):
 
 
 @plainly
-def make_target(device: torch.device, most_bytes: int, pieces: int) -> _C.DeviceTarget:
+def make_target(device: torch.device, most_bytes: int, pieces: int, rings: int = 1) -> _C.DeviceTarget:
     """Prepare an accelerator for one load of at most this many bytes: page-locking of its ring begins now.
 
     The ring is one for files in the page cache. Once they are open, the load finds whether they are, else it takes
     other slots. ``pieces``: how many contiguous ranges of files they are, as far as is known; each may end in a slot of
-    its own.
+    its own. ``rings``: that share the memory which the settings allow.
     """
     now = settings.current()
+    pinned, cached = max(now.pinned_bytes // rings, 1), max(now.cached_pinned_bytes // rings, 1)
     # Also does what torch does lazily on the first use of a device.
     empty([0], torch.uint8, device)
-    slots, slot_bytes, enough = _slots(now.slot_bytes, now.pinned_bytes, most_bytes, pieces)
-    if now.cached_pinned_bytes >= now.pinned_bytes:
+    slots, slot_bytes, enough = _slots(now.slot_bytes, pinned, pinned, most_bytes, pieces)
+    if cached >= pinned:
         return _C.DeviceTarget(str(device), slots, slot_bytes, enough, None)
     cold = (slots, slot_bytes)
-    part = now.cached_pinned_bytes // max(settings.SLOTS_OF_CACHED, 2 * now.thread_count())
+    part = cached // max(settings.SLOTS_OF_CACHED, 2 * now.thread_count())
     smaller = min(now.slot_bytes, max(LEAST_SLOT, 1 << max(0, part.bit_length() - 1)))
-    slots, slot_bytes, enough = _slots(smaller, now.cached_pinned_bytes, most_bytes, pieces)
+    slots, slot_bytes, enough = _slots(smaller, cached, pinned, most_bytes, pieces)
     return _C.DeviceTarget(str(device), slots, slot_bytes, enough, None if slot_bytes == cold[1] else cold)
 
 
-def _slots(slot_bytes: int, enough_bytes: int, most_bytes: int, pieces: int) -> tuple[int, int, int]:
+def _slots(slot_bytes: int, enough_bytes: int, pinned_bytes: int, most_bytes: int, pieces: int) -> tuple[int, int, int]:
     """How many slots a load may have at most, their bytes, and how many are enough."""
     now = settings.current()
     # A small load is cut as finely as keeps all threads busy.
@@ -107,12 +109,12 @@ def _slots(slot_bytes: int, enough_bytes: int, most_bytes: int, pieces: int) -> 
         slot_bytes //= 2
     # torch's host allocator takes powers of two.
     locked = 1 << (slot_bytes - 1).bit_length()
-    if locked > now.pinned_bytes:
-        slot_bytes = locked = 1 << (now.pinned_bytes.bit_length() - 1)
+    if locked > pinned_bytes:
+        slot_bytes = locked = 1 << (pinned_bytes.bit_length() - 1)
     needed = most_bytes // slot_bytes + pieces
     enough = max(1, min(enough_bytes // locked, needed))
     # What a slot has no room for begins the next: any two in a row are more than one full slot.
-    return max(1, min(now.pinned_bytes // locked, 2 * needed)), slot_bytes, enough
+    return max(1, min(pinned_bytes // locked, 2 * needed)), slot_bytes, enough
 
 
 def load_to_device(
@@ -128,11 +130,12 @@ def load_to_device(
     shard: Shard | None = None,
     window_bytes: int | None = None,
     duplicates: str = "error",
-) -> DeviceWeightIterator:
+    may_differ: bool = False,
+) -> DeviceWeightIterator | SharedAndOwn:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
-    It is shared with the ranks of ``group`` unless that is None: there are no places then, and parts are the same on
-    all. ``shard`` takes the place of ``parts``.
+    It is shared with the ranks of ``group`` unless that is None: there are no places then, and names and parts are the
+    same on all, unless they ``may_differ``. ``shard`` takes the place of ``parts``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -149,16 +152,23 @@ def load_to_device(
             fail_together(error, group, strategy, paths)
         raise
     sharing: Sharing | None = None
+
+    def choose() -> Chosen:
+        files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
+        return files, selection, chosen or parts
+
     try:
         if group is None:
-            files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
-            parts = chosen or parts
+            files, selection, wanted = choose()
             return DeviceWeightIterator(
-                target, files, selection, places, parts, window_bytes=window_bytes, counting=counting
+                target, files, selection, places, wanted, window_bytes=window_bytes, counting=counting
             )
         sharing = Sharing(group, strategy, device, target, paths)
-        files, selection = sharing.agree(open_them, names, duplicates, parts)
-        return DeviceWeightIterator(target, files, selection, parts=parts, sharing=sharing, counting=counting)
+        files, selection, wanted = sharing.agree(choose, may_differ)
+        if sharing.common is None:
+            return DeviceWeightIterator(target, files, selection, parts=wanted, sharing=sharing, counting=counting)
+        target.close()
+        return _start_apart(device, pieces, paths, (files, selection, wanted), sharing, group, strategy, counting)
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()
@@ -166,6 +176,53 @@ def load_to_device(
     finally:
         if sharing is not None:
             sharing.close()
+
+
+def _start_apart(
+    device: torch.device,
+    pieces: int,
+    paths: Sequence[Path],
+    chosen: Chosen,
+    sharing: Sharing,
+    group: ProcessGroup,
+    strategy: str,
+    counting: Counting,
+) -> DeviceWeightIterator | SharedAndOwn:
+    """What all ranks want is shared, the rest read by each; with one ring's memory between the two."""
+    files, selection, parts = chosen
+    common = sharing.common or []
+    is_any_shared = any(common)
+
+    def ring(most_bytes: int) -> _C.DeviceTarget:
+        return make_target(device, most_bytes, pieces, rings=2 if is_any_shared else 1)
+
+    def start_shared(numbers: list[list[int]]) -> DeviceWeightIterator:
+        target = ring(own_share(sum(map(_C.CheckpointFile.bytes_of, files, numbers)), group, strategy))
+        again = Sharing(group, strategy, device, target, paths)
+        try:
+            own_files, numbers, _ = again.agree(lambda: (list(files), numbers, NO_PARTS))
+            again.seconds += sharing.seconds
+            return DeviceWeightIterator(target, own_files, numbers, sharing=again)
+        except BaseException:
+            target.close()
+            raise
+        finally:
+            again.close()
+
+    def start_own(numbers: list[list[int]]) -> DeviceWeightIterator:
+        target = ring(sum(map(_C.CheckpointFile.bytes_of, files, numbers)))
+        try:
+            return DeviceWeightIterator(target, list(files), numbers, parts=parts, counting=counting)
+        except BaseException:
+            target.close()
+            raise
+
+    try:
+        if is_any_shared:
+            return start_both(selection, common, start_shared, start_own)
+        return start_own(selection)
+    finally:
+        files.clear()
 
 
 def fail_together(
@@ -181,16 +238,16 @@ def fail_together(
     not told.
     """
 
-    def fail() -> list[_C.CheckpointFile]:
+    def fail() -> Chosen:
         raise error
 
     if has_cpu_backend(group):
-        Sharing(group, strategy, devices.CPU, None, paths).agree(fail, None)
+        Sharing(group, strategy, devices.CPU, None, paths).agree(fail)
     elif device is not None and device.type not in ("cpu", "meta"):
         here = devices.resolve(device)
         target = make_target(here, 0, 1)
         try:
-            Sharing(group, strategy, here, target, paths).agree(fail, None)
+            Sharing(group, strategy, here, target, paths).agree(fail)
         finally:
             target.close()
 

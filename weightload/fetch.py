@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from weightload import _C
+from weightload.apart import SharedAndOwn
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import OutOfMemoryError, TensorError, located
@@ -154,7 +155,7 @@ def _start(
     device: torch.device,
     backend: str,
     parts: Parts = NO_PARTS,
-) -> WeightIterator | DeviceWeightIterator:
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
     everything = list(range(len(part)))
     if device.type == "cpu":
         return WeightIterator([part], [everything], backend=backend, read_ahead=True, places=places, parts=parts)

@@ -13,6 +13,7 @@ import torch
 
 from weightload import _C, devices, progress
 from weightload.agreement import of_files
+from weightload.apart import SharedAndOwn
 from weightload.device_iterator import (
     DeviceWeightIterator,
     fail_arguments_together,
@@ -407,7 +408,7 @@ def _start(
     here: set[str],
     group: ProcessGroup | None,
     strategy: str,
-) -> WeightIterator | DeviceWeightIterator:
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
     """A load of these names to one device."""
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name] if name in matched.direct else None for name in in_order]
@@ -426,7 +427,7 @@ def _start(
 
 
 def _take(
-    weights: WeightIterator | DeviceWeightIterator,
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn,
     matched: Match,
     held: dict[str, torch.Tensor],
     advance: progress.Advance,

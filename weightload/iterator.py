@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightload import _C, devices, progress, settings
-from weightload.agreement import Sharing
+from weightload.agreement import Chosen, Sharing
+from weightload.apart import SharedAndOwn, start_both
 from weightload.chosen_parts import Shard
 from weightload.counting import Counting
 from weightload.device_iterator import (
@@ -119,34 +120,57 @@ def load_to_host(
     parts: Parts = NO_PARTS,
     shard: Shard | None = None,
     duplicates: str = "error",
-) -> WeightIterator:
+    may_differ: bool = False,
+) -> WeightIterator | SharedAndOwn:
     """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
 
-    ``shard``, of loads without a group, takes the place of ``parts``.
+    ``shard`` takes the place of ``parts``. Names and parts are the same on all ranks, unless they ``may_differ``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
-    if group is None:
+
+    def choose() -> Chosen:
         files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
-        parts = chosen or parts
-        return WeightIterator(
-            files, selection, backend=backend, read_ahead=read_ahead, places=places, parts=parts, counting=counting
-        )
-    sharing = Sharing(group, strategy, devices.CPU, None, paths)
-    try:
-        files, selection = sharing.agree(open_them, names, duplicates, parts)
-        if sharing.core is not None:
-            backend, places = "pread", ()
+        return files, selection, chosen or parts
+
+    def start(chosen: Chosen, sharing: Sharing | None = None, counting: Counting | None = None) -> WeightIterator:
+        files, selection, wanted = chosen
+        shared = sharing is not None and sharing.core is not None
         return WeightIterator(
             files,
             selection,
-            backend=backend,
+            backend="pread" if shared else backend,
             read_ahead=read_ahead,
-            places=places,
-            parts=parts,
+            places=() if shared else places,
+            parts=wanted,
             sharing=sharing,
             counting=counting,
         )
+
+    if group is None:
+        return start(choose(), counting=counting)
+    sharing = Sharing(group, strategy, devices.CPU, None, paths)
+    try:
+        files, selection, wanted = sharing.agree(choose, may_differ)
+        if sharing.common is None or not any(sharing.common):
+            return start((files, selection, wanted), sharing, counting)
+
+        def start_shared(numbers: list[list[int]]) -> WeightIterator:
+            again = Sharing(group, strategy, devices.CPU, None, paths)
+            try:
+                chosen = again.agree(lambda: (list(files), numbers, NO_PARTS))
+                again.seconds += sharing.seconds
+                return start(chosen, again)
+            finally:
+                again.close()
+
+        def start_own(numbers: list[list[int]]) -> WeightIterator:
+            return start((list(files), numbers, wanted), counting=counting)
+
+        try:
+            return start_both(selection, sharing.common, start_shared, start_own)
+        finally:
+            files.clear()
     finally:
         sharing.close()
 
@@ -165,7 +189,7 @@ def safetensors_weights_iterator(
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
-) -> WeightIterator | DeviceWeightIterator | progress.WeightsWithBar:
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -182,7 +206,9 @@ def safetensors_weights_iterator(
             (``LOCAL_RANK``), or the CPU where there is none. On an accelerator a tensor starts at a multiple of 256
             bytes and shares a block of memory with its neighbours; the stream that is current when it is yielded may
             use it at once.
-        group: the ranks that share the reading; all of them must make this call, with equal arguments and files.
+        group: the ranks that share the reading; all of them must make this call, with equal files and arguments but for
+            ``names`` and ``shard``. Where those differ, what all ranks want in full is shared, and the rest each reads
+            for itself. (Where that is less than a tenth of what one of them wants, each reads all for itself.)
             Default: the ranks of this node (``weightload.node_group()``). The group is used as it is, from the calling
             thread only: while the call runs, and while ``next()`` does, at points that are the same on all ranks. One
             load a group at a time.
@@ -197,8 +223,7 @@ def safetensors_weights_iterator(
             what of it this process wants. None: all of it. False: none. A tuple: of each dimension, from the first, a
             slice of step 1, or a list of ``(begin, end)`` whose indices follow each other in what is yielded; of
             dimensions that it lacks, all. What is yielded is contiguous, and no more is read than that (of rows with
-            less than 8 KiB between what is wanted of them up to twice as much). Every rank reads for itself, so the
-            answers may differ between ranks, which do not wait for each other. On the CPU a part that is contiguous in
+            less than 8 KiB between what is wanted of them up to twice as much). On the CPU a part that is contiguous in
             its file is a view, any other has memory of its own. Several ranges in one dimension cost a read for each
             piece of a row that they ask for.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
@@ -238,7 +263,7 @@ def safetensors_weights_iterator(
     depended on what failed.
     """
     paths: list[str] = []
-    alone = to_cpu or (strategy == "auto" and (shard is not None or not broadcast))
+    alone = to_cpu or (strategy == "auto" and not broadcast)
     chosen = "independent" if alone else strategy
     try:
         paths = path_list(hf_weights_files)
@@ -247,17 +272,23 @@ def safetensors_weights_iterator(
         require_duplicates(duplicates)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
-        if shard is not None and chosen != "independent":
-            raise ValueError(f"strategy {strategy!r}: with shard= every rank reads for itself ('independent')")
         target = _target(to_cpu, device)
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
-    group, chosen = resolve_group(None if shard is not None else group, chosen, target.type, load_name(paths))
-    weights: WeightIterator | DeviceWeightIterator
+    group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
     if target.type == "cpu":
         weights = load_to_host(
-            group, chosen, paths, lambda: open_files(paths), names, backend=backend, shard=shard, duplicates=duplicates
+            group,
+            chosen,
+            paths,
+            lambda: open_files(paths),
+            names,
+            backend=backend,
+            shard=shard,
+            duplicates=duplicates,
+            may_differ=True,
         )
     else:
         weights = load_to_device(
@@ -270,6 +301,7 @@ def safetensors_weights_iterator(
             chosen,
             shard=shard,
             duplicates=duplicates,
+            may_differ=True,
         )
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)

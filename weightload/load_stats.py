@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 THREADS_STAGES = ("read", "allocate", "pin", "pin_wait", "copy")
 # Where the time of the iterating thread went.
@@ -210,3 +210,39 @@ def _lines(stats: LoadStats) -> Iterator[str]:
     if stats.device and stats.device.pageable_slots:
         yield f"  pageable    {stats.device.pageable_slots} of {stats.device.slots} slots could not be page-locked"
     yield f"  bottleneck  {stats.bottleneck}"
+
+
+def joined(first: LoadStats, second: LoadStats) -> LoadStats:
+    """What two loads did at the same time, of the same files: sums; of times that passed for both, the longer."""
+    stages = {}
+    for name in [*first.stages, *(name for name in second.stages if name not in first.stages)]:
+        both = [stats.stages[name] for stats in (first, second) if name in stats.stages]
+        elapsed = [stage.elapsed for stage in both if stage.elapsed is not None]
+        stages[name] = Stage(
+            seconds=sum(stage.seconds for stage in both),
+            bytes=sum(stage.bytes for stage in both),
+            threads=sum(stage.threads for stage in both) if name in THREADS_STAGES else 1,
+            elapsed=max(elapsed, default=None),
+        )
+    files: dict[str, FileStats] = {}
+    for file in [*first.files, *second.files]:
+        files[file.path] = _sum(files[file.path], file, "path") if file.path in files else file
+    devices = [stats.device for stats in (first, second) if stats.device is not None]
+    return LoadStats(
+        seconds=max(first.seconds, second.seconds),
+        ended=first.ended and second.ended,
+        bytes=first.bytes + second.bytes,
+        tensors=first.tensors + second.tensors,
+        threads=first.threads + second.threads,
+        stages=stages,
+        files=list(files.values()),
+        device=_sum(devices[0], devices[1]) if len(devices) == 2 else None,
+    )
+
+
+Counted = TypeVar("Counted", FileStats, DeviceStats)
+
+
+def _sum(first: Counted, second: Counted, *same: str) -> Counted:
+    names = [field.name for field in dataclasses.fields(first) if field.name not in same]
+    return dataclasses.replace(first, **{name: getattr(first, name) + getattr(second, name) for name in names})

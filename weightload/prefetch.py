@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, settings
+from weightload.apart import SharedAndOwn
 from weightload.device_iterator import DeviceWeightIterator, load_to_device
 from weightload.dtypes import TORCH_DTYPES
 from weightload.errors import TensorError, located
@@ -78,7 +79,7 @@ def start_prefetch(
             raise located(TensorError(what), file.path, name)
     everything = list(range(len(part)))
     total = max(part.bytes_of(everything), 4096)
-    weights: WeightIterator | DeviceWeightIterator
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
     with settings.override(threads=threads) if threads is not None else contextlib.nullcontext():
         if device.type == "cpu":
             with settings.override(window_bytes=total):

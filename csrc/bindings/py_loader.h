@@ -86,6 +86,10 @@ class PyLoader {
         warn_of(loader());
         return both;
       }
+    } catch (const Error& error) {
+      tell_partner(error);
+      shut();
+      throw;
     } catch (...) {
       // As with a generator, an exception is the end.
       shut();
@@ -107,6 +111,9 @@ class PyLoader {
     if (running_) return;  // a signal's handler, while next() does the threads' work: it ends by itself now
     shut();
   }
+
+  // Has the ranks that share another load hear of an error of this one, when that one is closed.
+  void tell_ranks_of(const PyLoader& other) { partner_ = other.load_; }
 
   uint64_t total_bytes() const { return total_bytes_; }
   size_t tensor_count() const { return tensor_count_; }
@@ -141,6 +148,13 @@ class PyLoader {
     return both;
   }
 
+  void tell_partner(const Error& error) {
+    if (!partner_) return;
+    const ReleaseGil release;
+    const std::lock_guard<std::recursive_mutex> lock(partner_->mutex);
+    partner_->loader->give_reason(error);
+  }
+
   // With the mutex held.
   void shut() {
     {
@@ -157,7 +171,7 @@ class PyLoader {
   };
 
   pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
-  std::shared_ptr<LoadOfPython<Loader>> load_;
+  std::shared_ptr<LoadOfPython<Loader>> load_, partner_;
   bool running_ = false;  // next() of the loader runs, in the thread that has the mutex; guarded by it
   uint64_t total_bytes_ = 0;
   size_t tensor_count_ = 0;
@@ -186,6 +200,8 @@ void define_iteration(Class& loader) {
   loader.def("__iter__", [](pybind11::object self) { return self; })
       .def("__next__", &Type::next)
       .def("counts", &Type::counts, "What the load has counted so far; weightload/load_stats.py makes sense of it.")
+      .def("tell_ranks_of", &Type::tell_ranks_of, pybind11::arg("other"),
+           "Has the ranks that share another load hear of an error of this one, when that one is closed.")
       .def("close", &Type::close, "Stops and joins the reading threads and lets go of the files.")
       .def_property_readonly("total_bytes", &Type::total_bytes, "bytes of the selected tensors")
       .def("__len__", &Type::tensor_count);

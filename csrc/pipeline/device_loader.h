@@ -82,6 +82,9 @@ class DeviceLoader {
   // As HostLoader's. Tensors read in place are complete, for the stream that is current then, once `end` was returned.
   Step next(DeviceTensor& tensor, std::chrono::milliseconds patience);
   void interrupt() noexcept;
+  // What keeps this rank from taking part any longer. The ranks that share the load raise it when it is closed.
+  void give_reason(const Error& error) { shared_.give_reason(error); }
+
   void close() noexcept;
   bool forked() const;
 

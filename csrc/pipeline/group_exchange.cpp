@@ -34,7 +34,8 @@ GroupExchange::GroupExchange(std::unique_ptr<Collective> collective, Strategy st
       strategy_(strategy),
       load_(std::move(load)),
       rank_(collective_->rank()),
-      ranks_(collective_->ranks()) {}
+      ranks_(collective_->ranks()),
+      parting_(left_status()) {}
 
 GroupExchange::~GroupExchange() { end(); }
 
@@ -173,6 +174,8 @@ void GroupExchange::judge(const Records& records) {
   ++next_;
 }
 
+void GroupExchange::give_reason(const Error& error) { parting_ = failed_status(error, paths_); }
+
 bool GroupExchange::leave(Milliseconds patience) noexcept {
   if (ended_) return true;
   try {
@@ -198,7 +201,7 @@ bool GroupExchange::settle(Milliseconds patience) {
   if (failure_ || (blocks_ > 0 && next_ == blocks_)) return true;
   if (!leaving_) {
     leaving_ = true;
-    asked_ = collective_->gather(left_status());
+    asked_ = collective_->gather(parting_);
     stage_ = Stage::asking;
   }
   // Nothing is owed any more. Waiting lets the message out before the process ends.

@@ -61,6 +61,9 @@ class GroupExchange {
   // every rank the same, before any rank has got the block that it kept from being complete.
   bool complete(size_t block, Milliseconds patience);
 
+  // Why this rank will leave, if it does: the others then raise that, and not that it has left.
+  void give_reason(const Error& error);
+
   // Takes no further part: tells the others, and waits up to the patience for them to hear it. False when they may not
   // have, and expect more of this rank: call again, or they are held up until the group's timeout.
   bool leave(Milliseconds patience) noexcept;
@@ -92,6 +95,7 @@ class GroupExchange {
   size_t done_ = 0;  // blocks 0 .. done_ - 1 are complete
   bool more_ = true;
   bool leaving_ = false;
+  std::string parting_;  // the status of a rank that leaves
   std::atomic<bool> ended_{false};
   Payload payload_;                              // of block next_
   std::unique_ptr<Pending> asked_;               // the gather that is on its way

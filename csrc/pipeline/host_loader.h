@@ -97,6 +97,9 @@ class HostLoader {
   // Makes a next() that waits in another thread return not_ready soon, and no further reading start.
   void interrupt() noexcept;
 
+  // What keeps this rank from taking part any longer. The ranks that share the load raise it when it is closed.
+  void give_reason(const Error& error) { shared_.give_reason(error); }
+
   // Stops and joins the threads and lets go of the files. Tensors handed out stay valid.
   void close() noexcept;
 

@@ -72,6 +72,11 @@ class SharedBlocks {
     return exchange_->complete(turn_of_[block], patience);
   }
 
+  // See GroupExchange::give_reason().
+  void give_reason(const Error& error) {
+    if (exchange_) exchange_->give_reason(error);
+  }
+
   void leave() noexcept {
     if (auto exchange = std::move(exchange_)) group_registry::leave(exchange);
   }

@@ -1,0 +1,146 @@
+"""Loads in which ranks want different tensors, or parts of them: what all want is shared, the rest each reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from weightload import _C
+from weightload.load_stats import LoadStats, joined
+
+LEAST_SHARED = 0.1
+"""Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
+
+
+class OneLoad(Protocol):
+    """iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
+
+    agreement_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Of its tensors."""
+
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+
+    def tell_ranks_of(self, other: Any) -> None:
+        """Have the ranks that share another load hear of an error of this one."""
+
+    def close(self) -> None:
+        """Stop it."""
+
+    def stats(self) -> LoadStats:
+        """What it has done so far."""
+
+
+class SharedAndOwn:
+    """Two loads of one selection, as one: ``(name, tensor)`` in its order; otherwise as either of them.
+
+    Args:
+        shared: the load of what all ranks want.
+        own: the load of the rest, by this rank.
+        is_shared: of each tensor, in order, which load it is of.
+    """
+
+    def __init__(self, shared: OneLoad, own: OneLoad, is_shared: Sequence[bool]) -> None:
+        self._loads = own, shared
+        self._is_shared = is_shared
+        self._at = 0
+        self._lock = threading.RLock()  # threads may share an iterator
+        self.agreement_seconds = shared.agreement_seconds
+        self.total_bytes = shared.total_bytes + own.total_bytes
+
+    def __iter__(self) -> SharedAndOwn:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        with self._lock:
+            try:
+                if self._at == len(self._is_shared):
+                    raise StopIteration
+                item = next(self._loads[self._is_shared[self._at]])
+            except BaseException:  # as with a generator, the end
+                self.close()
+                raise
+            self._at += 1
+            return item
+
+    def __len__(self) -> int:
+        return len(self._is_shared)
+
+    def __enter__(self) -> SharedAndOwn:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop both, also while another thread waits for one of them."""
+        for load in self._loads:
+            load.close()
+
+    def stats(self) -> LoadStats:
+        """What both have done so far."""
+        return joined(*(load.stats() for load in self._loads))
+
+
+def start_both(
+    selection: Sequence[Sequence[int]],
+    common: list[list[int]],
+    start_shared: Callable[[list[list[int]]], OneLoad],
+    start_own: Callable[[list[list[int]]], OneLoad],
+) -> SharedAndOwn:
+    """The two loads of a selection of which all ranks want ``common``."""
+    wanted_by_all = [set(numbers) for numbers in common]
+    is_shared = [
+        number in wanted for numbers, wanted in zip(selection, wanted_by_all, strict=True) for number in numbers
+    ]
+    rest = [
+        [number for number in numbers if number not in wanted]
+        for numbers, wanted in zip(selection, wanted_by_all, strict=True)
+    ]
+    shared = start_shared(common)
+    try:
+        own = start_own(rest)
+        own.tell_ranks_of(shared)
+        return SharedAndOwn(shared, own, is_shared)
+    except BaseException:
+        shared.close()
+        raise
+
+
+def wish(
+    files: Sequence[_C.CheckpointFile], selection: Sequence[Sequence[int]], in_full: Callable[[str], bool]
+) -> bytes:
+    """What a rank wants: how many bytes, and a bit for each tensor of the files that it wants in full."""
+    begin = total = 0
+    bits = bytearray((sum(map(len, files)) + 7) // 8)
+    for file, numbers in zip(files, selection, strict=True):
+        tensors = file.tensors()
+        for number in numbers:
+            name, _, _, first, last = tensors[number]
+            total += last - first
+            if in_full(name):
+                bits[(begin + number) // 8] |= 1 << (begin + number) % 8
+        begin += len(tensors)
+    return total.to_bytes(8, "little") + bytes(bits)
+
+
+def common_to(wishes: Sequence[bytes], files: Sequence[_C.CheckpointFile]) -> list[list[int]]:
+    """The tensors that all ranks want in full, by file; none if they are not worth sharing. The same on all ranks."""
+    most = max(int.from_bytes(one[:8], "little") for one in wishes)
+    bits = int.from_bytes(wishes[0][8:], "little")
+    for one in wishes[1:]:
+        bits &= int.from_bytes(one[8:], "little")
+    text = f"{bits:b}"[::-1]
+    common: list[list[int]] = []
+    begin = 0
+    for file in files:
+        here = text[begin : begin + len(file)]
+        common.append([number for number, bit in enumerate(here) if bit == "1"])
+        begin += len(file)
+    shared = sum(map(_C.CheckpointFile.bytes_of, files, common))
+    return common if shared and shared >= LEAST_SHARED * most else [[] for _ in files]
