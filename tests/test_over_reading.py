@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
+from group_support import run_ranks
 from simulated_support import DEVICE
-from test_shards import empty_like, rank_of
+from test_shards import assert_done, empty_like, rank_of
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightload
@@ -162,6 +163,27 @@ def test_what_a_rank_reads_of_a_shared_load_is_what_it_wants(tmp_path: Path) -> 
     with rank_of((2,), 0), settings.override(read="buffered"):
         stats, got = stats_of(path, **TO["pread"], broadcast=False)
     assert stats.wanted_bytes == stats.read_bytes == got
+
+
+STRIPED = """
+path = sys.argv[4]
+with weightload.settings.override(read="buffered"):
+    weights = weightload.safetensors_weights_iterator(path, device="cpu", strategy="striped", group=dist.group.WORLD)
+    got = sum(tensor.nbytes for _, tensor in weights)
+stats = weights.stats()
+assert stats.bytes == got
+assert 0 < stats.wanted_bytes == stats.read_bytes < got, stats
+total = torch.tensor([stats.wanted_bytes])
+dist.all_reduce(total)
+assert total.item() == got, (total, got)
+dist.destroy_process_group()
+print("done")
+"""
+
+
+def test_ranks_that_share_want_their_stripes(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m.safetensors", [(f"x{n}", "F32", [100_000]) for n in range(9)])
+    assert_done(run_ranks(STRIPED, 2, tmp_path, path))
 
 
 def test_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
