@@ -18,16 +18,21 @@ def module_of(files: list[str]) -> torch.nn.Module:
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118  (the handle is no dict)
-                *path, last = name.split(".")
-                parent = root
-                for part in path:
-                    if part not in parent._modules:
-                        parent.add_module(part, torch.nn.Module())
-                    parent = parent.get_submodule(part)
                 tensor = torch.empty_like(opened.get_tensor(name), memory_format=torch.contiguous_format)
                 tensor.view(-1).view(torch.uint8).fill_(0xA5)  # touched, and not what the file has
-                parent.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+                add_parameter(root, name, tensor)
     return root
+
+
+def add_parameter(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make a tensor a parameter of that name, with the modules that the name asks for."""
+    *path, last = name.split(".")
+    parent = root
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, torch.nn.Module())
+        parent = parent.get_submodule(part)
+    parent.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -194,7 +194,7 @@ def stages(load: Load) -> dict[str, float]:
             fetched * remote / storage.total,
             load.blocks() * reads * storage.request / min(machine.threads, 2 * reads),  # two blocks are in flight
         )
-        * _straggling(load, nodes)
+        * spread(machine, nodes, in_step=load.spanned > 1 and load.shares)
     }
     if maps:
         found["page tables"] = rank_bytes / machine.map_rank
@@ -209,9 +209,10 @@ def stages(load: Load) -> dict[str, float]:
     return found
 
 
-def _straggling(load: Load, nodes: int) -> float:
-    spread = load.machine.spread_block if load.spanned > 1 and load.shares else load.machine.spread_node
-    return 1 + spread * math.sqrt(2 * math.log(nodes))
+def spread(machine: Assumptions, nodes: int, in_step: bool) -> float:
+    """How much longer the slowest node reads than the mean one; ``in_step``: at every block they wait for it."""
+    deviation = machine.spread_block if in_step else machine.spread_node
+    return 1 + deviation * math.sqrt(2 * math.log(nodes))
 
 
 def ring_latency(ranks: int, nodes: int, machine: Assumptions) -> float:
@@ -258,12 +259,17 @@ def startup(load: Load) -> float:
 
 def seconds(load: Load) -> float:
     """The time of the load on its slowest rank."""
-    parts = list(stages(load).values())
-    slowest = max(parts)
+    parts = stages(load)
     if not load.machine.overlap:
-        return startup(load) + sum(parts)
+        return startup(load) + sum(parts.values())
     piece = load.machine.block if load.shares else load.machine.slot
-    fill = (sum(parts) - slowest) * min(1.0, piece / load.size)
+    took = fill_and_slowest(parts, min(1.0, piece / load.size))
     if load.strategy == "broadcast" and load.shares and load.device == "accelerator":
-        fill += ring_latency(load.ranks, load.spanned, load.machine)  # the chain, once
-    return startup(load) + slowest + fill
+        took += ring_latency(load.ranks, load.spanned, load.machine)  # the chain, once
+    return startup(load) + took
+
+
+def fill_and_slowest(parts: dict[str, float], first: float) -> float:
+    """Seconds of a pipeline whose first piece is this share of the whole."""
+    slowest = max(parts.values())
+    return slowest + (sum(parts.values()) - slowest) * first

@@ -1,4 +1,5 @@
-"""What loading a checkpoint on 1 to 1000 nodes should take, by strategy, and which strategy that recommends.
+"""What loading a checkpoint on 1 to 1000 nodes should take, by strategy, and which strategy that recommends; and what
+loading only each rank's part of it should take (scale_shards.py).
 
     python benchmarks/scale_model.py [--gigabytes 140] [--json FILE] [--plot FILE.png] [--check]
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_costs import GROUPS, MIB, STORAGES, STRATEGIES, Assumptions, Load, Storage, ring_latency, seconds, stages
+from scale_shards import predict_shards, print_shards
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 # Independent ranks know nothing of groups.
@@ -155,6 +157,7 @@ def report(size: float, machine: Assumptions) -> dict[str, Any]:
         },
         "deviations": deviations(size, machine),
         "published": published(),
+        "shards": predict_shards(size, machine),
         "ring_status": {load.nodes: seconds(load) for load in slow},
     }
 
@@ -185,6 +188,7 @@ def print_report(result: dict[str, Any], gpus: int) -> None:
                 advice = f"{best['best_for_node']} | {best['best_for_all']}"
                 print(f"| {best['nodes']} | {cells} | {chosen} | {best['limit']} | {advice} |")
             print()
+    print_shards(result["shards"], result["bytes"], _time)
     print("**One group over all nodes, whatever the storage (what `auto` does)**\n")
     print("| nodes | " + " | ".join(str(nodes) for nodes in NODES[1:]) + " |\n|" + " --- |" * len(NODES))
     for device, chosen in result["one_group"].items():

@@ -1,26 +1,37 @@
-"""Measures loads of one rank's shards: DTensors that exist, filled from a checkpoint of whole tensors.
+"""Measures loads of shards by real ranks: DTensors that exist, filled from a checkpoint of whole tensors.
 
     python benchmarks/sharded_loads.py --model-path MODEL [--plans fsdp4 tp2 ...] [--rounds 5] [--json FILE]
 
-Plans, of a rank in the middle: `fsdp2` and `fsdp4` (rows of everything), `tp2` and `tp4` (rows of the projections that
-tensor parallelism splits by their output, columns of `o_proj` and `down_proj`), `hsdp2x2` (replicas of two shards),
-`ep4` (a fourth of the experts, whole, where the model has any). Ways: `load_into`; torch's DCP with its reader of
-safetensors; `get_slice` of safetensors, copied, as transformers does it; all of a file, and a copy of the shard.
+Plans: `fsdp2`, `fsdp4` and `fsdp8` (rows of everything), `tp2` and `tp4` (rows of the projections that tensor
+parallelism splits by their output, columns of `o_proj` and `down_proj`), `hsdp2x2` (replicas of two shards), `ep4`
+(each rank's experts, whole, where the model has any). For `--plans fsdp2` of 5,000 small tensors,
+`synth.py OUT --model small-tensors --layers 5` writes them.
 
-Each load is the first of a fresh process that is one rank of a group whose others are not there, in shuffled turns,
-warm (page cache) or cold. Every way's shards are compared with the whole tensors in its first process. What is read
-(`/proc/self/io`, `rchar`; of mapped files nothing counts there) is told beside what the shards have.
+Ways: `weightload` (load_into); `DCP` with its reader of safetensors; `get_slice` of safetensors, copied, as
+transformers does it; `whole tensors` (every rank iterates all tensors and copies its shard); `distribute_tensor` (the
+same with `distribute_tensor(..., src_data_rank=None)`, as FastVideo); `rank 0, broadcast` (rank 0 loads the files, then
+torch's `set_model_state_dict(..., full_state_dict=True, broadcast_from_rank0=True)`). The limit is `raw parallel read`:
+rank 0 alone reads all bytes once.
+
+The ranks of a plan are processes over gloo that live for all its loads. The ways take turns, in another order each
+round, each from the same state: warm, or evicted and verified so. A load takes as long as its slowest rank. Before the
+rounds each way loads once untimed, and every rank's shards are compared with the whole tensors. Bytes are told of all
+ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
+count there, gloo's sockets may); and, cold, what storage brought in for these processes (`read_bytes`, with what the
+system read ahead).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,23 +39,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from figures import duration, megabytes
 from first_loads import against
-from machine import describe, evict, fill_cache
+from into_loads import add_parameter
+from machine import back_memory, describe, evict, fill_cache, raw_parallel_read, resident_share
+from ranks import GroupedRanks
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import weightload
+from weightload.cpus import usable_cpus
 
-MESHES = {"fsdp2": (2,), "fsdp4": (4,), "tp2": (2,), "tp4": (4,), "hsdp2x2": (2, 2), "ep4": (4,)}
+MESHES = {"fsdp2": (2,), "fsdp4": (4,), "fsdp8": (8,), "tp2": (2,), "tp4": (4,), "hsdp2x2": (2, 2), "ep4": (4,)}
 PLANS = ["fsdp2", "fsdp4", "tp2", "tp4", "hsdp2x2"]  # of any model
 BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
-OURS = "weightload"
+STATES = ("warm", "cold")
+OURS, RAW = "weightload", "raw parallel read"
+SHARED = "rank 0, broadcast"
+LIMIT_S = 3 * 3600  # of one plan
 Target = dict[str, torch.Tensor]
 
 
-def placements(plan: str, name: str, shape: Iterable[int]) -> list[Any] | None:
+def placements(plan: str, name: str, shape: Iterable[int], rank: int) -> list[Any] | None:
     """Of a tensor on the plan's mesh; None: it is not this rank's."""
     dimensions = len(list(shape))
     if plan.startswith("fsdp"):
@@ -53,26 +70,27 @@ def placements(plan: str, name: str, shape: Iterable[int]) -> list[Any] | None:
         return [Replicate(), Shard(0) if dimensions else Replicate()]
     if plan == "ep4":
         parts = name.split(".")
-        number = int(parts[parts.index("experts") + 1]) if "experts" in parts else 1
-        return [Replicate()] if number % 4 == 1 else None
+        mine = "experts" not in parts or int(parts[parts.index("experts") + 1]) % 4 == rank
+        return [Replicate()] if mine else None
     if dimensions < 2:
         return [Replicate()]
     return [Shard(1 if name.endswith(BY_COLUMNS) else 0)]
 
 
 def target_of(plan: str, files: list[str]) -> Target:
-    """This rank's empty shards, their memory touched."""
+    """This rank's shards, their memory touched."""
     mesh = init_device_mesh("cpu", MESHES[plan])
     found: Target = {}
     for file in files:
         with safe_open(file, "pt") as handle:
             for name in handle.offset_keys():
                 part = handle.get_slice(name)
-                chosen = placements(plan, name, part.get_shape())
+                chosen = placements(plan, name, part.get_shape(), dist.get_rank())
                 if chosen is None:
                     continue
-                whole = torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
-                local = torch.zeros(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=whole.dtype)
+                dtype = part[:0].dtype if part.get_shape() else handle.get_tensor(name).dtype
+                whole = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                local = torch.zeros(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=dtype)
                 found[name] = DTensor.from_local(
                     local, mesh, chosen, run_check=False, shape=whole.shape, stride=whole.stride()
                 )
@@ -93,6 +111,13 @@ def of_shard(shard: DTensor) -> tuple[slice, ...]:
     return ranges_of(shard.shape, shard.device_mesh, shard.placements)
 
 
+def local(target: Target, name: str) -> torch.Tensor:
+    """The memory of a shard on this rank."""
+    shard: Any = target[name]
+    found: torch.Tensor = shard.to_local()
+    return found
+
+
 def load_into(target: Target, files: list[str]) -> None:
     weightload.load_into(target, files, strict=False)
 
@@ -101,8 +126,7 @@ def dcp(target: Target, files: list[str]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = HuggingFaceStorageReader(str(Path(files[0]).parent), thread_count=2)
-    load(target, storage_reader=reader, no_dist=True)
+    load(target, storage_reader=HuggingFaceStorageReader(str(Path(files[0]).parent), thread_count=2))
 
 
 def get_slice(target: Target, files: list[str]) -> None:
@@ -112,17 +136,48 @@ def get_slice(target: Target, files: list[str]) -> None:
                 if name in target:
                     shard: Any = target[name]
                     part = handle.get_slice(name)
-                    shard.to_local().copy_(part[of_shard(shard)] if shard.dim() else handle.get_tensor(name))
+                    local(target, name).copy_(part[of_shard(shard)] if shard.dim() else handle.get_tensor(name))
+
+
+def iterate(files: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
+    """All tensors, one after the other, as FastVideo's iterator reads them to the CPU."""
+    for file in files:
+        with safe_open(file, "pt") as handle:
+            for name in handle.offset_keys():
+                yield name, handle.get_tensor(name)
 
 
 def whole_tensors(target: Target, files: list[str]) -> None:
-    from safetensors.torch import load_file
+    for name, tensor in iterate(files):
+        if name in target:
+            local(target, name).copy_(tensor[of_shard(target[name])])  # type: ignore[arg-type]
 
-    for file in files:
-        for name, tensor in load_file(file).items():
-            if name in target:
-                shard: Any = target[name]
-                shard.to_local().copy_(tensor[of_shard(shard)])
+
+def distribute(target: Target, files: list[str]) -> None:
+    for name, tensor in iterate(files):
+        if name in target:
+            shard: Any = target[name]
+            made = distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
+            local(target, name).copy_(made.to_local())
+
+
+def rank0_broadcast(target: Target, files: list[str]) -> None:
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model = torch.nn.Module()
+    for name, shard in target.items():
+        add_parameter(model, name, shard)
+    state: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        for file in files:
+            state |= load_file(file)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def raw(target: Target, files: list[str]) -> None:
+    if dist.get_rank() == 0:
+        raw_parallel_read(files, usable_cpus())
 
 
 WAYS: dict[str, Callable[[Target, list[str]], None]] = {
@@ -130,98 +185,140 @@ WAYS: dict[str, Callable[[Target, list[str]], None]] = {
     "DCP": dcp,
     "get_slice": get_slice,
     "whole tensors": whole_tensors,
+    "distribute_tensor": distribute,
+    SHARED: rank0_broadcast,
 }
 
 
-def one_load(way: str, plan: str, cold: bool, check: bool, files: list[str]) -> dict[str, Any]:
-    """In a process of its own."""
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=math.prod(MESHES[plan]))
-    target = target_of(plan, files)
-    wanted = sum(tensor.to_local().nbytes for tensor in target.values())  # type: ignore[attr-defined]
-    if cold:
-        evict(files)
-    else:
-        fill_cache(files)
+def prepare(ranks: GroupedRanks, cold: bool, target: Target, files: list[str]) -> None:
+    """The same state before every load: shards empty, memory backed, files in the page cache or out of it."""
+    for name in target:
+        local(target, name).zero_()
+    gc.collect()
+    ranks.barrier()
+    if ranks.first:
+        back_memory(2 * sum(Path(file).stat().st_size for file in files))
+        if cold:
+            evict(files)
+        elif resident_share(files) < 1:
+            fill_cache(files)
+    ranks.barrier()
+
+
+def one_load(way: str, ranks: GroupedRanks, target: Target, files: list[str]) -> dict[str, Any]:
+    """Seconds of the slowest rank, and bytes of all of them."""
     with torch.no_grad():
-        before, begin = read_so_far(), time.perf_counter()
-        WAYS[way](target, files)
+        before, begin = bytes_so_far(), time.perf_counter()
+        (raw if way == RAW else WAYS[way])(target, files)
         took = time.perf_counter() - begin
-    result = {"seconds": took, "wanted": wanted, "read": read_so_far() - before, "tensors": len(target)}
-    if check:
-        for file in files:
-            with safe_open(file, "pt") as handle:
-                for name in set(handle.offset_keys()) & target.keys():
-                    shard: Any = target[name]
-                    whole = handle.get_tensor(name)
-                    expected = whole[of_shard(shard)] if shard.dim() else whole
-                    assert torch.equal(raw(shard.to_local()), raw(expected.contiguous())), (way, name)
-    return result
+    counted = [now - then for now, then in zip(bytes_so_far(), before, strict=True)]
+    wanted = sum(local(target, name).nbytes for name in target)
+    wanted, read, stored = (sum(values) for values in zip(*ranks.gather([wanted, *counted]), strict=True))
+    return {"seconds": ranks.slowest(took), "wanted": wanted, "read": read, "from_storage": stored}
 
 
-def raw(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_so_far() -> tuple[int, int]:
+    """That this process has got from read calls, and that storage has brought in for it."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"]), int(fields["read_bytes"])
+
+
+def check(way: str, target: Target, files: list[str]) -> None:
+    """Compare each shard with what safetensors reads."""
+    for name, whole in iterate(files):
+        if name in target:
+            expected = whole[of_shard(target[name])] if whole.dim() else whole  # type: ignore[arg-type]
+            if not torch.equal(as_bytes(local(target, name)), as_bytes(expected.contiguous())):
+                raise SystemExit(f"{way} does not give the bytes of the files: {name}, rank {dist.get_rank()}")
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def read_so_far() -> int:
-    """Bytes that this process has got from read calls."""
-    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
-
-
-def run(way: str, plan: str, cold: bool, check: bool, files: list[str]) -> dict[str, Any]:
-    flags = [*(["--cold"] if cold else []), *(["--check"] if check else [])]
-    command = [sys.executable, __file__, "--one", way, plan, *flags, "--model-path", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{way}, {plan}: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def measure(plan: str, cold: bool, ways: list[str], rounds: int, files: list[str]) -> dict[str, Any]:
+def measure(
+    plan: str, state: str, ways: list[str], rounds: int, ranks: GroupedRanks, target: Target, files: list[str]
+) -> dict[str, Any]:
+    """All ways in turns; what is written of one state of a plan."""
     loads: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    for number in range(rounds):
-        for way in random.sample(ways, len(ways)):
-            loads[way].append(run(way, plan, cold, number == 0, files))
-    ours = [load["seconds"] for load in loads[OURS]]
-    print(f"{plan}, {'cold' if cold else 'warm'}: {loads[OURS][0]['wanted'] / 1e6:.0f} MB of shards", flush=True)
-    for way, found in loads.items():
+    for number in range(rounds + 1):
+        for way in random.Random(number).sample(ways, len(ways)):  # the same on all ranks
+            prepare(ranks, state == "cold", target, files)
+            load = one_load(way, ranks, target, files)
+            if number > 0:
+                loads[way].append(load)
+            elif way != RAW:
+                check(way, target, files)
+    row = {"plan": plan, "cold": state == "cold", "ranks": ranks.count, "tensors": len(target)}
+    return row | {"limits": {RAW: loads.pop(RAW)}, "loads": loads}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A table for people."""
+    ours = [load["seconds"] for load in row["loads"][OURS]]
+    wanted = row["loads"][OURS][0]["wanted"] / 1e6
+    print(f"{row['plan']}, {'cold' if row['cold'] else 'warm'}: {wanted:.0f} MB of shards, {row['ranks']} ranks")
+    for way, found in (row["loads"] | row["limits"]).items():
         seconds = [load["seconds"] for load in found]
-        times = "" if way == OURS else f"{against(seconds, ours)} times"
-        print(
-            f"  {way:14} {statistics.median(seconds):7.3f} s  read {found[0]['read'] / 1e6:7.0f} MB  {times}",
-            flush=True,
-        )
-    return {"plan": plan, "cold": cold, "loads": loads}
+        times = "" if way in (OURS, RAW) else f"{against(seconds, ours)} times"
+        read = f"read {megabytes(found[-1]['read'])} {megabytes(found[-1]['from_storage'] if row['cold'] else None)}"
+        print(f"  {way:18} {duration(statistics.median(seconds))}  {read}  {times}".rstrip())
+    sys.stdout.flush()
+
+
+def work(plan: str, out: Path, options: argparse.Namespace) -> None:
+    """One rank of a plan."""
+    files = options.model_path
+    torch.set_num_threads(1)
+    ranks = GroupedRanks(torch.device("cpu"), whole=True)
+    target = target_of(plan, files)
+    # Of ranks that have different names, nobody's state is everybody's.
+    ways = [way for way in options.ways if not (plan == "ep4" and way == SHARED)]
+    rows = [measure(plan, state, [*ways, RAW], options.rounds, ranks, target, files) for state in options.states]
+    if ranks.first:
+        out.write_text(json.dumps(rows))
+    ranks.close()
+
+
+def run(plan: str, options: argparse.Namespace, files: list[str]) -> list[dict[str, Any]]:
+    """Start the ranks of a plan; a row for each state."""
+    with tempfile.TemporaryDirectory(prefix="sharded-loads-") as folder:
+        out = Path(folder) / "rows.json"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(math.prod(MESHES[plan]))]
+        ways = list(dict.fromkeys([OURS, *options.ways]))
+        flags = ["--rounds", str(options.rounds), "--ways", *ways, "--states", *options.states]
+        command = [sys.executable, *launch, __file__, "--work", plan, str(out), *flags, "--model-path", *files]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        if done.returncode:
+            sys.exit(f"{plan}: {done.stderr[-3000:]}")
+        rows: list[dict[str, Any]] = json.loads(out.read_text())
+        return rows
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, nargs="+")
-    parser.add_argument(
-        "--plans", nargs="+", choices=sorted(MESHES), default=["fsdp2", "fsdp4", "tp2", "tp4", "hsdp2x2"]
-    )
+    parser.add_argument("--plans", nargs="+", choices=sorted(MESHES), default=PLANS)
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=list(WAYS))
-    parser.add_argument("--states", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        way, plan = options.one
-        print(json.dumps(one_load(way, plan, options.cold, options.check, options.model_path)))
+    if options.work:
+        plan, out = options.work
+        work(plan, Path(out), options)
         return
     files = [file for path in options.model_path for file in weightload.resolve_safetensors_files(path)]
-    ways = list(dict.fromkeys([OURS, *options.ways]))
-    rows = [
-        measure(plan, state == "cold", ways, options.rounds, files)
-        for plan in options.plans
-        for state in options.states
-    ]
+    rows = []
+    for plan in options.plans:
+        rows += run(plan, options, files)
+        for row in rows[-len(options.states) :]:
+            print_row(row)
     if options.json:
-        found = {**describe(files), "benchmark": "sharded loads", "rows": rows}
+        size = sum(Path(file).stat().st_size for file in files)
+        found = {**describe(files), "benchmark": "sharded loads", "bytes": size, "rows": rows}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

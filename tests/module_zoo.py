@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import zoo_hooks  # noqa: F401  # its modules are in the zoo too
 import zoo_parts
+import zoo_wrappers  # noqa: F401
 from torch import nn
 from zoo_parts import Carrying, Doubling, ExtraState, Holding, NoExtraState, Override, Parent, Quantised, WholeOverride
 from zoo_parts import animal as animal

@@ -180,7 +180,29 @@ def test_sharded_loads(checkpoint: Path, tmp_path: Path) -> None:
     command = ["--model-path", checkpoint, "--plans", "tp2", "--states", "warm", "--rounds", 1, "--json", out]
     assert "MB of shards" in run(ROOT / "benchmarks" / "sharded_loads.py", *command)
     (row,) = json.loads(out.read_text())["rows"]
-    assert set(row["loads"]) == {"weightload", "DCP", "get_slice", "whole tensors"}
+    names = {"weightload", "DCP", "get_slice", "whole tensors", "distribute_tensor", "rank 0, broadcast"}
+    assert set(row["loads"]) == names
     (ours,) = row["loads"]["weightload"]
-    assert 0 < ours["wanted"] <= ours["read"]
-    assert all(load["seconds"] > 0 for loads in row["loads"].values() for load in loads)
+    files = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    # Two ranks: matrices are halved, the rest is on both.
+    assert files / 2 < ours["wanted"] < 2 * files
+    assert ours["wanted"] <= ours["read"]
+    assert set(row["limits"]) == {"raw parallel read"}
+    assert all(load["seconds"] > 0 and load["wanted"] == ours["wanted"]
+               for loads in (row["loads"] | row["limits"]).values() for load in loads)  # fmt: skip
+
+
+def test_sharded_loads_compare_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    """Of every rank: here one way gives another's."""
+    text = (ROOT / "benchmarks" / "sharded_loads.py").read_text()
+    ours = "    weightload.load_into(target, files, strict=False)\n"
+    assert text.count(ours) == 1
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    script = tmp_path / "sharded_loads.py"
+    script.unlink()
+    script.write_text(text.replace(ours, "    pass\n"))
+    command = ["--model-path", checkpoint, "--plans", "fsdp2", "--states", "cold", "--rounds", 1, "--ways", "get_slice"]
+    done = subprocess.run([sys.executable, script, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "weightload does not give the bytes of the files" in done.stderr

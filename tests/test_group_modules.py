@@ -13,7 +13,10 @@ from module_zoo import ZOO
 
 ANIMALS = {
     "batch_norm": [],
-    "weight_norm": ["1.0"],
+    "weight_norm": [],
+    "wrapped_for_checkpointing": [],
+    "wrapped_with_a_hook": ["1.0"],
+    "spectral_norm_of_old": ["1.0"],
     "override_of_the_root": [""],
     "hook_before": ["1.0"],
     "hook_after": [],

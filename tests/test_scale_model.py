@@ -18,7 +18,30 @@ SCRIPT = ROOT / "benchmarks" / "scale_model.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from scale_costs import GROUPS, STORAGES, STRATEGIES, Assumptions, Load, Storage, seconds, stages, startup  # noqa: E402
-from scale_model import CHOICES, NODES, deviations, node_counts, predict, published, recommend, recommend_one_group  # noqa: E402
+from scale_model import (  # noqa: E402
+    CHOICES,
+    NODES,
+    _time,
+    deviations,
+    node_counts,
+    predict,
+    published,
+    recommend,
+    recommend_one_group,
+)
+from scale_shards import (  # noqa: E402
+    BROADCAST,
+    EXCHANGE,
+    OWN,
+    PLANS,
+    STRIPED,
+    Shards,
+    predict_shards,
+    seconds_of,
+    ways_of,
+)
+from scale_shards import NODES as SHARD_NODES  # noqa: E402
+from scale_shards import stages as shard_stages  # noqa: E402
 
 SIZE = 140e9
 DEVICES = ("accelerator", "cpu")
@@ -119,6 +142,8 @@ def test_the_script_writes_what_it_promises(tmp_path: Path) -> None:
     assert result["bytes"] == 61e9
     assert len(result["recommended"]) == len(SCENARIOS)
     assert {row["nodes"] for row in result["rows"]} == set(NODES)
+    assert len(result["shards"]) == len(PLANS) * sum(len(SHARD_NODES) - s.one_copy for s in STORAGES)
+    assert "Parts of 61 GB" in done.stdout
     assert result["assumptions"]["pcie"] == MACHINE.pcie
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -154,3 +179,79 @@ def test_measurements_become_predictions() -> None:
     assert broadcast["ratio"] == pytest.approx(broadcast["predicted_s"] / 0.4)
     assert striped["predicted_s"] == pytest.approx(0.1 + 0.2, rel=0.2)
     assert striped["ratio"] is None
+
+
+def shard_loads(size: float = SIZE) -> list[Shards]:
+    return [
+        Shards(plan, way, storage, nodes, size)
+        for plan in PLANS
+        for way in ways_of(plan)
+        for storage in STORAGES
+        for nodes in (SHARD_NODES[1:] if storage.one_copy else SHARD_NODES)
+    ]
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    for load in shard_loads():
+        ranks, plan = load.nodes * load.machine.gpus, load.plan
+        copies = ranks if plan.whole else load.replicas
+        assert load.part() * ranks == pytest.approx(SIZE * (plan.whole * copies + (1 - plan.whole) * load.replicas))
+        read = load.rank_bytes() * ranks
+        once = load.way != OWN or (plan.nodes_share and not plan.whole)
+        assert read == pytest.approx(SIZE) if once else read > SIZE * (1 - 1e-9)
+        # A node's storage gives no less than what its ranks differ in, and no more than all.
+        assert load.node_bytes() <= SIZE * (1 + 1e-9)
+        assert load.node_bytes() >= SIZE * (1 - plan.whole) / load.nodes * (1 - 1e-9)
+
+
+def test_parts_are_never_faster_than_their_slowest_stage() -> None:
+    for load in shard_loads():
+        parts = shard_stages(load)
+        assert max(parts.values()) < seconds_of(load) < sum(parts.values()) + 1
+        assert ("collective" in parts) == (load.way == EXCHANGE or (load.way == STRIPED and load.nodes > 1))
+        assert parts["pcie"] == pytest.approx(load.rank_bytes() / MACHINE.pcie)
+        assert load.fetched() >= (0 if load.storage.cached else load.node_bytes() * (1 - 1e-9))
+
+
+def test_more_bytes_never_make_parts_faster() -> None:
+    sizes = [10 ** (exponent / 8) for exponent in range(48, 104)]
+    for load in shard_loads():
+        times = [seconds_of(dataclasses.replace(load, size=size)) for size in sizes]
+        assert times == sorted(times)
+
+
+def test_where_reading_ones_own_part_is_right_and_where_not() -> None:
+    times = {(row["storage"], row["plan"], row["nodes"]): row["seconds"] for row in predict_shards(SIZE, MACHINE)}
+    for (storage, plan, nodes), took in times.items():
+        if plan == "fsdp" and storage != "one-copy":
+            assert took[OWN] <= took[BROADCAST] * 1.02, (storage, nodes)
+        if nodes >= 4 and storage.startswith("shared") and STRIPED in took:
+            assert took[STRIPED] < took[OWN]
+        if nodes >= 4 and storage.startswith("shared") and EXCHANGE in took:
+            assert took[EXCHANGE] < took[BROADCAST] < took[OWN]
+    assert times["local-cold", "fsdp", 64][OWN] < times["local-cold", "fsdp", 1][OWN] / 20
+
+
+@pytest.mark.parametrize("bad", [{"way": "auto"}, {"way": EXCHANGE}, {"nodes": 0}, {"size": 0}, {"size": math.nan}])
+def test_parts_that_make_no_sense_are_refused(bad: dict[str, object]) -> None:
+    good: dict[str, object] = {"plan": PLANS[0], "way": OWN, "storage": STORAGES[0], "nodes": 2, "size": 1e9}
+    Shards(**good)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="load"):
+        Shards(**{**good, **bad})  # type: ignore[arg-type]
+
+
+def test_the_table_of_the_page_is_what_the_model_says() -> None:
+    rows = {
+        (next(s.title for s in STORAGES if s.name == row["storage"]), row["plan"], row["nodes"]): row["seconds"]
+        for row in predict_shards(SIZE, MACHINE)
+    }
+    found = 0
+    for line in (ROOT / "benchmarks" / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        plan = next((plan for plan in PLANS if len(cells) == 8 and plan.title == cells[1]), None)
+        if plan:
+            found += 1
+            seconds_by_way = rows[cells[0], plan.name, int(cells[2])]
+            for way, cell in zip((OWN, STRIPED, EXCHANGE, BROADCAST), cells[4:], strict=True):
+                assert cell == (_time(seconds_by_way[way]) if way in seconds_by_way else "")
+    assert found == 2 * 3 * len(PLANS)

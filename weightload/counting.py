@@ -46,7 +46,15 @@ class Counting:
         before = max(0.0, counts["begun_s"] - self._begun)
         lasted, wait, shared = counts["lasted_s"], counts["wait_s"], counts["shared_s"]
         files = [
-            FileStats(path, file["mapped_bytes"], file["buffered_bytes"], file["direct_bytes"], file["read_s"])
+            FileStats(
+                path,
+                mapped_bytes=file["mapped_bytes"],
+                buffered_bytes=file["buffered_bytes"],
+                direct_bytes=file["direct_bytes"],
+                seconds=file["read_s"],
+                wanted_bytes=file["wanted_bytes"],
+                rounded_bytes=file["rounded_bytes"],
+            )
             for path, file in zip(self._paths, counts["files"], strict=True)
         ]
         read, threads = sum(file.bytes for file in files), max(1, counts["threads"])
@@ -61,7 +69,8 @@ class Counting:
             stages["allocate"] = Stage(device["allocate_s"], threads=threads)
             stages["pin"] = Stage(device["pin_s"], threads=threads)
             stages["pin_wait"] = Stage(device["ring_wait_s"], threads=threads)
-            stages["copy"] = Stage(device["copy_s"], read, threads, counts["reading_s"])
+            wanted = sum(file.wanted_bytes for file in files)
+            stages["copy"] = Stage(device["copy_s"], wanted, threads, counts["reading_s"])
         stages["wait"] = Stage(wait)
         # While ranks share, waiting for the threads is a part of what they do together.
         stages["collective"] = Stage(max(0.0, shared - wait) if shared else 0.0)

@@ -15,7 +15,7 @@ class LoadReport:
     """Names of the file's tensors that are in the target now, in the order of the files."""
 
     missing: list[str]
-    """Names of the target that no file has. Tied names are there if one of them is."""
+    """Names of the target, as its ``state_dict`` has them, that no file has. Tied names are there if one of them is."""
 
     unexpected: list[str]
     """Names of the files that the target lacks."""

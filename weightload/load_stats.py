@@ -51,11 +51,20 @@ class FileStats:
     """Read past the page cache, by ``O_DIRECT``."""
     seconds: float
     """Of all reading threads together."""
+    wanted_bytes: int = 0
+    """Of tensors, or of the parts of them that were asked for, for which all this was read."""
+    rounded_bytes: int = 0
+    """Read beyond ``direct_bytes``, as ``O_DIRECT`` reads whole blocks of 4 KiB."""
 
     @property
     def bytes(self) -> int:
-        """All that was read."""
+        """What was read, without ``rounded_bytes``."""
         return self.mapped_bytes + self.buffered_bytes + self.direct_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """All that was read. Of a mapped file, the tensors whose pages were brought in; its pages are whole ones."""
+        return self.bytes + self.rounded_bytes
 
     @property
     def read(self) -> str:
@@ -128,6 +137,25 @@ class LoadStats:
         return sum(file.direct_bytes for file in self.files)
 
     @property
+    def wanted_bytes(self) -> int:
+        """Bytes of tensors, or of the parts of them that were asked for, that this rank has read so far."""
+        return sum(file.wanted_bytes for file in self.files)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that it has read of the files for these: with what lies between the pieces of a part that are read in
+        one go, and the rest of blocks that ``O_DIRECT`` reads whole.
+
+        Of mapped files, those whose pages were brought in: all of a tensor's, or none where its consumer's page faults
+        bring them in. What the system reads ahead, or brings into the page cache around it, is not counted."""
+        return sum(file.read_bytes for file in self.files)
+
+    @property
+    def read_amplification(self) -> float | None:
+        """Over-reading: ``read_bytes`` for each of ``wanted_bytes``, 1.0 at best; None where nothing was read."""
+        return self.read_bytes / self.wanted_bytes if self.wanted_bytes else None
+
+    @property
     def gb_per_s(self) -> float:
         """10^9 bytes a second, from beginning to end."""
         return self.bytes / 1e9 / self.seconds if self.seconds else 0.0
@@ -145,12 +173,13 @@ class LoadStats:
         return bottleneck(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, with the rates, the slowest file's path and the bottleneck."""
+        """For JSON: the fields, with the rates, over-reading, the slowest file's path and the bottleneck."""
         values = dataclasses.asdict(self)
         for name, stage in self.stages.items():
             values["stages"][name]["gb_per_s"] = stage.gb_per_s
         for entry, file in zip(values["files"], self.files, strict=True):
-            entry.update(bytes=file.bytes, read=file.read, gb_per_s=file.gb_per_s)
+            entry.update(bytes=file.bytes, read_bytes=file.read_bytes, read=file.read, gb_per_s=file.gb_per_s)
+        values |= {name: getattr(self, name) for name in ("wanted_bytes", "read_bytes", "read_amplification")}
         slowest = self.slowest_file
         values["gb_per_s"] = self.gb_per_s
         return {**values, "slowest_file": slowest and slowest.path, "bottleneck": self.bottleneck}
@@ -204,6 +233,9 @@ def _lines(stats: LoadStats) -> Iterator[str]:
     for file in stats.files:
         ways[file.read] = ways.get(file.read, 0) + 1
     yield f"  files       {', '.join(f'{count} {way}' for way, count in ways.items())}"
+    if (amplification := stats.read_amplification) is not None:
+        wanted, read = stats.wanted_bytes / 1e9, stats.read_bytes / 1e9
+        yield f"  over-read   {amplification:.2f} times: {read:.3f} GB of the files for {wanted:.3f} GB of tensors"
     slowest = stats.slowest_file
     if slowest and len(stats.files) > 1:
         yield f"  slowest     {slowest.path}: {_rate(slowest.gb_per_s)} a thread, {slowest.read}"

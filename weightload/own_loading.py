@@ -18,8 +18,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from weightload.errors import StateDictError
 from weightload.handlers import pass_on
+from weightload.known_hooks import WRAPPED, adds_prefix, in_state_dict, is_idle, takes_prefix, wrapped
 from weightload.places import PLAIN
-from weightload.shards import is_resharding, may_forgive
+from weightload.shards import is_dtensor, is_resharding, may_forgive
 
 Module = torch.nn.Module
 EXTRA_STATE = "_extra_state"
@@ -52,7 +53,9 @@ def takes_part(part: Module, prefix: str, names: Collection[str]) -> bool:
     kind, own = type(part), vars(part)
     loading = kind._load_from_state_dict
     hooks = own.get("_load_state_dict_pre_hooks")
-    if "_load_from_state_dict" in own or hooks is None or not all(map(is_resharding, hooks.values())):
+    if "_load_from_state_dict" in own or hooks is None:
+        return True
+    if hooks and not all(_only_renames(hook, part, prefix, names) for hook in hooks.values()):
         return True
     if loading in NORM_LOADING:
         if _norm_takes_part(part, prefix, names):
@@ -64,8 +67,20 @@ def takes_part(part: Module, prefix: str, names: Collection[str]) -> bool:
     if torch.__future__.get_swap_module_params_on_conversion():
         # Such tensors may have a module_load of their own.
         tensors = [*part._parameters.values(), *part._buffers.values()]
-        return any(tensor is not None and type(tensor) not in PLAIN for tensor in tensors)
+        return any(tensor is not None and type(tensor) not in PLAIN and _loads_itself(tensor) for tensor in tensors)
     return False
+
+
+def _only_renames(hook: object, part: Module, prefix: str, names: Collection[str]) -> bool:
+    """Whether a hook before loading is one of torch's own whose work is known, or nothing for these names."""
+    if adds_prefix(hook):
+        return wrapped(part) is not None
+    return is_resharding(hook) or is_idle(hook, prefix, names)
+
+
+def _loads_itself(tensor: torch.Tensor) -> bool:
+    """Whether it may have a ``module_load`` that is no copy: a DTensor's is one, its shards stay where they are."""
+    return not is_dtensor(tensor) or type(tensor).module_load is not torch.Tensor.module_load
 
 
 def _norm_takes_part(part: Any, prefix: str, names: Collection[str]) -> bool:
@@ -79,7 +94,7 @@ def _norm_takes_part(part: Any, prefix: str, names: Collection[str]) -> bool:
 
 @dataclasses.dataclass
 class Walk:
-    """What a module is to ``load_state_dict``."""
+    """What a module is to ``load_state_dict``. Names and prefixes are those that ``state_dict`` gives."""
 
     root: Module | None = None
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -100,6 +115,8 @@ class Walk:
     """Whether some of them may forgive names."""
     hooked: bool = False
     """Whether hooks are called after the loading: they may forgive names."""
+    wraps: bool = False
+    """Whether there are wrappers that show in names while modules load, and not in those of the state_dict."""
 
     def into(self, part: Module, prefix: str, names: Collection[str]) -> None:
         """Look at a module and all below it."""
@@ -114,10 +131,16 @@ class Walk:
             self.excused.add(prefix + "num_batches_tracked")
         if type(part).set_extra_state is not Module.set_extra_state:
             self.extra[prefix] = prefix + EXTRA_STATE
-        for name, child in part._modules.items():
-            if child is not None:
-                self.into(child, f"{prefix}{name}.", names)
+        for below, child in self._children(part, prefix):
+            self.into(child, below, names)
         self._look_at_hooks(part)
+
+    def _children(self, part: Module, prefix: str) -> list[tuple[str, Module]]:
+        """With their prefixes; that of a wrapped module is its wrapper's."""
+        if (inner := wrapped(part)) is not None:
+            self.wraps = True
+            return [(prefix, inner)]
+        return [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
 
     def _look_at_hooks(self, part: Module) -> None:
         hooks = part._load_state_dict_post_hooks
@@ -128,7 +151,9 @@ class Walk:
         kind, own = type(part), vars(part)
         if kind not in self.kinds:
             self.kinds[kind] = any(is_overridden(kind, name) for name in SAVING)
-        return self.kinds[kind] or bool(part._state_dict_hooks) or any(name in own for name in SAVING)
+        if self.kinds[kind] or any(name in own for name in SAVING):
+            return True
+        return bool(part._state_dict_hooks) and not all(map(takes_prefix, part._state_dict_hooks.values()))
 
     @classmethod
     def of(cls, root: Module, names: Collection[str]) -> Walk:
@@ -144,9 +169,8 @@ class Walk:
     def _theirs(self, part: Module, prefix: str) -> None:
         self.theirs.update(own_tensors(part, prefix))
         self._look_at_hooks(part)
-        for name, child in part._modules.items():
-            if child is not None:
-                self._theirs(child, f"{prefix}{name}.")
+        for below, child in self._children(part, prefix):
+            self._theirs(child, below)
 
     def made_on_the_fly(self) -> list[str]:
         """Names that a state_dict gives tensors which are not the module's memory: what fills that is not the same."""
@@ -171,8 +195,11 @@ class Walk:
         """
         prefix, part = "", self.root
         while part is not None:
-            if prefix in self.parts:
+            if self.parts.get(prefix) is part:
                 return prefix, True
+            if (inner := wrapped(part)) is not None:
+                part = inner
+                continue
             head, dot, _ = name[len(prefix) :].partition(".")
             if not dot or head not in part._modules:
                 return prefix, False
@@ -232,33 +259,45 @@ class Turns:
         root = self.walk.root
         assert root is not None
         if is_overridden(root, "load_state_dict"):
-            return self._whole(root, tensors)
+            return self._told(*self._whole(root, tensors))
         missing: list[str] = []
         unexpected: list[str] = []
         errors: list[str] = []
 
-        def visit(part: Module, prefix: str) -> None:
-            if prefix in self.walk.parts:
-                mine = {name: tensors[name] for name in self.given.get(prefix, ())}
-                _load_state_dict(part, mine, prefix, missing, unexpected, errors)
+        # Code of modules gets names as load_state_dict tells them, which begin with `inside` for those with `prefix`.
+        def visit(part: Module, prefix: str, inside: str) -> None:
+            at = len(prefix)
+            if self.walk.parts.get(prefix) is part:
+                mine = {inside + name[at:]: tensors[name] for name in self.given.get(prefix, ())}
+                _load_state_dict(part, mine, inside, missing, unexpected, errors)
+                return
+            if (inner := wrapped(part)) is not None:
+                visit(inner, prefix, f"{inside}{WRAPPED}.")
+                _call_hooks(part, missing, unexpected)
                 return
             for name in own_tensors(part, prefix):
                 if name in copied:
                     settle(name)
                 elif name in self.absent:
-                    missing.append(name)
+                    missing.append(inside + name[at:])
             if prefix in self.walk.extra:
-                missing.append(self.walk.extra[prefix])
-            unexpected.extend(self.unexpected.get(prefix, ()))
+                missing.append(inside + self.walk.extra[prefix][at:])
+            unexpected.extend(inside + name[at:] for name in self.unexpected.get(prefix, ()))
             for name, child in part._modules.items():
                 if child is not None:
-                    visit(child, f"{prefix}{name}.")
+                    visit(child, f"{prefix}{name}.", f"{inside}{name}.")
             _call_hooks(part, missing, unexpected)
 
-        visit(root, "")
+        visit(root, "", "")
         if errors:
             raise StateDictError(failed(root, errors))
-        return missing, unexpected
+        return self._told(missing, unexpected)
+
+    def _told(self, missing: list[str], unexpected: list[str]) -> tuple[list[str], list[str]]:
+        root = self.walk.root
+        if root is None or not self.walk.wraps:
+            return missing, unexpected
+        return [in_state_dict(root, name) for name in missing], [in_state_dict(root, name) for name in unexpected]
 
     def _whole(self, root: Module, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
         try:

@@ -11,6 +11,8 @@ py::dict load_counts(const LoadCounts& counts) {
     entry["mapped_bytes"] = file.mapped_bytes.load();
     entry["buffered_bytes"] = file.buffered_bytes.load();
     entry["direct_bytes"] = file.direct_bytes.load();
+    entry["rounded_bytes"] = file.rounded_bytes.load();
+    entry["wanted_bytes"] = file.wanted_bytes.load();
     entry["read_s"] = in_seconds(file.read_ns);
     files.append(entry);
   }

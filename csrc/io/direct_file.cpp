@@ -63,7 +63,7 @@ DirectFile::Outcome DirectFile::read_blocks(ByteRange blocks, char* destination,
   return Outcome::all;
 }
 
-bool DirectFile::read(ByteRange range, char* destination, Pace& pace, const Look& look) const {
+std::optional<uint64_t> DirectFile::read(ByteRange range, char* destination, Pace& pace, const Look& look) const {
   const uint64_t begin = round_down(range.begin, kBlock);
   const uint64_t end = std::min(round_up(range.end, kBlock), round_down(file_.size(), kBlock));
   char* const base = destination - (range.begin - begin);
@@ -73,11 +73,12 @@ bool DirectFile::read(ByteRange range, char* destination, Pace& pace, const Look
     outcome = read_blocks(piece, base + (piece.begin - begin), range.begin, got);
     return outcome == Outcome::all;
   });
-  if (outcome == Outcome::refused && got == 0) return false;
+  if (outcome == Outcome::refused && got == 0) return std::nullopt;
   // The last, partial block, and whatever a short read or a refusal left.
   const uint64_t from = std::max(begin + got, range.begin);
-  if (from < range.end) read_in_pieces(file_, {from, range.end}, base + (from - begin), pace, look);
-  return true;
+  if (from >= range.end) return got;
+  read_in_pieces(file_, {from, range.end}, base + (from - begin), pace, look);
+  return got + (range.end - from);
 }
 
 bool DirectFile::suits_private_memory() {
@@ -95,18 +96,22 @@ bool DirectFile::fits(ByteRange range, const char* destination) {
          round_up(range.begin, kBlock) < round_down(range.end, kBlock);
 }
 
-bool DirectFile::read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const {
+std::optional<uint64_t> DirectFile::read_within(ByteRange range, char* destination, Pace& pace,
+                                                const Look& look) const {
   const ByteRange whole{round_up(range.begin, kBlock), round_down(range.end, kBlock)};
-  if (!read(whole, destination + (whole.begin - range.begin), pace, look)) return false;
+  std::optional<uint64_t> got = read(whole, destination + (whole.begin - range.begin), pace, look);
+  if (!got) return got;
   // The blocks at the ends hold bytes of others: by way of a block that is nobody's.
   alignas(kBlock) char block[kBlock];
   for (const ByteRange end : {ByteRange{range.begin, whole.begin}, ByteRange{whole.end, range.end}}) {
     if (end.empty()) continue;
     char* const part = block + end.begin % kBlock;
-    if (!read(end, part, pace, look)) file_.read(end.begin, part, static_cast<size_t>(end.size()));
+    const std::optional<uint64_t> block_got = read(end, part, pace, look);
+    if (!block_got) file_.read(end.begin, part, static_cast<size_t>(end.size()));
+    *got += block_got.value_or(end.size());
     std::memcpy(destination + (end.begin - range.begin), part, static_cast<size_t>(end.size()));
   }
-  return true;
+  return got;
 }
 
 }  // namespace weightload

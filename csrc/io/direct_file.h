@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "base/byte_range.h"
 #include "base/unique_fd.h"
@@ -21,12 +22,12 @@ class DirectFile {
   // modulo kDirectAlignment, and destination has a block's room before and after the range. The file's last, partial
   // block is read through the page cache, since not every file system reads it directly.
   //
-  // In pieces, with a look before each. False when it is refused after all (any error but EIO): nothing has been read.
-  // Otherwise as File::read.
-  bool read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
+  // In pieces, with a look before each. Returns how many bytes were read, the rest of blocks among them; nothing when
+  // it is refused after all (any error but EIO): nothing has been read. Otherwise as File::read.
+  std::optional<uint64_t> read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // The same, and writes nothing but the range; for those that fits().
-  bool read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const;
+  std::optional<uint64_t> read_within(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
   // Whether the disk may write into memory that the process may fork, or has lent to the kernel (MADV_FREE), meanwhile.
   // Kernels before 5.18 could lose what it wrote; with pages larger than 4 KiB, which two reads may share, before 6.5.

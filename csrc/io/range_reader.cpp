@@ -87,15 +87,16 @@ bool RangeReader::direct_within(Attempt& attempt, char* destination) {
   return attempt.direct && was_direct(attempt, attempt.range, read());
 }
 
-bool RangeReader::was_direct(Attempt& attempt, ByteRange part, bool read) {
-  attempt.direct = read;
-  if (read) {
+bool RangeReader::was_direct(Attempt& attempt, ByteRange part, std::optional<uint64_t> got) {
+  attempt.direct = got.has_value();
+  if (got) {
     counts_.direct_bytes += part.size();
+    counts_.rounded_bytes += *got - part.size();
   } else {
     direct_works_ = false;
     attempt.timed = false;  // what follows has lost time, and finds the page cache empty
   }
-  return read;
+  return attempt.direct;
 }
 
 void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destination) {

@@ -71,7 +71,7 @@ class RangeReader {
 
  private:
   bool can_be_direct();
-  bool was_direct(Attempt& attempt, ByteRange part, bool read);
+  bool was_direct(Attempt& attempt, ByteRange part, std::optional<uint64_t> got);
   bool may_fill() const;
 
   const ByteSource& source_;

@@ -153,6 +153,7 @@ void DeviceLoader::work(size_t number, const Look& look) {
   {
     const LoadCounts::Read watch(counts_, task.file);
     fill(task, *slot, look);
+    counts_.was_read(task.file, task.bytes.size());
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
   copies([&](const SlotCopy& copy) { block(copy.block); });

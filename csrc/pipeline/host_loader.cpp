@@ -214,6 +214,7 @@ void HostLoader::work(size_t task, const Look& look) {
     page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, filler_.prices(), look);
     file.source().require_unchanged(read.bytes.begin);
     counts_.files[read.file].mapped_bytes += read.bytes.size();
+    counts_.was_read(read.file, read.bytes.size());
     return;
   }
   const HostMemoryRef memory = block_memory(read.block);
@@ -226,6 +227,7 @@ void HostLoader::work(size_t task, const Look& look) {
   } else {
     read_private(*readers_[read.file], read.bytes, to, look);
   }
+  counts_.was_read(read.file, read.bytes.size());
   file.source().require_unchanged(read.bytes.begin);
 }
 

@@ -42,6 +42,9 @@ struct LoadCounts {
   // When the first read began and the last one ended, since `begin`; 0 before.
   std::atomic<int64_t> first_read_ns{0}, last_read_ns{0};
 
+  // A task's bytes, all of which are wanted, have been read.
+  void was_read(uint32_t file, uint64_t wanted) { files[file].wanted_bytes += wanted; }
+
   // The time of one read, for its file and for the load.
   class Read {
    public:

@@ -132,6 +132,8 @@ TEST(what_can_be_read_directly_is) {
   HostTensor tensor;
   while (take(loader, tensor) == HostLoader::Step::tensor) check_bytes(files, tensor);
   CHECK(loader.counts().files[0].direct_bytes == 5'500'011);
+  CHECK(loader.counts().files[0].wanted_bytes == 5'500'011);
+  CHECK(loader.counts().files[0].rounded_bytes > 0);
   CHECK(loader.counts().files[0].buffered_bytes == 0);
 }
 
