@@ -15,7 +15,7 @@ import torch
 
 from weightload import _C, errors, settings
 from weightload._version import __version__
-from weightload.apart import common_to, wish
+from weightload.apart import Wishes
 from weightload.distributed import NODE, RECORD_BYTES, load_name
 from weightload.handlers import pass_on
 from weightload.selection import Path, parts_in_order
@@ -93,9 +93,12 @@ class Sharing:
             same = check(records, failure, WISHES if may_differ else ())
             if chosen is None:
                 raise errors.GroupError(f"{self._load}: this rank failed, and the others did not hear of it")
-            if not same and self.core is not None:
-                self.core = None
-                self.common = self._find_common(*chosen)
+            if not same:
+                common = self._find_common(*chosen)
+                if common is None:
+                    check(records, None)  # raises: tensors of one name, from different files
+                if self.core is not None:
+                    self.core, self.common = None, common
             self.seconds = time.perf_counter() - begin
         except BaseException:
             if chosen is not None:
@@ -106,13 +109,16 @@ class Sharing:
             failure = None
         return chosen
 
-    def _find_common(self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts) -> list[list[int]]:
+    def _find_common(
+        self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts
+    ) -> list[list[int]] | None:
+        wishes = Wishes(files)
         self._group.close()
         self._group = _C.Group(*self._arguments)
-        records = self._group.agree(AGREED + wish(files, selection, lambda name: name not in parts), False)
+        records = self._group.agree(AGREED + wishes.of_rank(selection, lambda name: name not in parts), False)
         if any(record[:1] != AGREED for record in records):
             raise errors.GroupError(f"{self._load}: other ranks are at another call")
-        return common_to([record[1:] for record in records], files)
+        return wishes.common([record[1:] for record in records])
 
     def close(self) -> None:
         """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
@@ -137,9 +143,12 @@ def agreed_record(load: str, same: Mapping[str, object]) -> bytes:
     return (AGREED + json.dumps(fields, separators=(",", ":")).encode()).ljust(RECORD_BYTES, b" ")
 
 
-def of_files(files: Sequence[_C.CheckpointFile]) -> dict[str, object]:
-    """What of files must be the same on every rank: their names, sizes and headers, which are read for it."""
-    names = [os.path.basename(file.path) for file in files]
+def of_files(files: Sequence[_C.CheckpointFile], named: bool = True) -> dict[str, object]:
+    """What of files must be the same on every rank: their names, sizes and headers, which are read for it.
+
+    ``named``: false where ranks may have copies of their own, by other names.
+    """
+    names = [os.path.basename(file.path) if named else "" for file in files]
     sizes = [str(file.size) for file in files]
     headers = [f"{file.header_digest():016x}" for file in files]
     return {

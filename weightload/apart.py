@@ -112,35 +112,64 @@ def start_both(
         raise
 
 
-def wish(
-    files: Sequence[_C.CheckpointFile], selection: Sequence[Sequence[int]], in_full: Callable[[str], bool]
-) -> bytes:
-    """What a rank wants: how many bytes, and a bit for each tensor of the files that it wants in full."""
-    begin = total = 0
-    bits = bytearray((sum(map(len, files)) + 7) // 8)
-    for file, numbers in zip(files, selection, strict=True):
-        tensors = file.tensors()
-        for number in numbers:
-            name, _, _, first, last = tensors[number]
-            total += last - first
-            if in_full(name):
-                bits[(begin + number) // 8] |= 1 << (begin + number) % 8
-        begin += len(tensors)
-    return total.to_bytes(8, "little") + bytes(bits)
+class Wishes:
+    """What each rank of a load wants of the tensors of its files, which are the same on all.
+
+    A wish is a record of the same size on all ranks: how many bytes, then two bits for each tensor of the files.
+    Whether the rank wants any of it, and whether all of it.
+    """
+
+    def __init__(self, files: Sequence[_C.CheckpointFile]) -> None:
+        self._files = files
+        self._count = sum(map(len, files))
+
+    def of_rank(self, selection: Sequence[Sequence[int]], in_full: Callable[[str], bool]) -> bytes:
+        """This rank's wish."""
+        begin = total = 0
+        some, whole = (bytearray((self._count + 7) // 8) for _ in range(2))
+        for file, numbers in zip(self._files, selection, strict=True):
+            tensors = file.tensors()
+            for number in numbers:
+                name, _, _, first, last = tensors[number]
+                total += last - first
+                byte, bit = (begin + number) // 8, 1 << (begin + number) % 8
+                some[byte] |= bit
+                if in_full(name):
+                    whole[byte] |= bit
+            begin += len(tensors)
+        return total.to_bytes(8, "little") + bytes(some) + bytes(whole)
+
+    def common(self, wishes: Sequence[bytes]) -> list[list[int]] | None:
+        """The tensors that all ranks want in full, by file; none if they are not worth sharing. The same on all ranks.
+
+        None: they want tensors of one name from different files.
+        """
+        size = (self._count + 7) // 8
+        wanted = 0
+        whole = (1 << self._count) - 1
+        for wish in wishes:
+            wanted |= int.from_bytes(wish[8 : 8 + size], "little")
+            whole &= int.from_bytes(wish[8 + size :], "little")
+        names = [name for one in map(_of, self._files, self._by_file(wanted)) for name in one]
+        if len(set(names)) < len(names):
+            return None
+        common = self._by_file(whole)
+        most = max(int.from_bytes(wish[:8], "little") for wish in wishes)
+        shared = sum(map(_C.CheckpointFile.bytes_of, self._files, common))
+        return common if shared and shared >= LEAST_SHARED * most else [[] for _ in self._files]
+
+    def _by_file(self, bits: int) -> list[list[int]]:
+        """The tensors of each file whose bits are set."""
+        text = f"{bits:0{self._count}b}"[::-1]
+        found = []
+        begin = 0
+        for file in self._files:
+            here = text[begin : begin + len(file)]
+            found.append([number for number, bit in enumerate(here) if bit == "1"])
+            begin += len(file)
+        return found
 
 
-def common_to(wishes: Sequence[bytes], files: Sequence[_C.CheckpointFile]) -> list[list[int]]:
-    """The tensors that all ranks want in full, by file; none if they are not worth sharing. The same on all ranks."""
-    most = max(int.from_bytes(one[:8], "little") for one in wishes)
-    bits = int.from_bytes(wishes[0][8:], "little")
-    for one in wishes[1:]:
-        bits &= int.from_bytes(one[8:], "little")
-    text = f"{bits:b}"[::-1]
-    common: list[list[int]] = []
-    begin = 0
-    for file in files:
-        here = text[begin : begin + len(file)]
-        common.append([number for number, bit in enumerate(here) if bit == "1"])
-        begin += len(file)
-    shared = sum(map(_C.CheckpointFile.bytes_of, files, common))
-    return common if shared and shared >= LEAST_SHARED * most else [[] for _ in files]
+def _of(file: _C.CheckpointFile, numbers: Sequence[int]) -> list[str]:
+    names = file.names()
+    return [names[number] for number in numbers]

@@ -66,8 +66,8 @@ def load_into(
     A DTensor gets its shard of the file's tensor, as ``distribute_tensor`` would deal it out, and no more is read than
     that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks then each read for
     themselves, whatever the strategy. Modules that FSDP has gathered for a forward go back to their shards first.
-    **All ranks of the DTensors' meshes must make this call.** They compare files, names, shapes, meshes and placements
-    before the first byte is read, and wait for one another at the end.
+    **All ranks of the DTensors' meshes must make this call.** They compare headers, names, shapes, meshes and
+    placements before the first byte is read, and wait for one another at the end.
 
     What fails on one rank of those that load together (the ranks of ``group``, or of the meshes) is raised on all, with
     its ``rank``: at once where others wait, on those that still load within a second or a tensor.
@@ -162,7 +162,7 @@ def _load(
                 together.begin({}, error)
             raise
         if group is None and not together.alone:  # else the loads agree themselves
-            together.begin(of_files(opened) | of_dtensors(matched.dtensors))
+            together.begin(of_files(opened, named=False) | of_dtensors(matched.dtensors))
         replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())

@@ -121,7 +121,7 @@ class Together:
         own_rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
         rank = getattr(mine, "rank", None)  # of replicas, one that has failed is known already
         rank = own_rank if rank is None else rank
-        record = agreed_record(self.load, same) if mine is None else failed_record(mine, self.load, rank, when)
+        record = agreed_record("load_into", same) if mine is None else failed_record(mine, self.load, rank, when)
         heard: BaseException | None = None
         for group in self._groups:
             try:
