@@ -27,9 +27,10 @@ from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
+from weightload.renaming import Rename, Renamed, rename_opened, require_rename
 from weightload.selection import open_files
 from weightload.shards import go_back_to_shards, is_dtensor
-from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
+from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +43,7 @@ def load_into(
     strict: bool = True,
     group: ProcessGroup | None = None,
     strategy: str = "auto",
+    rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
 ) -> LoadReport:
@@ -96,6 +98,7 @@ def load_into(
         paths = path_list(files)
         require_strategy(strategy)
         require_duplicates(duplicates)
+        require_rename(rename)
         go_back_to_shards(target)
     except Exception as error:
         fail_arguments_together(error, group, strategy, first, paths)
@@ -109,9 +112,13 @@ def load_into(
     try:
         try:
             opened = open_files(paths)
-            opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
+            renamed: Renamed | None = None
+            if rename is None:
+                opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
+            else:
+                renamed = rename_opened(opened, rename, duplicates, lambda names: wanted_of(target, names))
             at_match = time.perf_counter()
-            matched = match(target, opened, strict)
+            matched = match(target, opened, strict, renamed)
         except BaseException as error:
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)
@@ -167,13 +174,15 @@ def fill(
     @plainly
     def settle(name: str) -> None:
         """At the turn of a tensor's module, with what others made of it before."""
-        place = matched.places[name]
-        if name not in held and name in versions and versions[name] != place._version:
-            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
-        if name in held:
-            _put(name, held[name], place)
+        names = matched.pieces.get(name, [name])
+        changed = {n for n in names if n not in held and n in versions and versions[n] != matched.places[n]._version}
+        if changed:
+            held.update(_beside(changed, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
+        for each in names:
+            if each in held:
+                _put(each, held[each], matched.places[each])
 
-    filled.names = matched.turns.take(held, settle, matched.places.keys())
+    filled.names = matched.turns.take(held, settle, matched.places.keys() | matched.pieces.keys())
     return filled
 
 

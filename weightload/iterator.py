@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +20,11 @@ from weightload.device_iterator import (
 )
 from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, require_duplicates
+from weightload.fused_weights import FusedWeights, RenamedLoad
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
+from weightload.renaming import Rename, require_rename
 from weightload.selection import Names, open_and_choose, open_files, parts_in_order
 from weightload.shards import NO_PARTS, Parts
 
@@ -162,10 +165,11 @@ def safetensors_weights_iterator(
     strategy: str = "auto",
     names: Names | None = None,
     shard: Shard | None = None,
+    rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
-) -> WeightIterator | DeviceWeightIterator | progress.WeightsWithBar:
+) -> WeightIterator | DeviceWeightIterator | FusedWeights | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -245,6 +249,7 @@ def safetensors_weights_iterator(
         require_strategy(strategy)
         require_backend(backend)
         require_duplicates(duplicates)
+        require_rename(rename)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
         if shard is not None and chosen != "independent":
@@ -254,23 +259,38 @@ def safetensors_weights_iterator(
         fail_arguments_together(error, group, chosen, device, paths)
         raise
     group, chosen = resolve_group(None if shard is not None else group, chosen, target.type, load_name(paths))
-    weights: WeightIterator | DeviceWeightIterator
+    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
+    renamed: RenamedLoad | None = None
+    if rename is not None:
+        renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
+        open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
+    weights: WeightIterator | DeviceWeightIterator | FusedWeights
     if target.type == "cpu":
         weights = load_to_host(
-            group, chosen, paths, lambda: open_files(paths), names, backend=backend, shard=shard, duplicates=duplicates
+            group,
+            chosen,
+            paths,
+            open_them,
+            names,
+            backend=backend,
+            places=renamed.places if renamed else (),
+            shard=shard,
+            duplicates=duplicates,
         )
     else:
         weights = load_to_device(
             target,
             bytes_of_files(paths),
             paths,
-            lambda: open_files(paths),
+            open_them,
             names,
             group,
             chosen,
             shard=shard,
             duplicates=duplicates,
         )
+    if renamed is not None:
+        weights = renamed.fuse(weights)
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights

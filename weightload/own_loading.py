@@ -245,7 +245,7 @@ class Turns:
             for name in own_tensors(part, prefix):
                 if name in copied:
                     settle(name)
-                elif name in self.absent:
+                if name in self.absent:
                     missing.append(name)
             if prefix in self.walk.extra:
                 missing.append(self.walk.extra[prefix])
