@@ -16,7 +16,7 @@ from weightload.errors import DeviceOutOfMemoryError, OutOfMemoryError, TensorEr
 from weightload.plain_torch import empty, plainly
 from weightload.printable import printable
 from weightload.renaming import Rename, Renamed, ask, rename_files
-from weightload.selection import Names, open_and_select
+from weightload.selection import Names, predicate, select_all
 
 if TYPE_CHECKING:
     from weightload.load_stats import LoadStats
@@ -91,11 +91,13 @@ class RenamedLoad:
             TypeError, ValueError: ``rename=`` said what makes no sense, or boxes that do not tile their tensor.
             DuplicateTensor: two tensors have one name, before or after.
         """
-        files, selection = open_and_select(self._open, self._names, self._duplicates)
+        files = self._open()
         try:
-            names = [file.names() for file in files]
-            chosen = [names[file][number] for file, numbers in enumerate(selection) for number in numbers]
-            renamed = rename_files(files, selection, ask(self._rename, chosen))
+            picked = predicate(self._names) if self._names is not None else None
+            names = dict.fromkeys(name for file in files for name in file.names())
+            answers = ask(self._rename, names if picked is None else filter(picked, names))
+            selection = select_all(files, lambda name: answers.get(name) is not None, self._duplicates)
+            renamed = rename_files(files, selection, answers)
             self._sources = renamed.sources
             if renamed.pieces:
                 if self.shard is not None:
