@@ -26,6 +26,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import weightload
 from weightload import _C, boxes, errors, settings
+from weightload.renaming import rename_opened
+from weightload.selection import open_files
+from weightload.state_dict import match
 
 BACKENDS: Any = ["mmap", "pread"]
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.complex64, torch.bool]
@@ -316,6 +319,25 @@ def test_modules_that_take_part_get_new_names_and_no_boxes(tmp_path: Path) -> No
     with pytest.raises(errors.StateDictError, match=r"'0.qkv.weight \(from 0.q.weight\)'.* takes part"):
         weightload.load_into(ours, path, rename=fuse)
     assert_equal(ours.state_dict(), before)
+
+
+def test_columns_are_not_held_back(tmp_path: Path) -> None:
+    """They lie among each other and do not overlap: each is copied when it comes, not when all are there."""
+    path = save(tmp_path, {"q": torch.ones(4, 3), "k": torch.full((4, 2), 2.0), "z": torch.full((4, 5), 3.0)})
+    answers: Any = {"q": ("x", (slice(None), slice(0, 3))), "k": ("x", (slice(None), slice(3, 5)))}
+    memory = torch.zeros(4, 5)
+
+    def overlapping(target: dict[str, torch.Tensor]) -> list[str]:
+        files = open_files([path])
+        renamed = rename_opened(files, answers, "error", set)
+        return match(target, files, False, renamed).overlapping
+
+    assert overlapping({"x": memory}) == []
+    assert len(overlapping({"x": memory, "z": memory})) == 3  # these do
+    weightload.load_into({"z": memory, "x": memory}, path, rename=answers)
+    assert memory[0].tolist() == [1, 1, 1, 2, 2]
+    weightload.load_into({"x": memory, "z": memory}, path, rename=answers)
+    assert memory[0].tolist() == [3] * 5
 
 
 def test_tied_targets_of_which_only_one_is_put_together(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def load_into(
     that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks then each read for
     themselves, whatever the strategy. Modules that FSDP has gathered for a forward go back to their shards first.
 
+    With ``rename``, several tensors of the checkpoint may fill boxes of one of the target's: q, k and v of a fused
+    projection, experts of a stack. Each is read or copied into its box, of a DTensor into what the rank has of it.
+
     Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
     about them leaves the target as it was, and names all tensors that it concerns. What the code of a module complains
     of, and an error on the way, leave it partly loaded. Autograd is told of the change (version counters). Inference
@@ -78,6 +81,12 @@ def load_into(
         group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
             targets must have the same names on the same kind of device. What travels between ranks is blocks of
             many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
+        rename: what the checkpoint's tensors are called in the target, and which box of its tensors they fill, as for
+            ``safetensors_weights_iterator``; here a slice without an end, and dimensions that a box lacks, are those of
+            the target. Boxes may have any dtype, and must not overlap. A tensor of which they fill a part only is
+            missing: refused under ``strict``, else filled as far as they go and named in ``LoadReport.missing``.
+            Modules that take part in their own loading get new names, but no boxes. The lists of the report have the
+            target's names.
         duplicates: what to do where several files have a tensor of one name that the target has, as for
             ``safetensors_weights_iterator``.
         show_progress: as for ``safetensors_weights_iterator``.
@@ -86,9 +95,10 @@ def load_into(
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
 
     Raises:
-        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target cannot be filled: it has
-            no memory, or memory that is read-only, is of a class that takes no copy, or a DTensor that is no shard (of
-            ``Partial`` placements, or in a module that takes part in its own loading).
+        StateDictError: (a ``RuntimeError``) names or shapes differ, boxes overlap or are not inside of their tensor, or
+            a tensor of the target cannot be filled: it has no memory, or memory that is read-only, is of a class that
+            takes no copy, or a DTensor that is no shard (of ``Partial`` placements, or in a module that takes part in
+            its own loading).
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
             as ``safetensors_weights_iterator``.
     """

@@ -205,6 +205,15 @@ def safetensors_weights_iterator(
             answers may differ between ranks, which do not wait for each other. On the CPU a part that is contiguous in
             its file is a view, any other has memory of its own. Several ranges in one dimension cost a read for each
             piece of a row that they ask for.
+        rename: what tensors are called: a function of the checkpoint's name, or a mapping (names that it lacks stay).
+            ``None``: the tensor is skipped, and not read. A ``str``: its new name. A tuple ``(name, box)``: it fills a
+            box of a tensor of this name, which is yielded once, in the place of the last of its pieces, and is as
+            large as all of them together. The box is a tuple: of each dimension of that tensor, from the first, a
+            slice of step 1, or an index, which is a dimension that the piece lacks; a slice without an end, and
+            dimensions that the box lacks, are as long as the piece. The pieces of a tensor must tile it, and have one
+            dtype. On the CPU they are read straight into it where their box is contiguous; else, and on accelerators,
+            they are copied, a block or two at a time. ``names``, ``duplicates`` and ``shard`` speak of the
+            checkpoint's names, errors of the new ones; ``shard`` and boxes exclude each other.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
             them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
             ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
@@ -227,13 +236,15 @@ def safetensors_weights_iterator(
         FileNotFoundError: a file is missing (other errors of ``open()`` likewise).
         HeaderError: a file breaks a rule of the format; the subclass names the rule.
         ReadError: bytes could not be read; raised when the iteration reaches the first tensor they belong to.
-        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant.
+        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant; or
+            ``rename`` gives one name to two tensors, not both of them with a box.
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
         OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
             ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
-        ValueError: a device that torch cannot use here, or a group that this process is not a member of. On the ranks
-            of a group it is a ``GroupValueError``.
-        TypeError: something that is no path.
+        ValueError: a device that torch cannot use here, a group that this process is not a member of, or boxes of
+            ``rename`` that overlap, leave a gap, or are not as large as their tensor. On the ranks of a group it is a
+            ``GroupValueError``.
+        TypeError: something that is no path, or an answer of ``rename`` that is none.
         RankDisagreementError: the ranks of the group would load different files, tensors, ....
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
