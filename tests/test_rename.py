@@ -6,6 +6,7 @@ import collections
 import errno
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,7 +510,10 @@ def test_an_index_and_duplicates_speak_of_the_checkpoints_names(tmp_path: Path) 
         found = target if isinstance(result, weightload.LoadReport) else result
         assert found["qk"].tolist() == [2, 2, 4, 4]
     # What nothing is loaded of, nothing must decide.
-    assert weightload.load_into({"new": torch.zeros(2)}, paths[:1], rename={"q": "new", "k": None, "x": None}).loaded
+    safetensors.torch.save_file({"x": torch.zeros(1)}, paths[1])
+    assert weightload.load_into(target, paths, rename=rename).loaded == ["qk"]
+    got = dict(weightload.safetensors_weights_iterator(paths, to_cpu=True, rename=rename))
+    assert got["qk"].tolist() == target["qk"].tolist() == [1, 1, 3, 3]
     assert weightload.load_into({}, paths, rename=lambda _: None).loaded == []
 
 
@@ -602,7 +606,8 @@ def test_what_rename_raises_comes_out(tmp_path: Path) -> None:
     ):
         with pytest.raises(ZeroDivisionError) as caught:
             load()
-        assert getattr(caught.value, "__notes__", ["raised by rename() of b"]) == ["raised by rename() of b"]
+        if sys.version_info >= (3, 11):
+            assert caught.value.__notes__ == ["raised by rename() of b"]
         assert open_checkpoints() == []
         assert not target["a"].any()
     for wrong in (3, "prefix.", ["a"], {"a"}):

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from weightload.handlers import pass_on
 from weightload.shards import NOTHING, Part, Ranges
 
 Span = tuple[int, int | None]
@@ -50,7 +51,8 @@ def _index(value: object) -> int:
         if isinstance(value, bool):
             raise TypeError
         index = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except TypeError as failed:
+        pass_on(failed)
         words = "the box must have a slice of integers or an index for each dimension"
         raise TypeError(f"{words}; not {repr(value)[:80]}") from None
     if index < 0:

@@ -61,7 +61,6 @@ def ask(rename: Rename, names: Iterable[str]) -> dict[str, str | Piece | None]:
             else:
                 answer = rename(name)  # type: ignore[operator]
         except Exception as error:
-            pass_on(error)
             if hasattr(error, "add_note"):  # from Python 3.11 on
                 error.add_note(f"raised by rename() of {printable(name)}")
             raise
@@ -81,6 +80,7 @@ def _understood(answer: object, name: str) -> str | Piece:
     try:
         box = boxes.parse(answer[1])
     except TypeError as error:
+        pass_on(error)
         raise TypeError(f"rename() of {printable(name)}: {error}") from error
     except boxes.NoBoxError as error:
         raise ValueError(f"rename() of {printable(name)}: {error}") from error

@@ -153,7 +153,8 @@ def _match(
     problems += [(name, f"{name!r} {whole}") for name, place in theirs.items() if place.whole is not None]
     on_the_fly = "is made by the module's state_dict on the fly; use load_state_dict"
     problems += [(name, f"{name!r} {on_the_fly}") for name in made]
-    problems += _differing_shapes(here, tensors, renamed)
+    alone = {name: tensor for name, tensor in tensors.items() if name not in fused.owners} if fused else tensors
+    problems += _differing_shapes(here, alone, renamed.sources)
     if fused:
         problems += fused.problems
         boxed = "cannot be loaded: no boxes can be filled of a module that takes part in its own loading"
@@ -258,21 +259,16 @@ def _require_dtypes(
             raise located(TensorError(f"{printable(path or '')}: {words}"), path, name)
 
 
-def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor], renamed: Renamed) -> Problems:
+def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor], sources: Mapping[str, str]) -> Problems:
     problems = []
     for name, dtype, shape, _, _ in here.values():
-        if (
-            name not in tensors
-            or name in renamed.pieces
-            or torch.nn.parameter.is_lazy(tensor := tensors[name])
-            or tensor.is_nested
-        ):
+        if name not in tensors or torch.nn.parameter.is_lazy(tensor := tensors[name]) or tensor.is_nested:
             continue
         theirs, ours = torch_shape(dtype, shape), tensor.shape
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
             words = f"the checkpoint has {theirs}, the target {tuple(ours)}"
-            source = f" (from {printable(renamed.sources[name])})" if name in renamed.sources else ""
+            source = f" (from {printable(sources[name])})" if name in sources else ""
             problems.append((name, f"size mismatch for {printable(name)}{source}: {words}"))
     return problems
 
