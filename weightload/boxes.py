@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from weightload.handlers import pass_on
@@ -16,6 +17,9 @@ Box = tuple[int | Span, ...]
 """Of each dimension, from the first: the index that is taken, which drops the dimension, or a span of them."""
 Bounds = tuple[tuple[int, int], ...]
 """Begin and end in every dimension of a tensor."""
+
+same_layers = functools.lru_cache(maxsize=1024)
+"""For what is asked again and again: the layers of a model are alike."""
 
 
 class NoBoxError(ValueError):
@@ -60,7 +64,8 @@ def _index(value: object) -> int:
     return index
 
 
-def bounds_in(box: Box, shape: Sequence[int]) -> Bounds:
+@same_layers
+def bounds_in(box: Box, shape: tuple[int, ...]) -> Bounds:
     """Where a box lies in a tensor of this shape.
 
     Raises:
@@ -78,7 +83,8 @@ def bounds_in(box: Box, shape: Sequence[int]) -> Bounds:
     return (*found, *((0, size) for size in shape[len(box) :]))
 
 
-def bounds_around(box: Box, piece: Sequence[int]) -> Bounds:
+@same_layers
+def bounds_around(box: Box, piece: tuple[int, ...]) -> Bounds:
     """Where a box lies that is as large as the piece that fills it: what has no end takes that of the piece.
 
     Raises:
@@ -100,19 +106,22 @@ def bounds_around(box: Box, piece: Sequence[int]) -> Bounds:
     return (*found, *((0, size) for size in sizes))
 
 
+@same_layers
 def shape_of_box(box: Box, bounds: Bounds) -> tuple[int, ...]:
     """The shape of the tensor that fills a box."""
     dropped = {number for number, item in enumerate(box) if isinstance(item, int)}
     return tuple(end - begin for number, (begin, end) in enumerate(bounds) if number not in dropped)
 
 
+@same_layers
 def index_of(box: Box, bounds: Bounds) -> tuple[int | slice, ...]:
     """What to put between brackets to get the box of a tensor."""
     taken = {number for number, item in enumerate(box) if isinstance(item, int)}
     return tuple(begin if n in taken else slice(begin, end) for n, (begin, end) in enumerate(bounds))
 
 
-def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | slice, ...], Part]:
+@same_layers
+def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | slice, ...], Part | None]:
     """Of a tensor's part, which lies in memory of its own: where the box lies there, and which part of the box it is.
 
     The indices of the part rise in every dimension, so what of them is in the box follows each other in memory.
@@ -122,8 +131,8 @@ def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | sli
         part: the indices that are in the memory, by dimension.
 
     Returns:
-        What to put between brackets, and the indices of the tensor that fills the box; ``NOTHING`` where they do not
-        meet.
+        What to put between brackets, and the indices of the tensor that fills the box: None for all of it, ``NOTHING``
+        where they do not meet.
     """
     index: list[int | slice] = []
     mine: list[Ranges] = []
@@ -145,7 +154,8 @@ def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | sli
         else:
             index.append(slice(first, first + sum(high - low for low, high in runs)))
             mine.append(tuple(runs))
-    return tuple(index), tuple(mine)
+    whole = all(ranges == ((0, size),) for ranges, size in zip(mine, shape_of_box(box, bounds), strict=True))
+    return tuple(index), None if whole else tuple(mine)
 
 
 def in_words(bounds: Bounds) -> str:
@@ -158,42 +168,38 @@ class Tiling(NamedTuple):
 
     gap: Bounds | None
     """A box that none of them fills."""
-    clash: tuple[str, str] | None
-    """The names of two that overlap."""
+    clash: tuple[int, int] | None
+    """The numbers of two that overlap."""
 
 
-def tiling(boxes: Mapping[str, Bounds], shape: Sequence[int]) -> Tiling:
+@same_layers
+def tiling(boxes: tuple[Bounds, ...], shape: tuple[int, ...]) -> Tiling:
     """Look for a gap between boxes that are inside of a tensor of this shape, and for an overlap.
 
-    Goes through the dimensions, and in each from edge to edge. That takes as long as sorting them, but for boxes that
-    are long in one dimension and lie staggered.
+    Goes through the dimensions that are cut, and in each from edge to edge. That takes as long as sorting them, but for
+    boxes that are long in one dimension and lie staggered.
     """
+    filled = [number for number, box in enumerate(boxes) if all(begin < end for begin, end in box)]
+    cut = [d for d, size in enumerate(shape) if any(boxes[number][d] != (0, size) for number in filled)]
     found: list[Bounds] = []
 
-    def sweep(inside: Sequence[tuple[str, Bounds]], done: Bounds) -> tuple[str, str] | None:
-        number = len(done)
-        if number == len(shape):
-            if not inside:
-                found.append(done)
-            return (inside[0][0], inside[1][0]) if len(inside) > 1 else None
+    def sweep(inside: Sequence[int], done: dict[int, tuple[int, int]]) -> tuple[int, int] | None:
         if not inside:
-            found.append((*done, *((0, size) for size in shape[number:])))
+            found.append(tuple(done.get(d, (0, size)) for d, size in enumerate(shape)))
             return None
-        waiting = sorted(inside, key=lambda item: item[1][number][0], reverse=True)
-        running: list[tuple[str, Bounds]] = []
-        for low, high in itertools.pairwise(sorted({0, shape[number], *_edges(inside, number)})):
-            running = [item for item in running if item[1][number][1] > low]
-            while waiting and waiting[-1][1][number][0] == low:
+        if len(done) == len(cut):
+            return (inside[0], inside[1]) if len(inside) > 1 else None
+        dimension = cut[len(done)]
+        waiting = sorted(inside, key=lambda number: boxes[number][dimension], reverse=True)
+        edges = {end for number in inside for end in boxes[number][dimension]}
+        running: list[int] = []
+        for low, high in itertools.pairwise(sorted(edges.union((0, shape[dimension])))):
+            running = [number for number in running if boxes[number][dimension][1] > low]
+            while waiting and boxes[waiting[-1]][dimension][0] == low:
                 running.append(waiting.pop())
-            if clash := sweep(running, (*done, (low, high))):
+            if clash := sweep(running, {**done, dimension: (low, high)}):
                 return clash
         return None
 
-    filled = [item for item in boxes.items() if all(begin < end for begin, end in item[1])]
-    clash = sweep(filled, ()) if all(shape) else None
+    clash = sweep(filled, {}) if all(shape) else None
     return Tiling(found[0] if found else None, clash)
-
-
-def _edges(boxes: Iterable[tuple[str, Bounds]], dimension: int) -> Iterable[int]:
-    for _, bounds in boxes:
-        yield from bounds[dimension]

@@ -57,6 +57,7 @@ class FusedPlaces:
         return found
 
 
+@torch.no_grad()  # with autograd, the view of each box would be a node of the graph
 def fuse(
     renamed: Renamed,
     here: Mapping[str, tuple[str, str, tuple[int, ...], int, int]],
@@ -108,6 +109,7 @@ def _lay(
 ) -> None:
     """The places of the pieces of one tensor, or what is wrong with them."""
     shape = tuple(tensor.shape)
+    part: Part = tuple(((0, size),) for size in shape) if place.part is None else place.part
     laid: dict[str, boxes.Bounds] = {}
     for piece, (_, box) in pieces.items():
         try:
@@ -120,28 +122,24 @@ def _lay(
             words = f"the checkpoint has {theirs}, the box {boxes.in_words(bounds)} of the target {ours}"
             found.problems.append((piece, f"size mismatch for {printable(piece)}: {words}"))
         else:
-            found.places[piece] = _place(box, bounds, shape, place)
+            found.places[piece] = _place(box, bounds, part, place)
     if len(laid) < len(pieces):
         return
-    gap, clash = boxes.tiling(laid, shape)
+    gap, clash = boxes.tiling(tuple(laid.values()), shape)
     if clash:
-        both = " and ".join(f"{printable(piece)} {boxes.in_words(laid[piece])}" for piece in clash)
-        found.problems.append((clash[0], f"boxes of {printable(name)} overlap: {both}"))
+        names = [list(laid)[number] for number in clash]
+        both = " and ".join(f"{printable(piece)} {boxes.in_words(laid[piece])}" for piece in names)
+        found.problems.append((names[0], f"boxes of {printable(name)} overlap: {both}"))
     elif gap:
         words = f"only a part of {printable(name)} is in the checkpoint"
         found.partly[name] = f"{words}: nothing fills {boxes.in_words(gap)}"
 
 
-def _place(box: boxes.Box, bounds: boxes.Bounds, shape: tuple[int, ...], place: Place) -> Place:
-    part: Part = tuple(((0, size),) for size in shape) if place.part is None else place.part
+def _place(box: boxes.Box, bounds: boxes.Bounds, part: Part, place: Place) -> Place:
     index, mine = boxes.index_in_part(box, bounds, part)
     if mine is NOTHING:
         return place._replace(part=NOTHING)
-    with torch.no_grad():  # with autograd, each would be a node of the graph
-        view = place.tensor[index]
-    sizes = boxes.shape_of_box(box, bounds)
-    all_of_it = all(ranges == ((0, size),) for ranges, size in zip(mine, sizes, strict=True))
-    return look(view)._replace(part=None if all_of_it else mine, whole=place.whole)
+    return look(place.tensor[index])._replace(part=mine, whole=place.whole)
 
 
 def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> int:

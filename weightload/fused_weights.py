@@ -151,9 +151,10 @@ def _shape_of(name: str, pieces: Mapping[str, boxes.Bounds]) -> tuple[int, ...]:
             counts = f"{len(pieces[first])} and {len(bounds)}"
             raise ValueError(f"{printable(first)} and {printable(piece)}: boxes of {counts} dimensions")
     shape = tuple(max(end for _, end in spans) for spans in zip(*pieces.values(), strict=True))
-    gap, clash = boxes.tiling(pieces, shape)
+    gap, clash = boxes.tiling(tuple(pieces.values()), shape)
     if clash:
-        both = " and ".join(f"{printable(piece)} {boxes.in_words(pieces[piece])}" for piece in clash)
+        names = [list(pieces)[number] for number in clash]
+        both = " and ".join(f"{printable(piece)} {boxes.in_words(pieces[piece])}" for piece in names)
         raise ValueError(f"boxes of {printable(name)} overlap: {both}")
     if gap:
         raise ValueError(f"only a part of {printable(name)} is loaded: nothing fills {boxes.in_words(gap)} of {shape}")
