@@ -23,10 +23,11 @@ from rename_support import Cut, fuse, numbers
 from simulated_support import raw
 from test_shards import assert_done, empty_like, random_placements, rank_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import weightload
-from weightload import _C, boxes, errors, settings
+from weightload import _C, boxes, errors, fused_weights, settings
 from weightload.renaming import rename_opened
 from weightload.selection import open_files
 from weightload.state_dict import match
@@ -818,6 +819,36 @@ def test_an_error_in_a_piece_names_both_names(backend: Any, arm: Callable[..., N
         assert open_checkpoints() == []
 
 
+def test_what_the_caller_has_set_changes_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, {"q": torch.ones(2, 3), "k": torch.ones(2, 3), "r": torch.ones(4, 2)})
+    left = slice(0, 3)
+    rename = {"q": ("x", (slice(0, 2), left)), "k": ("x", (slice(2, 4), left)), "r": ("x", (slice(None), slice(3, 5)))}
+    for mode in (torch.device("meta"), torch.inference_mode(), FakeTensorMode()):
+        target = {"x": torch.zeros(4, 5)}
+        with mode:
+            got = dict(weightload.safetensors_weights_iterator(path, to_cpu=True, rename=rename))["x"]
+            weightload.load_into(target, path, rename=rename)
+        for tensor in (got, target["x"]):
+            assert (type(tensor), tensor.device.type, tensor.is_inference()) == (torch.Tensor, "cpu", False)
+            assert tensor.all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_that_is_not_there(backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, {"q": torch.ones(2, 3), "k": torch.ones(2, 3)})
+
+    def none(*_: object) -> torch.Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(fused_weights, "empty", none)
+    with pytest.raises(errors.OutOfMemoryError, match=r"no memory for tensor `x`, of \(4, 3\)") as caught:
+        weightload.safetensors_weights_iterator(
+            path, to_cpu=True, backend=backend, rename={"q": ("x", rows(0, 2)), "k": ("x", rows(2, 4))}
+        )
+    assert caught.value.tensor == "x"
+    assert open_checkpoints() == []
+
+
 def test_leaving_early_leaves_nothing(tmp_path: Path) -> None:
     state = {f"{n}.{part}": torch.rand(4, 300) for n in range(50) for part in "qk"}
     path = save(tmp_path, state)
@@ -829,6 +860,9 @@ def test_leaving_early_leaves_nothing(tmp_path: Path) -> None:
     with weightload.safetensors_weights_iterator(path, to_cpu=True, rename=rename, backend="pread") as weights:
         for _, tensor in itertools.islice(weights, 3):
             assert tensor.shape == (8, 300)
+        waiting = [made for made, _ in weights._pieces.values() if made.tensor is not None]  # type: ignore[union-attr]
+        assert waiting
+    assert all(made.tensor is None for made in waiting)
     assert list(weights) == []
     assert open_checkpoints() == []
 

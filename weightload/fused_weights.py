@@ -209,6 +209,7 @@ class FusedWeights:
     def __init__(self, weights: Load, pieces: dict[str, tuple[FusedTensor, Index]]) -> None:
         self._weights, self._pieces = weights, pieces
         self._lock = threading.RLock()  # several threads may take from a load
+        self._closed = False
         self.agreement_seconds = weights.agreement_seconds
         self.total_bytes = weights.total_bytes
         tensors = {id(made): made for made, _ in pieces.values()}
@@ -224,11 +225,13 @@ class FusedWeights:
                 return name, tensor
             try:
                 with self._lock:
+                    if self._closed:
+                        raise StopIteration
                     made, index = self._pieces.pop(name)
                     if tensor is not None:  # else it was read there
                         _put(tensor, made, index)
                     made.left -= 1
-                    if made.left == 0 and made.tensor is not None:
+                    if made.left == 0 and made.tensor is not None and not self._closed:
                         whole, made.tensor = made.tensor, None
                         return made.name, whole
             except BaseException:
@@ -247,6 +250,10 @@ class FusedWeights:
     def close(self) -> None:
         """Stop the load, also one that another thread waits in."""
         self._weights.close()
+        with self._lock:
+            self._closed = True  # what is not whole by now is not handed out any more
+            for made, _ in self._pieces.values():
+                made.tensor = None
 
     def stats(self) -> LoadStats:
         """What the load has done so far."""
