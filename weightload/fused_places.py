@@ -11,6 +11,7 @@ import torch
 from weightload import boxes
 from weightload.dtypes import torch_shape
 from weightload.places import Place, copies_plainly, look
+from weightload.plain_torch import empty
 from weightload.printable import printable
 from weightload.renaming import Piece, Renamed
 from weightload.shards import NOTHING, Part
@@ -23,7 +24,9 @@ class FusedPlaces:
     tensors: dict[str, torch.Tensor]
     """The target's tensors by name, in its order, with the pieces of each in its place."""
     places: dict[str, Place]
-    """Of each piece; with ``NOTHING`` as their part, of those that have no place in this process."""
+    """Of each piece; of memory that nobody has, where the box is not in this process."""
+    bounds: dict[str, boxes.Bounds]
+    """The boxes of those that have no problem."""
     owners: dict[str, str]
     """The tensor of the target that each piece is of, also of those that it lacks."""
     problems: list[tuple[str, str]]
@@ -47,6 +50,20 @@ class FusedPlaces:
         """The places of tensors of the files, and in those of pieces the one of their tensor: pieces do not overlap
         each other, though columns of a matrix begin and end among each other."""
         return {name: places[name] for name in self.names(tensors)}
+
+    def keys(self, tied: Mapping[str, object], places: Mapping[str, Place]) -> dict[str, object]:
+        """Keys of pieces of shards, equal for tied ones on all ranks: also where a rank has nothing of them."""
+        return {
+            name: (tied[self.owners[name]], bounds)
+            for name, bounds in self.bounds.items()
+            if places[self.owners[name]].whole is not None
+        }
+
+    def elsewhere(self, places: Mapping[str, Place]) -> list[str]:
+        """The pieces of shards of which nothing is on this rank."""
+        return [
+            name for name in self.bounds if places[self.owners[name]].whole is not None and places[name].whole is None
+        ]
 
     def pieces(self, tensors: Iterable[str]) -> dict[str, list[str]]:
         """Which of these tensors of the files are pieces, by the target's name."""
@@ -72,7 +89,7 @@ def fuse(
         tensors, places: of the target.
     """
     owners = {name: renamed.pieces[name].target for name in here if name in renamed.pieces}
-    found = FusedPlaces({}, {}, owners, [], {})
+    found = FusedPlaces({}, {}, {}, owners, [], {})
     pieces = found.pieces(here)
     taken = "cannot be loaded: the target has a tensor of this name, which stands for a box of another"
     found.problems += [(name, f"{name!r} {taken}") for name in owners if name in tensors]
@@ -123,6 +140,7 @@ def _lay(
             found.problems.append((piece, f"size mismatch for {printable(piece)}: {words}"))
         else:
             found.places[piece] = _place(box, bounds, part, place)
+            found.bounds[piece] = bounds
     if len(laid) < len(pieces):
         return
     gap, clash = boxes.tiling(tuple(laid.values()), shape)
@@ -137,9 +155,12 @@ def _lay(
 
 def _place(box: boxes.Box, bounds: boxes.Bounds, part: Part, place: Place) -> Place:
     index, mine = boxes.index_in_part(box, bounds, part)
-    if mine is NOTHING:
-        return place._replace(part=NOTHING)
-    return look(place.tensor[index])._replace(part=mine, whole=place.whole)
+    if mine is not NOTHING:
+        return look(place.tensor[index])._replace(part=mine, whole=place.whole)
+    # All ranks of a group load the same tensors, even if nothing of them. A single element has no empty part.
+    dimensions = len(boxes.shape_of_box(box, bounds))
+    scratch = empty((0,) * dimensions, place.tensor.dtype, place.tensor.device)
+    return look(scratch)._replace(part=((),) * dimensions or None)
 
 
 def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> int:

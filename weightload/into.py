@@ -192,7 +192,8 @@ def fill(
             if each in held:
                 _put(each, held[each], matched.places[each])
 
-    filled.names = matched.turns.take(held, settle, matched.places.keys() | matched.pieces.keys())
+    copied = matched.places.keys() | matched.pieces.keys() if matched.pieces else matched.places.keys()
+    filled.names = matched.turns.take(held, settle, copied)
     return filled
 
 

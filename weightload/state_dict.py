@@ -120,6 +120,8 @@ def _match(
     _require_dtypes(here, tensors, given, files)
 
     tied = keys(places | theirs if theirs else places)
+    if fused:
+        tied.update(fused.keys(tied, places))
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
     wanted = (name for name in here if name in tensors and last[tied[name]] == name)
@@ -181,9 +183,8 @@ def _match(
     pieces = fused.pieces(read) if fused else {}
     if fused:
         loaded = [name for name in fused.names(loaded) if name not in fused.partly]
+        sizes.update(dict.fromkeys(fused.elsewhere(places), 0))
         for name, owner in fused.owners.items():
-            if name in places and places[name].part is NOTHING:
-                sizes[name] = 0
             sizes[owner] = sizes.get(owner, 0) + sizes[name]
     return Match(
         places={name: place.tensor for name, place in read.items()},
