@@ -55,6 +55,10 @@ def folder(tmp_path: Path) -> Path:
     tensors = [("embed.weight", "F32", [256, 8]), ("proj.weight", "F32", [8, 8]), ("proj.bias", "F32", [8])]
     for path in (model / "diffusion_pytorch_model.safetensors", tmp_path / "model.safetensors"):
         write_tensors(path, tensors)
+    fusable = [("model.norm", "F32", [6]), ("rotary.inv_freq", "F32", [3])]
+    fusable += [(f"attn.{part}", "F32", [rows, 6]) for part, rows in (("q", 8), ("k", 4), ("v", 4))]
+    fusable += [(f"experts.{number}", "F32", [5, 6]) for number in range(2)]
+    write_tensors(tmp_path / "fusable.safetensors", fusable)
     return tmp_path
 
 

@@ -63,9 +63,11 @@ class CheckpointFile:
         """
         (name, dtype, shape, begin, end) by offset; begin and end count from the file's start
         """
-    def with_tensors(self, numbers: collections.abc.Sequence[int]) -> CheckpointFile:
+    def with_tensors(
+        self, numbers: collections.abc.Sequence[int], names: collections.abc.Sequence[str] | None = None
+    ) -> CheckpointFile:
         """
-        The same open file with some of its tensors.
+        The same open file with some of its tensors; `names`: what they are called there.
         """
     @property
     def data_begin(self) -> int: ...

@@ -29,10 +29,11 @@ from weightload.load_report import LoadReport
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
+from weightload.renaming import Rename, Renamed, rename_opened, require_rename
 from weightload.replicas import Replicas, find_replicas
 from weightload.selection import open_files
 from weightload.shards import go_back_to_shards, is_dtensor
-from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names
+from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
 from weightload.together import Together, of_dtensors, of_group, of_meshes
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def load_into(
     strict: bool = True,
     group: ProcessGroup | None = None,
     strategy: str = "auto",
+    rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
 ) -> LoadReport:
@@ -72,6 +74,9 @@ def load_into(
     What fails on one rank of those that load together (the ranks of ``group``, or of the meshes) is raised on all, with
     its ``rank``: at once where others wait, on those that still load within a second or a tensor.
 
+    With ``rename``, several tensors of the checkpoint may fill boxes of one of the target's: q, k and v of a fused
+    projection, experts of a stack. Each is read or copied into its box, of a DTensor into what the rank has of it.
+
     Names, shapes, dtypes and whether each tensor can be filled are looked at before the first byte is read: an error
     about them leaves the target as it was, and names all tensors that it concerns. What the code of a module complains
     of, and an error on the way, leave it partly loaded. Autograd is told of the change (version counters). Inference
@@ -85,6 +90,12 @@ def load_into(
         group, strategy: the ranks that share the reading, and how, as for ``safetensors_weights_iterator``; their
             targets must have the same names on the same kind of device. What travels between ranks is blocks of
             many tensors, so every tensor of a shared load is loaded beside its place and copied, on its device.
+        rename: what the checkpoint's tensors are called in the target, and which box of its tensors they fill, as for
+            ``safetensors_weights_iterator``; here a slice without an end, and dimensions that a box lacks, are those of
+            the target. Boxes may have any dtype, and must not overlap. A tensor of which they fill a part only is
+            missing: refused under ``strict``, else filled as far as they go and named in ``LoadReport.missing``.
+            Modules that take part in their own loading get new names, but no boxes. The lists of the report have the
+            target's names.
         duplicates: what to do where several files have a tensor of one name that the target has, as for
             ``safetensors_weights_iterator``.
         show_progress: as for ``safetensors_weights_iterator``.
@@ -93,9 +104,10 @@ def load_into(
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
 
     Raises:
-        StateDictError: (a ``RuntimeError``) names or shapes differ, or a tensor of the target cannot be filled: it has
-            no memory, or memory that is read-only, is of a class that takes no copy, or a DTensor that is no shard (of
-            ``Partial`` placements, or in a module that takes part in its own loading).
+        StateDictError: (a ``RuntimeError``) names or shapes differ, boxes overlap or are not inside of their tensor, or
+            a tensor of the target cannot be filled: it has no memory, or memory that is read-only, is of a class that
+            takes no copy, or a DTensor that is no shard (of ``Partial`` placements, or in a module that takes part in
+            its own loading).
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
             as ``safetensors_weights_iterator``.
     """
@@ -113,6 +125,7 @@ def load_into(
         together.load = load_name(paths)
         require_strategy(strategy)
         require_duplicates(duplicates)
+        require_rename(rename)
     except Exception as error:
         if has_shards:
             together.begin({}, error)
@@ -126,7 +139,7 @@ def load_into(
         together = of_group(group, first.type)
         together.load = load_name(paths)
     try:
-        report = _load(target, paths, strict, group, strategy, duplicates, show_progress, first, together)
+        report = _load(target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together)
     except BaseException as error:
         if together.should_hear(error):
             together.shout(error)
@@ -142,6 +155,7 @@ def _load(
     strict: bool,
     group: ProcessGroup | None,
     strategy: str,
+    rename: Rename | None,
     duplicates: Duplicates,
     show_progress: bool | None,
     first: torch.device,
@@ -152,9 +166,13 @@ def _load(
     try:
         try:
             opened = open_files(paths)
-            opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
+            renamed: Renamed | None = None
+            if rename is None:
+                opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
+            else:
+                renamed = rename_opened(opened, rename, duplicates, lambda names: wanted_of(target, names))
             at_match = time.perf_counter()
-            matched = match(target, opened, strict)
+            matched = match(target, opened, strict, renamed)
         except BaseException as error:
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)
@@ -167,6 +185,7 @@ def _load(
         if _shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         elif replicas is not None:
+            replicas.names = {piece for name in replicas.names for piece in matched.pieces.get(name, [name])}
             matched = dataclasses.replace(matched, direct=matched.direct - replicas.names)
         at_load = time.perf_counter()
         devices_here = devices_of(matched)
@@ -233,13 +252,16 @@ def fill(
     @plainly
     def settle(name: str) -> None:
         """At the turn of a tensor's module, with what others made of it before."""
-        place = matched.places[name]
-        if name not in held and name in versions and versions[name] != place._version:
-            held.update(_beside({name}, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
-        if name in held:
-            _put(name, held[name], place)
+        names = matched.pieces.get(name, [name])
+        changed = {n for n in names if n not in held and n in versions and versions[n] != matched.places[n]._version}
+        if changed:
+            held.update(_beside(changed, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
+        for each in names:
+            if each in held:
+                _put(each, held[each], matched.places[each])
 
-    filled.names = matched.turns.take(held, settle, matched.places.keys())
+    copied = matched.places.keys() | matched.pieces.keys() if matched.pieces else matched.places.keys()
+    filled.names = matched.turns.take(held, settle, copied)
     return filled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +21,11 @@ from weightload.device_iterator import (
 )
 from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, require_duplicates
+from weightload.fused_weights import FusedWeights, RenamedLoad
 from weightload.load_stats import LoadStats
 from weightload.paths import Path, Paths, path_list
 from weightload.plain_torch import plainly
+from weightload.renaming import Rename, require_rename
 from weightload.selection import Names, open_and_choose, open_files, parts_in_order
 from weightload.shards import NO_PARTS, Parts
 
@@ -186,10 +189,11 @@ def safetensors_weights_iterator(
     strategy: str = "auto",
     names: Names | None = None,
     shard: Shard | None = None,
+    rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | progress.WeightsWithBar:
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -226,6 +230,15 @@ def safetensors_weights_iterator(
             less than 8 KiB between what is wanted of them up to twice as much). On the CPU a part that is contiguous in
             its file is a view, any other has memory of its own. Several ranges in one dimension cost a read for each
             piece of a row that they ask for.
+        rename: what tensors are called: a function of the checkpoint's name, or a mapping (names that it lacks stay).
+            ``None``: the tensor is skipped, and not read. A ``str``: its new name. A tuple ``(name, box)``: it fills a
+            box of a tensor of this name, which is yielded once, in the place of the last of its pieces, and is as
+            large as all of them together. The box is a tuple: of each dimension of that tensor, from the first, a
+            slice of step 1, or an index, which is a dimension that the piece lacks; a slice without an end, and
+            dimensions that the box lacks, are as long as the piece. The pieces of a tensor must tile it, and have one
+            dtype. On the CPU they are read straight into it where their box is contiguous; else, and on accelerators,
+            they are copied, a block or two at a time. ``names``, ``duplicates`` and ``shard`` speak of the
+            checkpoint's names, errors of the new ones; ``shard`` and boxes exclude each other.
         duplicates: what to do where several files have a tensor of one name. An index file beside them that names
             them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
             ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
@@ -248,13 +261,15 @@ def safetensors_weights_iterator(
         FileNotFoundError: a file is missing (other errors of ``open()`` likewise).
         HeaderError: a file breaks a rule of the format; the subclass names the rule.
         ReadError: bytes could not be read; raised when the iteration reaches the first tensor they belong to.
-        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant.
+        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant; or
+            ``rename`` gives one name to two tensors, not both of them with a box.
         TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
         OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
             ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
-        ValueError: a device that torch cannot use here, or a group that this process is not a member of. On the ranks
-            of a group it is a ``GroupValueError``.
-        TypeError: something that is no path.
+        ValueError: a device that torch cannot use here, a group that this process is not a member of, or boxes of
+            ``rename`` that overlap, leave a gap, or are not as large as their tensor. On the ranks of a group it is a
+            ``GroupValueError``.
+        TypeError: something that is no path, or an answer of ``rename`` that is none.
         RankDisagreementError: the ranks of the group would load different files, tensors, ....
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
@@ -270,6 +285,7 @@ def safetensors_weights_iterator(
         require_strategy(strategy)
         require_backend(backend)
         require_duplicates(duplicates)
+        require_rename(rename)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
         target = _target(to_cpu, device)
@@ -277,32 +293,40 @@ def safetensors_weights_iterator(
         fail_arguments_together(error, group, chosen, device, paths)
         raise
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
+    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
+    renamed: RenamedLoad | None = None
+    if rename is not None:
+        renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
+        open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights
     if target.type == "cpu":
         weights = load_to_host(
             group,
             chosen,
             paths,
-            lambda: open_files(paths),
+            open_them,
             names,
             backend=backend,
+            places=renamed.places if renamed else (),
             shard=shard,
             duplicates=duplicates,
-            may_differ=True,
+            may_differ=rename is None,
         )
     else:
         weights = load_to_device(
             target,
             bytes_of_files(paths),
             paths,
-            lambda: open_files(paths),
+            open_them,
             names,
             group,
             chosen,
             shard=shard,
             duplicates=duplicates,
-            may_differ=True,
+            may_differ=rename is None,
         )
+    if renamed is not None:
+        weights = renamed.fuse(weights)
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights

@@ -12,10 +12,12 @@ class LoadReport:
     """What was loaded, and where the time went."""
 
     loaded: list[str]
-    """Names of the file's tensors that are in the target now, in the order of the files."""
+    """Names of the file's tensors that are in the target now, in the order of the files; with ``rename=`` the target's
+    names, each once."""
 
     missing: list[str]
-    """Names of the target, as its ``state_dict`` has them, that no file has. Tied names are there if one of them is."""
+    """Names of the target, as its ``state_dict`` has them, that no file has. Tied names are there if one of them is.
+    With ``rename=`` also those of which the files have a part only, which is loaded."""
 
     unexpected: list[str]
     """Names of the files that the target lacks."""
@@ -24,7 +26,7 @@ class LoadReport:
     """Bytes of the loaded tensors in the files."""
 
     in_place: int
-    """How many tensors were read straight into their memory, without a second copy."""
+    """How many tensors of the files were read straight into their memory, without a second copy."""
 
     seconds: dict[str, float]
     """By stage: ``open`` (headers), ``match`` (names, shapes, planning), ``load``, and their sum ``total``. On an

@@ -278,7 +278,7 @@ class Turns:
             for name in own_tensors(part, prefix):
                 if name in copied:
                     settle(name)
-                elif name in self.absent:
+                if name in self.absent:
                     missing.append(inside + name[at:])
             if prefix in self.walk.extra:
                 missing.append(inside + self.walk.extra[prefix][at:])

@@ -225,7 +225,7 @@ class CopyTrials:
     def problem(self, name: str, place: Place, dtype: torch.dtype) -> str | None:
         """Why it cannot, to be said after the tensor's name."""
         tensor = place.tensor
-        if _copies_plainly(type(tensor)) and tensor.layout is torch.strided and not tensor.is_quantized:
+        if copies_plainly(type(tensor)) and tensor.layout is torch.strided and not tensor.is_quantized:
             words = _cast_problem(tensor.dtype, dtype, tensor.device.type)
         else:
             key = (type(tensor), tensor.layout, tensor.is_quantized, tensor.dtype, dtype, tensor.device)
@@ -246,7 +246,7 @@ class CopyTrials:
             except Exception as failed:
                 pass_on(failed)
                 return "untried"
-            if type(twin) is not type(tensor) and not _copies_plainly(type(tensor)):
+            if type(twin) is not type(tensor) and not copies_plainly(type(tensor)):
                 return "untried"
             try:
                 twin.copy_(zeros(tensor.shape, dtype, tensor.device))
@@ -259,7 +259,7 @@ class CopyTrials:
         return None
 
 
-def _copies_plainly(kind: type[torch.Tensor]) -> bool:
+def copies_plainly(kind: type[torch.Tensor]) -> bool:
     """Whether ``copy_`` of this class of tensors is that of torch.Tensor, as of parameters that carry attributes."""
     if kind in PLAIN:
         return True

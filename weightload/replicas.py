@@ -27,7 +27,7 @@ class Replicas:
     strategy: str
     device: torch.device
     names: set[str]
-    """The tensors. Those that are on another device are not shared."""
+    """The tensors, by their names in the target. Those that are on another device are not shared."""
 
     def number_globally(self, error: BaseException) -> None:
         """Have an error of a shared load name its rank as the default group numbers it, as a mesh does."""

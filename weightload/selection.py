@@ -20,6 +20,7 @@ __all__ = [
     "open_and_select",
     "open_files",
     "parts_in_order",
+    "predicate",
     "select",
     "select_all",
 ]
@@ -43,13 +44,13 @@ def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
     """Numbers of the file's tensors that ``names`` (a collection or a predicate; None for all) picks."""
     if names is None:
         return list(range(len(file)))
-    picked = _predicate(names)
+    picked = predicate(names)
     return [number for number, name in enumerate(file.names()) if picked(name)]
 
 
 def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicates: str = "error") -> list[list[int]]:
     """``select`` for each file, and one tensor of each name; see ``without_repeats``."""
-    picked = None if names is None else _predicate(names)  # once: an iterator among them can be read once
+    picked = None if names is None else predicate(names)  # once: an iterator among them can be read once
     selection = [select(file, picked) for file in files]
     return without_repeats(files, selection, duplicates, everything=names is None)
 
@@ -99,7 +100,12 @@ def parts_in_order(
     return found
 
 
-def _predicate(names: Names) -> Callable[[str], bool]:
+def predicate(names: Names) -> Callable[[str], bool]:
+    """Whether a name is picked.
+
+    Raises:
+        TypeError: ``names`` is neither a collection of names nor a predicate.
+    """
     if isinstance(names, str):
         raise TypeError("names must be a collection of tensor names or a predicate, not one string")
     if callable(names):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -11,11 +10,13 @@ import torch
 from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
+from weightload.fused_places import FusedPlaces, bytes_of_part, fuse
 from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
-from weightload.shards import NOTHING, Part, shape_of
+from weightload.renaming import Renamed
+from weightload.shards import NOTHING, Part
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -53,6 +54,9 @@ class Match:
     """Bytes of each tensor of the files, or of the part of it that is read."""
     tied: dict[str, object]
     """A key for every name of the target, equal for tied ones."""
+    pieces: dict[str, list[str]]
+    """Of each tensor of the target that others fill together, the names of those that are read. ``places``, ``parts``,
+    ``direct``, ``overlapping`` and ``sizes`` have theirs; ``loaded`` and the other lists have the target's."""
 
     def given(self) -> set[str]:
         """Names of the tensors that go to modules that take part."""
@@ -69,14 +73,18 @@ class Match:
 
 def wanted_names(target: Target, files: Sequence[_C.CheckpointFile]) -> set[str]:
     """The names of the files that the target has a use for."""
-    names = {name for file in files for name in file.names()}
+    return wanted_of(target, {name for file in files for name in file.names()})
+
+
+def wanted_of(target: Target, names: Collection[str]) -> set[str]:
+    """The names of these that the target has a use for."""
     walk = _walk(target, names)
     parts = tuple(walk.parts)
     return {name for name in names if name in walk.tensors or (parts and name.startswith(parts))}
 
 
-def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> Match:
-    """Decide where every tensor of the files goes, before any byte of them is read.
+def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool, renamed: Renamed | None = None) -> Match:
+    """Decide where every tensor of the files goes, before any byte of them is read. ``renamed``: where they are.
 
     Modules of FSDP must be back to their shards: ``shards.go_back_to_shards``.
 
@@ -86,28 +94,45 @@ def match(target: Target, files: Sequence[_C.CheckpointFile], strict: bool) -> M
         TypeError: the target is neither a module nor a mapping of tensors.
     """
     here = {tensor[0]: tensor for file in files for tensor in file.tensors()}
-    walk = _walk(target, here.keys())
+    pieces = renamed.pieces if renamed else {}
+    walk = _walk(target, {pieces[name].target if name in pieces else name for name in here} if pieces else here.keys())
     made = walk.made_on_the_fly()  # by the user's code, in the user's modes
-    return _match(target, walk, made, here, files, strict)
+    return _match(target, walk, made, here, files, strict, renamed or Renamed())
 
 
 @plainly
 def _match(
-    target: Target, walk: Walk, made: Sequence[str], here: Here, files: Sequence[_C.CheckpointFile], strict: bool
+    target: Target,
+    walk: Walk,
+    made: Sequence[str],
+    here: Here,
+    files: Sequence[_C.CheckpointFile],
+    strict: bool,
+    renamed: Renamed,
 ) -> Match:
     tensors = walk.tensors
     places = {name: look(tensor) for name, tensor in tensors.items()}
     theirs = {name: look(tensor) for name, tensor in walk.theirs.items()}
-    given, unexpected = _others(walk, here)
+    fused: FusedPlaces | None = None
+    there: Collection[str] = here  # by their names in the target
+    if renamed.pieces:
+        fused = fuse(renamed, here, tensors, places)
+        tensors, places, there = fused.tensors, places | fused.places, fused.names(here)
+    given, unexpected = _others(walk, there)
     _require_dtypes(here, tensors, given, files)
 
     tied = keys(places | theirs if theirs else places)
+    if fused:
+        tied.update(fused.keys(tied, places))
     # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
     wanted = (name for name in here if name in tensors and last[tied[name]] == name)
     read = {name: places[name] for name in wanted if places[name].part is not NOTHING}
-    spans = Spans(read | theirs if theirs else read)
+    spanned = fused.whole(read, places) if fused else read
+    spans = Spans(spanned | theirs if theirs else spanned)
     mixed = spans.overlapping()
+    if fused:
+        mixed = {name for name in tensors if fused.name(name) in mixed}
     direct = {
         name
         for name, place in read.items()
@@ -115,7 +140,13 @@ def _match(
     }
 
     alive = {key for name, key in tied.items() if name in here}
-    absent = [name for name in tensors if name not in here and name not in walk.excused] + list(walk.extra.values())
+    if fused:
+        alive.update(tied[name] for name in fused.filled() if name in tied)
+    absent = [name for name in tensors if name not in here and name not in walk.excused]
+    if fused and fused.partly:
+        lacking = fused.partly.keys() | set(absent)
+        absent = [name for name in walk.tensors if name in lacking]
+    absent += walk.extra.values()
     missing = [name for name in absent if name not in tied or tied[name] not in alive]
     surplus = [name for names in unexpected.values() for name in names]
     untried: list[str] = []
@@ -126,37 +157,53 @@ def _match(
     problems += [(name, f"{name!r} {whole}") for name, place in theirs.items() if place.whole is not None]
     on_the_fly = "is made by the module's state_dict on the fly; use load_state_dict"
     problems += [(name, f"{name!r} {on_the_fly}") for name in made]
-    problems += _differing_shapes(here, tensors)
+    alone = {name: tensor for name, tensor in tensors.items() if name not in fused.owners} if fused else tensors
+    problems += _differing_shapes(here, alone, renamed.sources)
+    if fused:
+        problems += fused.problems
+        boxed = "cannot be loaded: no boxes can be filled of a module that takes part in its own loading"
+        home = {name for names in given.values() for name in names}
+        problems += [(name, f"{name!r} {boxed}") for name, owner in fused.owners.items() if owner in home]
     if not problems:
         problems, untried = _uncopyable(here, {name: read[name] for name in read.keys() - direct})
         problems += [(name, f"{name!r} {READ_ONLY}") for name in spans.read_only()]
     # Hooks may forgive names, and are asked after the loading.
     strictly = differing_names(missing, surplus) if strict and not walk.forgiving else []
+    if strictly and fused:
+        strictly += [fused.partly[name] for name in missing if name in fused.partly]
     if problems or strictly:
         raise refusal(target, files, [words for _, words in problems] + strictly, next(iter(problems), (None,))[0])
     sizes = {name: end - begin for name, _, _, begin, end in here.values()}
     for name, place in read.items():
-        if place.part is not None and place.whole is not None and sizes[name]:
-            sizes[name] = sizes[name] * math.prod(shape_of(place.part)) // place.whole.numel()
+        if place.part is not None:
+            sizes[name] = bytes_of_part(sizes[name], place.part, here[name][1], here[name][2])
     turns = None
     if walk.parts or walk.hooked:
         turns = Turns(walk, given, unexpected, set(absent), strict)
     everywhere = {name for names in given.values() for name in names}
+    loaded = [name for name in here if name in tensors or name in everywhere]
+    pieces = fused.pieces(read) if fused else {}
+    if fused:
+        loaded = [name for name in fused.names(loaded) if name not in fused.partly]
+        sizes.update(dict.fromkeys(fused.elsewhere(places), 0))
+        for name, owner in fused.owners.items():
+            sizes[owner] = sizes.get(owner, 0) + sizes[name]
     return Match(
         places={name: place.tensor for name, place in read.items()},
         parts={name: place.part for name, place in read.items() if place.part is not None},
         wholes=[place.whole for place in read.values() if place.whole is not None],
-        dtensors={name: place.whole for name, place in places.items() if place.whole is not None},
+        dtensors={name: whole for name in walk.tensors if (whole := places[name].whole) is not None},
         direct=direct,
         overlapping=[name for name in tensors if name in mixed and name in read],
         first=[name for name in untried if name not in mixed],
-        loaded=[name for name in here if name in tensors or name in everywhere],
+        loaded=loaded,
         missing=missing,
         absent=absent,
-        unexpected=[name for name in here if name in set(surplus)] if surplus else [],
+        unexpected=[name for name in there if name in set(surplus)] if surplus else [],
         turns=turns,
         sizes=sizes,
         tied=tied,
+        pieces=pieces,
     )
 
 
@@ -216,7 +263,7 @@ def _require_dtypes(
             raise located(TensorError(f"{printable(path or '')}: {words}"), path, name)
 
 
-def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Problems:
+def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor], sources: Mapping[str, str]) -> Problems:
     problems = []
     for name, dtype, shape, _, _ in here.values():
         if name not in tensors or torch.nn.parameter.is_lazy(tensor := tensors[name]) or tensor.is_nested:
@@ -225,7 +272,8 @@ def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor]) -> Proble
         # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
             words = f"the checkpoint has {theirs}, the target {tuple(ours)}"
-            problems.append((name, f"size mismatch for {printable(name)}: {words}"))
+            source = f" (from {printable(sources[name])})" if name in sources else ""
+            problems.append((name, f"size mismatch for {printable(name)}{source}: {words}"))
     return problems
 
 

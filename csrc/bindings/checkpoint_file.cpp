@@ -62,11 +62,15 @@ py::list repeated(const FileList& files, const std::optional<Selection>& selecti
   return list;
 }
 
-// The same file with some of its tensors, by number.
-std::shared_ptr<CheckpointFile> with_tensors(const CheckpointFile& file, const std::vector<uint32_t>& numbers) {
+// The same file with some of its tensors, by number, under other names where there are any.
+std::shared_ptr<CheckpointFile> with_tensors(const CheckpointFile& file, const std::vector<uint32_t>& numbers,
+                                             std::optional<std::vector<std::string>> names) {
   std::vector<TensorInfo> some;
   some.reserve(numbers.size());
   for (const uint32_t number : numbers) some.push_back(file.header().tensors.at(number));
+  if (names) {
+    for (size_t i = 0; i < some.size(); ++i) some[i].name = std::move(names->at(i));
+  }
   return std::const_pointer_cast<CheckpointFile>(file.with_tensors(std::move(some)));
 }
 
@@ -130,7 +134,8 @@ void register_checkpoint_file(py::module_& module) {
       .def("tensors", tensors, "(name, dtype, shape, begin, end) by offset; begin and end count from the file's start")
       .def("header_digest", header_digest, py::call_guard<ReleaseGil>(),
            "A 64-bit digest of the header as it is in the file; reads it again.")
-      .def("with_tensors", with_tensors, py::arg("numbers"), "The same open file with some of its tensors.")
+      .def("with_tensors", with_tensors, py::arg("numbers"), py::arg("names") = py::none(),
+           "The same open file with some of its tensors; `names`: what they are called there.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, "Reads every byte once and returns their number.");
   refuse_copies(made);

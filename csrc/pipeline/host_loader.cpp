@@ -122,8 +122,10 @@ void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostL
     if (tried[f] || f >= options.most_maps || alone || !file.can_map() || !can_view(i)) continue;
     tried[f] = true;
     try {
+      // Who needs views is a caller that may write to them; who only prefers them copies from them.
+      const bool only_copied = !places.empty() && !options.must_map;
       maps_[f] = map_file(file.file()->descriptor().get(), file.size(), file.path(),
-                          places.empty() ? Access::write : Access::read);
+                          only_copied ? Access::read : Access::write);
     } catch (const Error&) {
       if (options.must_map) throw;
     }

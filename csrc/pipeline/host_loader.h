@@ -29,6 +29,7 @@ struct HostLoaderOptions {
   bool map = true;
 
   // Whether a file that cannot be mapped is an error. If not its tensors get private memory: for those who copy them.
+  // Views in a load with places can be written to only if this is true.
   bool must_map = true;
 
   // Of files in the page cache, and of those that are not all there: more than there are CPUs then, so that some wait
