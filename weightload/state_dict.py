@@ -192,7 +192,7 @@ def _match(
         places={name: place.tensor for name, place in read.items()},
         parts={name: place.part for name, place in read.items() if place.part is not None},
         wholes=[place.whole for place in read.values() if place.whole is not None],
-        dtensors={name: whole for name in walk.tensors if (whole := places[name].whole) is not None},
+        dtensors={name: shards for name in walk.tensors if (shards := places[name].whole) is not None},
         direct=direct,
         overlapping=[name for name in tensors if name in mixed and name in read],
         first=[name for name in untried if name not in mixed],
