@@ -115,7 +115,7 @@ class Sharing:
         wishes = Wishes(files)
         self._group.close()
         self._group = _C.Group(*self._arguments)
-        records = self._group.agree(AGREED + wishes.of_rank(selection, lambda name: name not in parts), False)
+        records = self._group.agree(AGREED + wishes.of_rank(selection, parts), False)
         if any(record[:1] != AGREED for record in records):
             raise errors.GroupError(f"{self._load}: other ranks are at another call")
         return wishes.common([record[1:] for record in records])

@@ -10,6 +10,7 @@ import torch
 
 from weightload import _C
 from weightload.load_stats import LoadStats, joined
+from weightload.shards import Parts, bytes_of_part
 
 LEAST_SHARED = 0.1
 """Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
@@ -123,18 +124,19 @@ class Wishes:
         self._files = files
         self._count = sum(map(len, files))
 
-    def of_rank(self, selection: Sequence[Sequence[int]], in_full: Callable[[str], bool]) -> bytes:
+    def of_rank(self, selection: Sequence[Sequence[int]], parts: Parts) -> bytes:
         """This rank's wish."""
         begin = total = 0
         some, whole = (bytearray((self._count + 7) // 8) for _ in range(2))
         for file, numbers in zip(self._files, selection, strict=True):
             tensors = file.tensors()
             for number in numbers:
-                name, _, _, first, last = tensors[number]
-                total += last - first
+                name, dtype, shape, first, last = tensors[number]
+                part = parts.get(name)
+                total += last - first if part is None else bytes_of_part(last - first, part, dtype, shape)
                 byte, bit = (begin + number) // 8, 1 << (begin + number) % 8
                 some[byte] |= bit
-                if in_full(name):
+                if part is None:
                     whole[byte] |= bit
             begin += len(tensors)
         return total.to_bytes(8, "little") + bytes(some) + bytes(whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -161,9 +160,3 @@ def _place(box: boxes.Box, bounds: boxes.Bounds, part: Part, place: Place) -> Pl
     dimensions = len(boxes.shape_of_box(box, bounds))
     scratch = empty((0,) * dimensions, place.tensor.dtype, place.tensor.device)
     return look(scratch)._replace(part=((),) * dimensions or None)
-
-
-def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a part of a file's tensor that has ``size``."""
-    whole = math.prod(torch_shape(dtype, shape))
-    return size * math.prod(sum(end - begin for begin, end in ranges) for ranges in part) // whole if whole else 0

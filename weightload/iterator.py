@@ -212,7 +212,8 @@ def safetensors_weights_iterator(
             use it at once.
         group: the ranks that share the reading; all of them must make this call, with equal files and arguments but for
             ``names`` and ``shard``. Where those differ, what all ranks want in full is shared, and the rest each reads
-            for itself. (Where that is less than a tenth of what one of them wants, each reads all for itself.)
+            for itself. (Where that is less than a tenth of what one of them wants, each reads all for itself. With
+            ``rename``, all ranks must want and rename the same.)
             Default: the ranks of this node (``weightload.node_group()``). The group is used as it is, from the calling
             thread only: while the call runs, and while ``next()`` does, at points that are the same on all ranks. One
             load a group at a time.

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from weightload.dtypes import torch_shape
+
 Ranges = tuple[tuple[int, int], ...]
 """Indices of one dimension: begin and end of each run of them, in order."""
 Part = tuple[Ranges, ...]
@@ -101,6 +103,12 @@ def part_of_rank(
 def shape_of(part: Part) -> tuple[int, ...]:
     """The shape of what a part has."""
     return tuple(sum(end - begin for begin, end in ranges) for ranges in part)
+
+
+def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a part of a file's tensor that has ``size``."""
+    whole = math.prod(torch_shape(dtype, shape))
+    return size * math.prod(sum(end - begin for begin, end in ranges) for ranges in part) // whole if whole else 0
 
 
 def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:

@@ -10,13 +10,13 @@ import torch
 from weightload import _C
 from weightload.dtypes import TORCH_DTYPES, torch_shape
 from weightload.errors import StateDictError, TensorError, located
-from weightload.fused_places import FusedPlaces, bytes_of_part, fuse
+from weightload.fused_places import FusedPlaces, fuse
 from weightload.own_loading import Turns, Walk
 from weightload.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload.plain_torch import plainly
 from weightload.printable import printable
 from weightload.renaming import Renamed
-from weightload.shards import NOTHING, Part
+from weightload.shards import NOTHING, Part, bytes_of_part
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
