@@ -96,12 +96,12 @@ if rank < 4:
     together.LOOK_SECONDS = 0
     store = dist.distributed_c10d._get_default_store()
     (ranks, number), = together._loads.items()
-    put, copied = weightload.into._put, []
+    put, copied = weightload.filling._put, []
     def slowly(name, tensor, place):
         store.wait([f"weightload/failed/{ranks}/{number + 1}"])
         copied.append(name)
         put(name, tensor, place)
-    weightload.into._put = slowly
+    weightload.filling._put = slowly
     into = {"a": target()["a"]} | {name: torch.zeros(8, 16).t() for name in "bcd" if rank == 0}
     if rank == 1:
         _C.arm_fault("error", count=1 << 30, error_number=5)

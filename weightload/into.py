@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from weightload import _C, devices, progress
+from weightload import _C, devices
 from weightload.agreement import of_files
-from weightload.apart import SharedAndOwn
-from weightload.device_iterator import (
-    DeviceWeightIterator,
-    fail_arguments_together,
-    fail_together,
-    load_to_device,
-)
+from weightload.device_iterator import fail_arguments_together, fail_together
 from weightload.distributed import load_name, require_group, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, one_of_each, require_duplicates
-from weightload.errors import StateDictError, located
-from weightload.handlers import pass_on
-from weightload.iterator import WeightIterator, load_to_host
+from weightload.filling import Filled, devices_of, fill, shares
 from weightload.load_report import LoadReport
-from weightload.load_stats import LoadStats
-from weightload.paths import Path, Paths, path_list
+from weightload.paths import Paths, path_list
 from weightload.plain_torch import plainly
 from weightload.renaming import Rename, Renamed, rename_opened, require_rename
-from weightload.replicas import Replicas, find_replicas
+from weightload.replicas import find_replicas
 from weightload.selection import open_files
 from weightload.shards import go_back_to_shards, is_dtensor
 from weightload.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
@@ -182,7 +172,7 @@ def _load(
         if group is None and not together.alone:  # else the loads agree themselves
             together.begin(of_files(opened, named=False) | of_dtensors(matched.dtensors))
         replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
-        if _shares(group, strategy):
+        if shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())
         elif replicas is not None:
             replicas.names = {piece for name in replicas.names for piece in matched.pieces.get(name, [name])}
@@ -219,137 +209,6 @@ def _load(
     )
 
 
-Look = Callable[[], None]
-"""Called between any two tensors; ends the load by an exception."""
-
-
-@dataclasses.dataclass
-class Filled:
-    """What a load did."""
-
-    stats: dict[str, LoadStats]
-    """By device; of what replicas have shared beside others, ``"cuda:0, replicas"``."""
-    names: tuple[list[str], list[str]] | None = None
-    """Missing and unexpected ones, where modules had a say in that."""
-
-
-def fill(
-    matched: Match,
-    to: Iterable[torch.device],
-    files: list[_C.CheckpointFile],
-    paths: Sequence[Path],
-    group: ProcessGroup | None = None,
-    strategy: str = "independent",
-    show_progress: bool | None = False,
-    look: Look | None = None,
-    replicas: Replicas | None = None,
-) -> Filled:
-    """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
-    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look, replicas)
-    if matched.turns is None:
-        return filled
-
-    @plainly
-    def settle(name: str) -> None:
-        """At the turn of a tensor's module, with what others made of it before."""
-        names = matched.pieces.get(name, [name])
-        changed = {n for n in names if n not in held and n in versions and versions[n] != matched.places[n]._version}
-        if changed:
-            held.update(_beside(changed, dataclasses.replace(matched, first=[]), files, paths, filled, progress.unseen))
-        for each in names:
-            if each in held:
-                _put(each, held[each], matched.places[each])
-
-    copied = matched.places.keys() | matched.pieces.keys() if matched.pieces else matched.places.keys()
-    filled.names = matched.turns.take(held, settle, copied)
-    return filled
-
-
-@plainly
-def _read(
-    matched: Match,
-    to: Iterable[torch.device],
-    files: list[_C.CheckpointFile],
-    paths: Sequence[Path],
-    group: ProcessGroup | None,
-    strategy: str,
-    show_progress: bool | None,
-    look: Look | None,
-    replicas: Replicas | None,
-) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
-    """Do all but what needs the turns of modules.
-
-    Returns:
-        What was done, the tensors that wait for their turn, and the versions of what was filled.
-    """
-    sizes = matched.sizes
-    filled = Filled({})
-    given = matched.given()
-    total = sum(sizes[name] for name in matched.places) + sum(sizes[name] for name in given)
-    to = list(to)
-    held: dict[str, torch.Tensor] = {}
-    began = False
-    try:
-        with progress.bar(total, show_progress) as advance:
-            try:
-                if given or matched.first:
-                    held = _beside(given.union(matched.first), matched, files, paths, filled, advance)
-            except BaseException as error:
-                if group is not None:
-                    fail_together(error, group, strategy, paths, to[0])
-                if replicas is not None:
-                    fail_together(error, replicas.group, replicas.strategy, paths, replicas.device)
-                raise
-            for what, device, names, ranks, how in _loads(to, matched, group, strategy, replicas):
-                try:
-                    with _start(device, files, paths, matched, names, ranks, how) as weights:
-                        began = True
-                        _take(weights, matched, held, advance, look)
-                except BaseException as error:
-                    if replicas is not None and ranks is replicas.group:
-                        replicas.number_globally(error)
-                    raise
-                filled.stats[what] = weights.stats()
-    finally:
-        if began:
-            # Bytes that changed behind autograd's back, perhaps not all of them. Inference tensors do without it.
-            changed = [matched.places[name] for name in matched.direct] + matched.wholes
-            torch.autograd.graph.increment_version([place for place in changed if not place.is_inference()])
-
-    if matched.turns is None:
-        # One over the other, as load_state_dict would.
-        for name in matched.overlapping:
-            _put(name, held[name], matched.places[name])
-        return filled, {}, {}
-    return filled, held, {name: place._version for name, place in matched.places.items() if not place.is_inference()}
-
-
-def _beside(
-    names: set[str],
-    matched: Match,
-    files: list[_C.CheckpointFile],
-    paths: Sequence[Path],
-    filled: Filled,
-    advance: progress.Advance,
-) -> dict[str, torch.Tensor]:
-    """Tensors for the modules that take part, each rank's own, on the CPU as those of load_file are.
-
-    Those that may not take a copy get theirs now, before anything else is written.
-    """
-    with load_to_host(
-        None, "independent", paths, lambda: list(files), names, backend="either", parts=matched.parts
-    ) as weights:
-        held = {}
-        for name, tensor in weights:
-            held[name] = tensor
-            advance(matched.sizes[name])
-    if not matched.places:
-        filled.stats["cpu"] = weights.stats()
-    for name in matched.first:
-        _put(name, held.pop(name), matched.places[name])
-    return held
-
-
 def _names(
     matched: Match, filled: Filled, target: Target, files: list[_C.CheckpointFile], strict: bool
 ) -> tuple[list[str], list[str], list[str]]:
@@ -366,17 +225,6 @@ def _names(
     if strict and not own_say and (words := differing_names(missing, unexpected)):
         raise refusal(target, files, [*words, "modules that take part in their loading said so: it is partly loaded"])
     return [name for name in matched.loaded if name not in surplus], missing, unexpected
-
-
-@plainly
-def devices_of(matched: Match) -> dict[torch.device, None]:
-    """Where what was matched goes."""
-    return dict.fromkeys(place.device for place in matched.places.values())
-
-
-def _shares(group: ProcessGroup | None, strategy: str) -> bool:
-    """Whether bytes travel between ranks, in blocks of the loader's."""
-    return group is not None and strategy != "independent"
 
 
 def _tensors(target: Target) -> Iterable[torch.Tensor]:
@@ -396,93 +244,3 @@ def _first_device(target: Target) -> torch.device:
 @plainly
 def _has_shards(target: Target) -> bool:
     return any(map(is_dtensor, {type(tensor): tensor for tensor in _tensors(target)}.values()))
-
-
-def _loads(
-    devices_here: Iterable[torch.device],
-    matched: Match,
-    group: ProcessGroup | None,
-    strategy: str,
-    replicas: Replicas | None,
-) -> Iterator[tuple[str, torch.device, set[str], ProcessGroup | None, str]]:
-    """The loads: what statistics call each, its device and names, and the ranks that share it, and how."""
-    # First what is shared: a rank that fails by itself must not leave its replicas waiting.
-    shared: set[str] = set()
-    if replicas is not None:
-        group, strategy = None, "independent"
-        shared = {name for name in _names_on(replicas.device, matched) if name in replicas.names}
-        yield f"{replicas.device}, replicas", replicas.device, shared, replicas.group, replicas.strategy
-    for device in devices_here:
-        own = _names_on(device, matched) - shared
-        if own or replicas is None:
-            yield str(device), device, own, group, strategy
-
-
-def _names_on(device: torch.device, matched: Match) -> set[str]:
-    return {name for name, place in matched.places.items() if place.device == device}.difference(matched.first)
-
-
-def _start(
-    device: torch.device,
-    files: list[_C.CheckpointFile],
-    paths: Sequence[Path],
-    matched: Match,
-    here: set[str],
-    group: ProcessGroup | None,
-    strategy: str,
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
-    """A load of these names to one device."""
-    in_order = [name for file in files for name in file.names() if name in here]
-    places = [matched.places[name] if name in matched.direct else None for name in in_order]
-    if _shares(group, strategy):
-        places = []
-    elif device.type != "cpu":
-        group = None
-    if device.type == "cpu":
-        return load_to_host(
-            group, strategy, paths, lambda: list(files), here, backend="either", places=places, parts=matched.parts
-        )
-    most_bytes = sum(file.size for file in files)
-    return load_to_device(
-        devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places, matched.parts
-    )
-
-
-def _take(
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn,
-    matched: Match,
-    held: dict[str, torch.Tensor],
-    advance: progress.Advance,
-    look: Look | None,
-) -> None:
-    """Let the load run, and put into place what could not be read there. What overlaps is held until all is read."""
-    if (
-        look is None
-        and advance is progress.unseen
-        and not matched.overlapping
-        and len(matched.direct) == len(matched.places)
-    ):
-        collections.deque(weights, maxlen=0)  # nothing is left to do for tens of thousands of them, perhaps
-        return
-    late = set(matched.overlapping)
-    for name, tensor in weights:
-        if name in late:
-            held[name] = tensor
-        elif name not in matched.direct:
-            _put(name, tensor, matched.places[name])
-        advance(matched.sizes[name])
-        if look is not None:
-            look()
-
-
-def _put(name: str, tensor: torch.Tensor, place: torch.Tensor) -> None:
-    """Copy as load_state_dict does, or as inference mode does where only that can."""
-    with torch.inference_mode() if place.is_inference() else torch.no_grad():
-        try:
-            place.copy_(tensor.reshape(place.shape))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            pass_on(error)
-            what = f"cannot load into {name!r}, a {type(place).__name__}: {error}\nOthers may be loaded by now"
-            raise located(StateDictError(what), None, name) from error

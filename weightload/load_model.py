@@ -9,8 +9,8 @@ import torch
 from weightload import _C, devices
 from weightload.errors import StateDictError, located
 from weightload.fetch import load_all
+from weightload.filling import devices_of, fill
 from weightload.handlers import pass_on
-from weightload.into import devices_of, fill
 from weightload.iterator import Backend, require_backend
 from weightload.own_loading import SAVING, is_overridden
 from weightload.paths import Path

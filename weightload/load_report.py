@@ -33,7 +33,8 @@ class LoadReport:
     accelerator the host is done before the device is: work queued on the current stream comes after the load's."""
 
     stats: dict[str, LoadStats]
-    """By device (``"cpu"``, ``"cuda:0"``): what the load there did."""
+    """By device (``"cpu"``, ``"cuda:0"``): what the load there did. ``"cuda:0, replicas"``: what ranks with the same
+    shards shared there."""
 
     took_part: list[str] = dataclasses.field(default_factory=list)
     """Modules that take part in their own loading (hooks, methods of their own). They got their tensors, and those of
