@@ -17,11 +17,12 @@ from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_te
 path = sys.argv[4]
 with_fifth = size == 5
 if with_fifth:
-    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("r", "c"))
 else:
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "c"))
 
 four = dist.new_group(range(4))
+columns = mesh[mesh.mesh_dim_names[0]] if rank < 4 else None
 
 def target(placements=(Shard(0), Shard(1)), **more):
     deal = lambda tensor: distribute_tensor(tensor, mesh, placements, src_data_rank=None)
@@ -67,6 +68,18 @@ if rank < 4:
     assert type(error) is errors.RankDisagreementError and "meshes and placements" in str(error), repr(error)
     assert not any(into[name].to_local().any() for name in "abcd")
 
+    into = target()
+    swap = {"a": "b", "b": "a"} if rank == 1 else {}
+    error = load(into, rename=swap)
+    assert type(error) is errors.RankDisagreementError and "rename" in str(error), repr(error)
+    error = load(into, rename={"a": None} if rank == 1 else {}, strict=False)
+    assert type(error) is errors.RankDisagreementError, repr(error)
+
+    # Experts of a part of the mesh are other ones on other ranks.
+    expert = distribute_tensor(torch.zeros(16, 8), columns, [Shard(0)], src_data_rank=None)
+    into = {"a": target()["a"], "bc"[rank % 2]: expert}
+    assert load(into, strict=False) is None and is_right(into)
+
     # What is not ours, and an interrupt, in the code of one rank's module.
     class OwnError(Exception):
         pass
@@ -95,7 +108,7 @@ if rank < 4:
     # Another is still busy.
     together.LOOK_SECONDS = 0
     store = dist.distributed_c10d._get_default_store()
-    (ranks, number), = together._loads.items()
+    (ranks, number), = together._rounds.items()
     put, copied = weightload.filling._put, []
     def slowly(name, tensor, place):
         store.wait([f"weightload/failed/{ranks}/{number + 1}"])

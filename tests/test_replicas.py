@@ -13,7 +13,7 @@ LOADS = """
 import random
 import safetensors.torch
 from torch.distributed.tensor import Replicate, Shard, _StridedShard, distribute_tensor, init_device_mesh
-from weightload import _C, errors, settings
+from weightload import _C, errors, filling, settings
 
 path = sys.argv[4]
 whole = safetensors.torch.load_file(path)
@@ -86,6 +86,21 @@ for shards, first in ((rows, 0), (mixed, 0), (mixed, 1), (mixed, 2)):
         else:
             raise AssertionError("no error")
         _C.disarm_fault()
+# What fails while a tensor is put into place is the cause; that the rank has left is not.
+put = filling._put
+def failing(*arguments):
+    if rank == 3:
+        raise errors.OutOfMemoryError("none left")
+    put(*arguments)
+filling._put = failing
+try:
+    with settings.override(**SMALL):
+        load(rows, strategy="striped")
+except errors.OutOfMemoryError as error:
+    assert "none left" in str(error) and error.rank in (3, None if rank == 3 else 3), repr(error)
+else:
+    raise AssertionError("no error")
+filling._put = put
 load(rows, strategy="striped")
 dist.barrier()
 dist.destroy_process_group()

@@ -144,9 +144,9 @@ class Group:
     def __init__(
         self, group: typing.Any, target: DeviceTarget | None, device: str, strategy: Strategy, load: str
     ) -> None: ...
-    def agree(self, record: bytes, more: bool) -> list[bytes]:
+    def agree(self, record: bytes, more: bool, compared: int | None = None, parting: bytes = b"") -> list[bytes]:
         """
-        The records of all ranks, which must have the same size. The first byte of those that agree is 1.
+        The records of all ranks, which must have the same size. The first byte of those that agree is 1. They agree if `compared` bytes (all by default) are equal. With `parting`, all must be; where only those are, the ranks meet once more, and a rank that was interrupted gives them that.
         """
     def close(self) -> None: ...
     def tell(self, record: bytes) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAMED_FILES = 32
 AGREED, FAILED = b"\1", b"\0"
 TOLD = "weightload_was_told"  # an attribute of exceptions
-WISHES = ("selection", "parts")  # what of a record ranks may differ in that read for themselves
+WISH_BYTES = 32  # at the end of a record: what the rank wants
 
 Chosen = tuple[list[_C.CheckpointFile], list[list[int]], Parts]
 """The files of a load, the tensors of each by number, and the parts of those of which not all is wanted."""
@@ -39,7 +39,7 @@ class Sharing:
 
     Attributes:
         core: what a loader takes over, unless the ranks only agree (``"independent"``): None then.
-        common: by file, what all ranks want in full, where they differ; see ``agree``.
+        differ: whether they want different tensors, or parts; see ``agree``.
         seconds: how long the agreement took, from the moment this rank was ready for it.
     """
 
@@ -54,18 +54,23 @@ class Sharing:
         load = load_name(paths)
         self.seconds = 0.0
         self._strategy, self._kind, self._load = strategy, device.type, load
-        self._arguments = group, target, str(device), getattr(_C.Strategy, strategy), load
-        self._group = _C.Group(*self._arguments)
+        self._arguments = group, str(device), getattr(_C.Strategy, strategy), load
+        self._group = self._join(target)
         self.core = None if strategy == "independent" else self._group
-        self.common: list[list[int]] | None = None
+        self.differ = False
+        self._records: list[bytes] = []
+
+    def _join(self, target: _C.DeviceTarget | None) -> _C.Group:
+        group, device, strategy, load = self._arguments
+        return _C.Group(group, target, device, strategy, load)
 
     def agree(self, choose: Callable[[], Chosen], may_differ: bool = False) -> Chosen:
         """Open the files and pick tensors, then compare with the other ranks; the same on all, or an error on all.
 
         Args:
             choose: does the first two. Its list of files is empty after an error.
-            may_differ: ranks may want different tensors and parts. Where they do, and the load is shared, ``common``
-                says what all want in full, and ``core`` is None.
+            may_differ: ranks may want different tensors and parts. Where they do, ``differ`` is true, and all ranks
+                must call ``find_common`` next.
 
         Raises:
             RankDisagreementError: the ranks are about to load different things.
@@ -76,29 +81,27 @@ class Sharing:
         failure: BaseException | None = None
         try:
             chosen = choose()
-            record = self._record(*chosen)
+            record = self._record(*chosen, may_differ)
         except BaseException as error:  # the others must not wait for a rank that was interrupted
             failure = error
             record = failed_record(error, self._load)
         try:
             if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
-                    self._group.tell(record)  # without waiting for ranks that may be late
+                self._tell(record)
                 failure.__dict__[TOLD] = True
                 raise failure
             begin = time.perf_counter()
             files, selection, _ = chosen or ([], [], NO_PARTS)
             more = self.core is not None and failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
-            records = self._group.agree(record, more)
-            same = check(records, failure, WISHES if may_differ else ())
+            if may_differ and chosen is not None:
+                interrupted = failed_record(KeyboardInterrupt(), self._load).ljust(Wishes(files).record_bytes, b" ")
+                records = self._group.agree(record, more, RECORD_BYTES - WISH_BYTES, interrupted)
+            else:
+                records = self._group.agree(record, more)
+            self._records = records
+            self.differ = not check(records, failure, may_differ)
             if chosen is None:
                 raise errors.GroupError(f"{self._load}: this rank failed, and the others did not hear of it")
-            if not same:
-                common = self._find_common(*chosen)
-                if common is None:
-                    check(records, None)  # raises: tensors of one name, from different files
-                if self.core is not None:
-                    self.core, self.common = None, common
             self.seconds = time.perf_counter() - begin
         except BaseException:
             if chosen is not None:
@@ -109,38 +112,77 @@ class Sharing:
             failure = None
         return chosen
 
-    def _find_common(
-        self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts
-    ) -> list[list[int]] | None:
-        wishes = Wishes(files)
-        self._group.close()
-        self._group = _C.Group(*self._arguments)
-        records = self._group.agree(AGREED + wishes.of_rank(selection, parts), False)
-        if any(record[:1] != AGREED for record in records):
-            raise errors.GroupError(f"{self._load}: other ranks are at another call")
-        return wishes.common([record[1:] for record in records])
+    def find_common(self, chosen: Chosen, target: _C.DeviceTarget | None) -> list[list[int]]:
+        """The tensors, by file, that ranks share which want different ones: those that all want in full.
+
+        If there are any, ``core`` is for a load of these, to ``target``. Raises as ``agree``.
+        """
+        files, selection, parts = chosen
+        begin = time.perf_counter()
+        shared = self.core is not None
+        try:
+            wishes = Wishes(files)
+            self._group.close()
+            self.core, self._group = None, self._join(target)
+            try:
+                wish = AGREED + wishes.of_rank(selection, parts)
+            except BaseException as error:
+                self._tell(failed_record(error, self._load).ljust(wishes.record_bytes, b" "))
+                raise
+            records = self._group.agree(wish.ljust(wishes.record_bytes, b"\0"), shared, 1)
+            for rank, record in enumerate(records):
+                if record[:1] == FAILED:
+                    raise errors.from_rank(**({"rank": rank} | json.loads(record[1:])))
+                if record[:1] != AGREED:
+                    raise errors.GroupError(f"{self._load}: other ranks are at another call")
+            common = wishes.common([record[1:] for record in records])
+            if common is None:
+                check(self._records, None)  # raises
+                raise errors.RankDisagreementError(f"{self._load}: tensors of one name from different files")
+            if not shared or not any(common):
+                self._group.close()
+                return [[] for _ in files]
+            self.core = self._group
+            return common
+        except BaseException:
+            files.clear()
+            raise
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+    def _tell(self, record: bytes) -> None:
+        with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
+            self._group.tell(record)  # without waiting for ranks that may be late
 
     def close(self) -> None:
         """Leave the load; the other ranks are told. Nothing to do once a loader has taken over."""
         self._group.close()
 
-    def _record(self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts) -> bytes:
+    def _record(
+        self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts, may_differ: bool
+    ) -> bytes:
         """What must be the same on every rank."""
         now = settings.current()
         same: dict[str, object] = {
             "strategy": self._strategy,
             "device": self._kind,
             "block_bytes": now.block_bytes if self._kind == "cpu" else now.device_block_bytes,
-            "selection": f"{_C.selection_digest(files, selection):016x}",
-            "parts": digest(map(repr, parts_in_order(files, selection, parts))),
+            "rename= (all of a group or none)": not may_differ,
         }
-        return agreed_record(self._load, same | of_files(files))
+        chosen = f"{_C.selection_digest(files, selection):016x}"
+        return agreed_record(
+            self._load, same | of_files(files), chosen + digest(map(repr, parts_in_order(files, selection, parts)))
+        )
 
 
-def agreed_record(load: str, same: Mapping[str, object]) -> bytes:
-    """What a rank tells the others that is ready: as JSON, so that a difference can be said in words."""
+def agreed_record(load: str, same: Mapping[str, object], wish: str = "") -> bytes:
+    """What a rank tells the others that is ready: as JSON, so that a difference can be said in words.
+
+    At the end are the digests of what it wants, ``selection`` and ``parts``, in which iterators' ranks may differ.
+    """
     fields = {"load": load[:100], "versions": [__version__, torch.__version__], **same}
-    return (AGREED + json.dumps(fields, separators=(",", ":")).encode()).ljust(RECORD_BYTES, b" ")
+    text = AGREED + json.dumps(fields, separators=(",", ":")).encode()
+    return text.ljust(RECORD_BYTES - WISH_BYTES, b" ") + wish.encode().ljust(WISH_BYTES)
 
 
 def of_files(files: Sequence[_C.CheckpointFile], named: bool = True) -> dict[str, object]:
@@ -165,17 +207,19 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def check(records: list[bytes], failure: BaseException | None, may_differ: Sequence[str] = ()) -> bool:
+def check(records: list[bytes], failure: BaseException | None, may_differ: bool = False) -> bool:
     """Raise what every rank raises, if one has failed or they differ: ``was_told`` is true of it.
 
     Returns:
-        Whether all are the same. If not, they differ in nothing but ``may_differ``.
+        Whether all are the same. If not, they differ in what they want, as they ``may``.
     """
     try:
         return _check(records, failure, may_differ)
     except BaseException as error:
         error.__dict__[TOLD] = True
         raise
+    finally:
+        failure = None  # its traceback may lead here
 
 
 def was_told(error: BaseException) -> bool:
@@ -183,19 +227,23 @@ def was_told(error: BaseException) -> bool:
     return TOLD in error.__dict__
 
 
-def _check(records: list[bytes], failure: BaseException | None, may_differ: Sequence[str]) -> bool:
+def _check(records: list[bytes], failure: BaseException | None, may_differ: bool) -> bool:
     if any(record[:1] == NODE for record in records):
         raise errors.GroupError("ranks of the group are at different calls: some ask for the nodes of its ranks")
-    for rank, record in enumerate(records):
-        if record[:1] == FAILED:
-            raise errors.from_rank(**({"rank": rank} | json.loads(record[1:]))) from failure
+    failed = [({"rank": rank} | json.loads(record[1:])) for rank, record in enumerate(records) if record[:1] == FAILED]
+    if failed:
+        # That a rank has left is for a reason.
+        causes = [one for one in failed if one["type"] != errors.RankLeftError.__name__] or failed
+        raise errors.from_rank(**causes[0]) from failure
     if all(record == records[0] for record in records):
         return True
-    views = [json.loads(record[1:]) for record in records]
-    if may_differ:
-        views = [{name: value for name, value in view.items() if name not in may_differ} for view in views]
-        if all(view == views[0] for view in views):
-            return False
+    wish = RECORD_BYTES - WISH_BYTES
+    if may_differ and all(record[:wish] == records[0][:wish] for record in records):
+        return False
+    views = [
+        json.loads(record[1:wish]) | {"selection": record[wish:][:16].hex(), "parts": record[wish:][16:].hex()}
+        for record in records
+    ]
     # Whom most of the others agree with is right; of two halves, the one with the first rank.
     right = max(views, key=lambda view: (views.count(view), -views.index(view)))
     odd = [rank for rank, view in enumerate(views) if view != right]

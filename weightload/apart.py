@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from weightload import _C
+from weightload.distributed import RECORD_BYTES
 from weightload.load_stats import LoadStats, joined
 from weightload.shards import Parts, bytes_of_part
 
@@ -117,12 +118,13 @@ class Wishes:
     """What each rank of a load wants of the tensors of its files, which are the same on all.
 
     A wish is a record of the same size on all ranks: how many bytes, then two bits for each tensor of the files.
-    Whether the rank wants any of it, and whether all of it.
+    Whether the rank wants any of it, and whether all of it. It takes ``record_bytes`` with a first byte before it.
     """
 
     def __init__(self, files: Sequence[_C.CheckpointFile]) -> None:
         self._files = files
         self._count = sum(map(len, files))
+        self.record_bytes = max(RECORD_BYTES, 1 + 8 + 2 * ((self._count + 7) // 8))
 
     def of_rank(self, selection: Sequence[Sequence[int]], parts: Parts) -> bytes:
         """This rank's wish."""
@@ -151,7 +153,7 @@ class Wishes:
         whole = (1 << self._count) - 1
         for wish in wishes:
             wanted |= int.from_bytes(wish[8 : 8 + size], "little")
-            whole &= int.from_bytes(wish[8 + size :], "little")
+            whole &= int.from_bytes(wish[8 + size : 8 + 2 * size], "little")
         names = [name for one in map(_of, self._files, self._by_file(wanted)) for name in one]
         if len(set(names)) < len(names):
             return None

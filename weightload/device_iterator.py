@@ -164,11 +164,34 @@ def load_to_device(
                 target, files, selection, places, wanted, window_bytes=window_bytes, counting=counting
             )
         sharing = Sharing(group, strategy, device, target, paths)
-        files, selection, wanted = sharing.agree(choose, may_differ)
-        if sharing.common is None:
+        shared = sharing.agree(choose, may_differ)
+        if not sharing.differ:
+            files, selection, wanted = shared
             return DeviceWeightIterator(target, files, selection, parts=wanted, sharing=sharing, counting=counting)
+        # With one ring's memory between the two loads.
         target.close()
-        return _start_apart(device, pieces, paths, (files, selection, wanted), sharing, group, strategy, counting)
+        target = make_target(device, own_bytes, pieces, rings=2)
+        common = sharing.find_common(shared, target)
+        files, selection, wanted = shared
+
+        def start_shared(numbers: list[list[int]]) -> DeviceWeightIterator:
+            return DeviceWeightIterator(target, list(files), numbers, sharing=sharing)
+
+        def start_own(numbers: list[list[int]], rings: int = 2) -> DeviceWeightIterator:
+            own = make_target(device, sum(map(_C.CheckpointFile.bytes_of, files, numbers)), pieces, rings)
+            try:
+                return DeviceWeightIterator(own, list(files), numbers, parts=wanted, counting=counting)
+            except BaseException:
+                own.close()
+                raise
+
+        try:
+            if any(common):
+                return start_both(selection, common, start_shared, start_own)
+            target.close()
+            return start_own(selection, rings=1)
+        finally:
+            files.clear()
     except BaseException:
         # An exception's traceback would keep its ring through this frame.
         target.close()
@@ -176,53 +199,6 @@ def load_to_device(
     finally:
         if sharing is not None:
             sharing.close()
-
-
-def _start_apart(
-    device: torch.device,
-    pieces: int,
-    paths: Sequence[Path],
-    chosen: Chosen,
-    sharing: Sharing,
-    group: ProcessGroup,
-    strategy: str,
-    counting: Counting,
-) -> DeviceWeightIterator | SharedAndOwn:
-    """What all ranks want is shared, the rest read by each; with one ring's memory between the two."""
-    files, selection, parts = chosen
-    common = sharing.common or []
-    is_any_shared = any(common)
-
-    def ring(most_bytes: int) -> _C.DeviceTarget:
-        return make_target(device, most_bytes, pieces, rings=2 if is_any_shared else 1)
-
-    def start_shared(numbers: list[list[int]]) -> DeviceWeightIterator:
-        target = ring(own_share(sum(map(_C.CheckpointFile.bytes_of, files, numbers)), group, strategy))
-        again = Sharing(group, strategy, device, target, paths)
-        try:
-            own_files, numbers, _ = again.agree(lambda: (list(files), numbers, NO_PARTS))
-            again.seconds += sharing.seconds
-            return DeviceWeightIterator(target, own_files, numbers, sharing=again)
-        except BaseException:
-            target.close()
-            raise
-        finally:
-            again.close()
-
-    def start_own(numbers: list[list[int]]) -> DeviceWeightIterator:
-        target = ring(sum(map(_C.CheckpointFile.bytes_of, files, numbers)))
-        try:
-            return DeviceWeightIterator(target, list(files), numbers, parts=parts, counting=counting)
-        except BaseException:
-            target.close()
-            raise
-
-    try:
-        if is_any_shared:
-            return start_both(selection, common, start_shared, start_own)
-        return start_own(selection)
-    finally:
-        files.clear()
 
 
 def fail_together(

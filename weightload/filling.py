@@ -104,7 +104,7 @@ def _read(
                 if group is not None:
                     fail_together(error, group, strategy, paths, to[0])
                 if replicas is not None:
-                    fail_together(error, replicas.group, replicas.strategy, paths, replicas.device)
+                    replicas.fail(error, paths)
                 raise
             for what, device, names, ranks, how in _loads(to, matched, group, strategy, replicas):
                 try:

@@ -56,10 +56,11 @@ def load_into(
     caller's torch modes, which change nothing otherwise.
 
     A DTensor gets its shard of the file's tensor, as ``distribute_tensor`` would deal it out, and no more is read than
-    that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks then each read for
-    themselves, whatever the strategy. Modules that FSDP has gathered for a forward go back to their shards first.
-    **All ranks of the DTensors' meshes must make this call.** They compare headers, names, shapes, meshes and
-    placements before the first byte is read, and wait for one another at the end.
+    that (of rows with less than 8 KiB between what is wanted of them up to twice as much). Ranks that have the same
+    shards (HSDP) share the reading by ``strategy``; all others each read theirs. Modules that FSDP has gathered for a
+    forward go back to their shards first. **All ranks of the DTensors' meshes must make this call.** They compare
+    headers, names, shapes, meshes, placements and what ``rename`` makes of them before the first byte is read, and wait
+    for one another at the end. (DTensors of a mesh that has only some of the ranks, such as experts, are not compared.)
 
     What fails on one rank of those that load together (the ranks of ``group``, or of the meshes) is raised on all, with
     its ``rank``: at once where others wait, on those that still load within a second or a tensor.
@@ -170,7 +171,11 @@ def _load(
                 together.begin({}, error)
             raise
         if group is None and not together.alone:  # else the loads agree themselves
-            together.begin(of_files(opened, named=False) | of_dtensors(matched.dtensors))
+            made_of = renamed.by_target() if renamed else {}
+            absent = set(matched.absent)
+            made = {name: (made_of.get(name), name in absent) for name in matched.dtensors}
+            compared = of_dtensors(matched.dtensors, together.ranks, made.__getitem__)
+            together.begin({"strategy": strategy} | of_files(opened, named=False) | compared)
         replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
         if shares(group, strategy):
             matched = dataclasses.replace(matched, direct=set())

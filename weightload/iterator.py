@@ -154,24 +154,20 @@ def load_to_host(
         return start(choose(), counting=counting)
     sharing = Sharing(group, strategy, devices.CPU, None, paths)
     try:
-        files, selection, wanted = sharing.agree(choose, may_differ)
-        if sharing.common is None or not any(sharing.common):
-            return start((files, selection, wanted), sharing, counting)
+        chosen = sharing.agree(choose, may_differ)
+        common = sharing.find_common(chosen, None) if sharing.differ else []
+        if not any(common):
+            return start(chosen, sharing, counting)
+        files, selection, wanted = chosen
 
         def start_shared(numbers: list[list[int]]) -> WeightIterator:
-            again = Sharing(group, strategy, devices.CPU, None, paths)
-            try:
-                chosen = again.agree(lambda: (list(files), numbers, NO_PARTS))
-                again.seconds += sharing.seconds
-                return start(chosen, again)
-            finally:
-                again.close()
+            return start((list(files), numbers, NO_PARTS), sharing)
 
         def start_own(numbers: list[list[int]]) -> WeightIterator:
             return start((list(files), numbers, wanted), counting=counting)
 
         try:
-            return start_both(selection, sharing.common, start_shared, start_own)
+            return start_both(selection, common, start_shared, start_own)
         finally:
             files.clear()
     finally:

@@ -34,6 +34,16 @@ class Renamed:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     """The names in the checkpoint of those that have another one now."""
 
+    def by_target(self) -> dict[str, list[str]]:
+        """Of the target's tensors those of the checkpoint that they are made of, and their boxes, in words."""
+        found: dict[str, list[str]] = {}
+        for name, source in self.sources.items():
+            if name not in self.pieces:
+                found[name] = [source]
+        for name, piece in self.pieces.items():
+            found.setdefault(piece.target, []).append(f"{self.sources.get(name, name)} {piece.box!r}")
+        return {name: sorted(parts) for name, parts in found.items()}
+
 
 Answers = Mapping[str, str | Piece | None]
 

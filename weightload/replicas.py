@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightload.device_iterator import fail_together
 from weightload.distributed import resolve_group
 from weightload.handlers import pass_on
+from weightload.paths import Path
 from weightload.plain_torch import plainly
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ class Replicas:
     device: torch.device
     names: set[str]
     """The tensors, by their names in the target. Those that are on another device are not shared."""
+
+    def fail(self, error: BaseException, paths: Sequence[Path]) -> None:
+        """Raise this rank's error on all of them, in place of the shared load that the others are about to begin."""
+        try:
+            fail_together(error, self.group, self.strategy, paths, self.device)
+        except BaseException as told:
+            self.number_globally(told)
+            raise
 
     def number_globally(self, error: BaseException) -> None:
         """Have an error of a shared load name its rank as the default group numbers it, as a mesh does."""

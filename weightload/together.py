@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from weightload import _C, devices
 from weightload.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
 from weightload.device_iterator import make_target
 from weightload.distributed import has_cpu_backend
-from weightload.errors import GroupError
+from weightload.errors import GroupError, WeightLoadError
 from weightload.handlers import pass_on
 from weightload.plain_torch import plainly
 from weightload.shards import is_dtensor
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 1.0
 """How often a rank that is loading looks whether another has failed: it asks the store of torch.distributed."""
 
-# Of each set of ranks that have loaded together, how often. The same number on all of them.
-_loads: collections.Counter[str] = collections.Counter()
+# Of each set of ranks that have loaded together, in how many rounds they met. The same number on all of them.
+_rounds: collections.Counter[str] = collections.Counter()
 
 
 class OthersFailed(Exception):
@@ -48,17 +48,15 @@ class Together:
 
     Attributes:
         load: what errors call the load.
+        ranks: their number.
     """
 
     def __init__(self, groups: Sequence[ProcessGroup], kind: str, ranks: Sequence[int], is_mesh: bool) -> None:
-        self.load = ""
+        self.load, self.ranks = "load_into", len(ranks)
         self._groups, self._kind, self._is_mesh = groups, kind, is_mesh
         self._has_begun = self._is_over = False
-        self._key = ""
-        if groups:
-            name = digest(map(str, ranks))
-            _loads[name] += 1
-            self._key = f"weightload/failed/{name}/{_loads[name]}"
+        self._name = digest(map(str, ranks))
+        self._key = f"weightload/failed/{self._name}/{_rounds[self._name]}" if groups else ""
         self._due = time.monotonic() + LOOK_SECONDS
 
     @property
@@ -75,13 +73,19 @@ class Together:
             Exception: what a rank raised, on every rank.
         """
         self._has_begun = True
-        self._round(same, failure, "before it began")
+        try:
+            self._round(same, failure, "before it began")
+        finally:
+            failure = None  # its traceback has this frame in it
 
     def end(self, failure: BaseException | None = None) -> None:
         """The round after the load. Raises as ``begin``."""
-        self._round({"stage": "end of the load"}, failure, "")
-        if isinstance(failure, OthersFailed):
-            raise GroupError(f"{self.load}: a rank said that it failed, and then that it did not") from failure
+        try:
+            self._round({"stage": "end of the load"}, failure, "")
+            if isinstance(failure, OthersFailed):
+                raise GroupError(f"{self.load}: a rank said that it failed, and then that it did not") from failure
+        finally:
+            failure = None  # its traceback has this frame in it
 
     def should_hear(self, failure: BaseException) -> bool:
         """Whether the other ranks are waiting to hear of this failure."""
@@ -117,28 +121,45 @@ class Together:
                 raise failure
             return
         mine = None if isinstance(failure, OthersFailed) else failure
+        heard: BaseException | None = None
         # Of a mesh, a group's rank is not what the caller knows a rank by.
         own_rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
-        rank = getattr(mine, "rank", None)  # of replicas, one that has failed is known already
-        rank = own_rank if rank is None else rank
+        rank = own_rank
+        if isinstance(mine, (WeightLoadError, OSError)):  # of replicas, one that has failed is known already
+            known: object = getattr(mine, "rank", None)
+            rank = known if type(known) is int else own_rank
         record = agreed_record("load_into", same) if mine is None else failed_record(mine, self.load, rank, when)
-        heard: BaseException | None = None
-        for group in self._groups:
-            try:
-                check(self._exchange(group, record, mine), mine)
-            except BaseException as error:
-                if heard is None or not isinstance(error, Exception):
-                    heard = error
-                if not isinstance(error, Exception):
-                    mine = error  # the others are told, without waiting for them
-                if record[:1] != FAILED:
-                    record = failed_record(error, self.load, getattr(error, "rank", None), when)
-        if heard is None:
-            return
-        self._is_over = True
-        if mine is not None and getattr(heard, "rank", None) == rank and not isinstance(heard, type(mine)):
-            raise mine  # of a class that only its own rank knows
-        raise heard
+        try:
+            for group in self._groups:
+                try:
+                    check(self._exchange(group, record, mine), mine)
+                except BaseException as error:
+                    if heard is None or not isinstance(error, Exception):
+                        heard = error
+                    if not isinstance(error, Exception):
+                        mine = error  # the others are told, without waiting for them
+                    if record[:1] != FAILED:
+                        record = failed_record(error, self.load, getattr(error, "rank", None), when)
+            if heard is None:
+                return
+            # Of a rank that is interrupted while it waits the others think that all is well: the next round tells them.
+            self._is_over = isinstance(heard, Exception) or heard is failure
+            if (
+                mine is not None
+                and getattr(heard, "rank", None) == rank == own_rank
+                and not isinstance(heard, type(mine))
+            ):
+                raise mine  # of a class that only its own rank knows
+            raise heard
+        finally:
+            self._count_round()
+            # Their tracebacks have this frame in them.
+            failure = mine = heard = None
+
+    def _count_round(self) -> None:
+        """Ranks that take part in the same rounds have the same key."""
+        _rounds[self._name] += 1
+        self._key = f"weightload/failed/{self._name}/{_rounds[self._name]}"
 
     def _exchange(self, group: ProcessGroup, record: bytes, failure: BaseException | None) -> list[bytes]:
         target, device = None, devices.CPU
@@ -206,8 +227,16 @@ def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
 
 
 @plainly
-def of_dtensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out."""
+def of_dtensors(tensors: Mapping[str, torch.Tensor], ranks: int, sources: Callable[[str], object]) -> dict[str, str]:
+    """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out.
+
+    Args:
+        tensors: DTensors by name. Those of which only some of the ranks have a part are nothing to the others: experts
+            that are other ones on other ranks.
+        ranks: how many load together.
+        sources: what of the checkpoint a DTensor of a name is made of.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if _spec(tensor).mesh.size() == ranks}
     meshes: dict[int, str] = {}
     ways: dict[object, str] = {}  # layers are alike
     dealt = []
@@ -224,6 +253,7 @@ def of_dtensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         "names of DTensors": digest(tensors),
         "shapes of DTensors": digest(repr(tuple(tensor.shape)) for tensor in tensors.values()),
         "meshes and placements": digest(dealt),
+        "what rename= makes of them": digest(repr(sources(name)) for name in tensors),
     }
 
 

@@ -51,11 +51,13 @@ std::unique_ptr<PyGroup> join(const py::object& python_group, std::optional<cons
 
 }  // namespace
 
-std::vector<py::bytes> PyGroup::agree(const py::bytes& bytes, bool more) {
+std::vector<py::bytes> PyGroup::agree(const py::bytes& bytes, bool more, std::optional<size_t> compared,
+                                      const py::bytes& parting) {
   if (!exchange_) throw py::value_error("this group's part of the load is over");
   const std::string record = bytes;
+  const GroupExchange::Terms terms{compared.value_or(SIZE_MAX), parting};
   Records records;
-  wait_for([&] { return exchange_->agree(record, more, kSignalInterval, records); });
+  wait_for([&] { return exchange_->agree(record, more, terms, kSignalInterval, records); });
   return {records.begin(), records.end()};
 }
 
@@ -64,7 +66,7 @@ void PyGroup::tell(const py::bytes& bytes) {
   Records records;
   {
     const ReleaseGil release;
-    if (exchange_) exchange_->agree(record, false, std::chrono::milliseconds(0), records);
+    if (exchange_) exchange_->agree(record, false, {}, std::chrono::milliseconds(0), records);
   }
   close();
 }
@@ -92,8 +94,13 @@ void register_group(py::module_& module) {
       module, "Group", "One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.");
   made.def(py::init(&join), py::arg("group"), py::arg("target"), py::arg("device"), py::arg("strategy"),
            py::arg("load"))
-      .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"),
-           "The records of all ranks, which must have the same size. The first byte of those that agree is 1.")
+      .def("agree", &PyGroup::agree, py::arg("record"), py::arg("more"), py::arg("compared") = py::none(),
+           py::arg("parting") = py::bytes(),
+           "The records of all ranks, which must have the same size. The first byte of those that agree is 1. They "
+           "agree "
+           "if `compared` bytes (all by default) are equal. With `parting`, all must be; where only those are, the "
+           "ranks "
+           "meet once more, and a rank that was interrupted gives them that.")
       .def("tell", &PyGroup::tell, py::arg("record"), "agree(record), without waiting for the others, then close().")
       .def("close", &PyGroup::close);
   refuse_copies(made);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,7 +20,8 @@ class PyGroup {
   ~PyGroup() { close(); }
 
   // The records of all ranks. Waits without the GIL, and lets signal handlers run.
-  std::vector<pybind11::bytes> agree(const pybind11::bytes& record, bool more);
+  std::vector<pybind11::bytes> agree(const pybind11::bytes& record, bool more, std::optional<size_t> compared,
+                                     const pybind11::bytes& parting);
 
   // agree(), for a rank that fails and does not wait for the others.
   void tell(const pybind11::bytes& record);

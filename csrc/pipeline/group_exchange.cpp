@@ -22,9 +22,21 @@ class Deadline {
   std::chrono::steady_clock::time_point end_;
 };
 
-bool have_agreed(const Records& records) {
-  return records.front().front() == GroupExchange::kAgreed &&
-         std::all_of(records.begin(), records.end(), [&](const std::string& one) { return one == records.front(); });
+// Whether so many bytes of them are equal, and say that their rank is ready.
+bool are_equal(const Records& records, size_t compared) {
+  const std::string& first = records.front();
+  return first.front() == GroupExchange::kAgreed &&
+         std::all_of(records.begin(), records.end(),
+                     [&](const std::string& one) { return one.compare(0, compared, first, 0, compared) == 0; });
+}
+
+bool have_agreed(const Records& records, const GroupExchange::Terms& terms) {
+  return are_equal(records, terms.parting.empty() ? terms.compared : SIZE_MAX);
+}
+
+// Whether the ranks are about to meet once more.
+bool meet_again(const Records& records, const GroupExchange::Terms& terms) {
+  return !terms.parting.empty() && are_equal(records, terms.compared) && !are_equal(records, SIZE_MAX);
 }
 
 }  // namespace
@@ -76,17 +88,19 @@ void GroupExchange::fail(const Error& error) {
   throw named;
 }
 
-bool GroupExchange::agree(const std::string& record, bool more, Milliseconds patience, Records& records) try {
+bool GroupExchange::agree(const std::string& record, bool more, const Terms& terms, Milliseconds patience,
+                          Records& records) try {
   if (ended_) throw Error(ErrorKind::usage, load_ + " has ended");
   if (stage_ == Stage::idle) {
     more_ = more;
+    terms_ = terms;
     asked_ = collective_->gather(record);
     stage_ = Stage::agreeing;
   }
   if (!asked_->wait(patience)) return false;
   records = asked_->records();
   asked_.reset();
-  if (more_ && have_agreed(records))
+  if (more_ && have_agreed(records, terms_))
     stage_ = Stage::preparing;
   else
     end();
@@ -191,9 +205,17 @@ bool GroupExchange::settle(Milliseconds patience) {
   const Deadline deadline(patience);
   if (stage_ == Stage::idle) return true;  // the others wait for an agreement that never comes, up to their timeout
   if (stage_ == Stage::agreeing) {
-    if (!more_) return true;
+    if (!more_ && terms_.parting.empty()) return true;
     if (!asked_->wait(deadline.left())) return false;
-    if (!have_agreed(asked_->records())) return true;
+    if (!leaving_ && meet_again(asked_->records(), terms_)) {
+      leaving_ = true;
+      asked_ = collective_->gather(terms_.parting);
+    }
+    if (leaving_) {
+      asked_->wait(deadline.left());
+      return true;
+    }
+    if (!more_ || !have_agreed(asked_->records(), terms_)) return true;
     asked_.reset();
     stage_ = Stage::preparing;
   }

@@ -48,8 +48,16 @@ class GroupExchange {
 
   // The agreement: everyone's record to everyone, once, before anything else. Call again, with the same record, until
   // it is true. The ranks have agreed if all records are equal and begin with kAgreed. `more`: blocks will follow.
+  //
+  // `terms`: how much of the records must be equal, and what comes where the rest is not.
+  struct Terms {
+    size_t compared = SIZE_MAX;  // bytes from the beginning
+    // Empty: the ranks have agreed all the same. Else they have not, but meet once more, at another exchange. A rank
+    // that is interrupted, and does not come to that, gives them this record there.
+    std::string parting;
+  };
   static constexpr char kAgreed = 1;
-  bool agree(const std::string& record, bool more, Milliseconds patience, Records& records);
+  bool agree(const std::string& record, bool more, const Terms& terms, Milliseconds patience, Records& records);
 
   // Blocks that will travel; the same on every rank.
   void begin(size_t blocks, Prepare prepare, std::vector<std::string> paths);
@@ -94,6 +102,7 @@ class GroupExchange {
   size_t next_ = 0;  // the block whose turn it is
   size_t done_ = 0;  // blocks 0 .. done_ - 1 are complete
   bool more_ = true;
+  Terms terms_;
   bool leaving_ = false;
   std::string parting_;  // the status of a rank that leaves
   std::atomic<bool> ended_{false};

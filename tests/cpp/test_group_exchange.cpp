@@ -42,7 +42,7 @@ class Rank {
 
   void agree() {
     Records records;
-    while (!exchange_->agree(kRecord, true, milliseconds(1000), records)) {
+    while (!exchange_->agree(kRecord, true, {}, milliseconds(1000), records)) {
     }
     loader_ = std::make_unique<HostLoader>(files_, everything(files_), std::vector<HostMemoryRef>{},
                                            std::move(exchange_), small_options());
@@ -177,6 +177,42 @@ TEST(a_rank_that_is_stopped_while_others_are_late_keeps_its_promise) {
     CHECK(outcome.error && outcome.error->kind == ErrorKind::left && *outcome.error->context.rank == 0);
     late.close();
     group_registry::abandon();
+    CHECK(group.unmatched() == 0);
+  }
+}
+
+// Interrupted before it has heard the others, a rank tells them where they come next: to the first block; or, where
+// what they want differs, to a second meeting; or nowhere, where they disagree.
+TEST(a_rank_that_is_interrupted_says_so_where_the_others_go) {
+  const std::string parting = std::string(1, '\0') + "sorry";
+  for (const std::string& theirs : {std::string("\1ab++"), std::string("\1ab--"), std::string("\1xy++")}) {
+    const std::string ours = "\1ab++";
+    const bool again = theirs == "\1ab--";
+    FakeGroup group(2);
+    auto hasty = std::make_shared<GroupExchange>(group.rank(0), Strategy::striped, "load");
+    GroupExchange late(group.rank(1), Strategy::striped, "load");
+    const GroupExchange::Terms terms{3, parting};
+    Records records;
+    CHECK(!hasty->agree(ours, true, terms, milliseconds(0), records));
+    CHECK(!hasty->leave(milliseconds(0)));  // not heard yet
+    while (!late.agree(theirs, true, terms, milliseconds(1000), records)) {
+    }
+    CHECK(records.at(0) == ours && records.at(1) == theirs);
+    CHECK(late.ended() == (theirs != ours));
+    if (again) {
+      GroupExchange second(group.rank(1), Strategy::striped, "load");
+      const std::string wish = "\1 wish";
+      while (!second.agree(wish, true, {1, {}}, milliseconds(1), records)) hasty->leave(milliseconds(1));
+      CHECK(records.at(0) == parting);
+      CHECK(second.ended());
+    }
+    std::thread other([&] {
+      while (!late.leave(milliseconds(1000))) {
+      }
+    });
+    while (!hasty->leave(milliseconds(1000))) {
+    }
+    other.join();
     CHECK(group.unmatched() == 0);
   }
 }
