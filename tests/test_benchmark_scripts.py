@@ -122,7 +122,8 @@ def test_what_is_measured_and_how_far_it_is(script: str, checkpoint: Path, tmp_p
     assert max(map(len, done.stdout.splitlines())) <= 100
     first, *steps = done.stderr.splitlines()
     assert "12 tensors, 2 file(s); to cpu, by 1 rank(s)" in first
-    assert [line.split(": ")[0] for line in steps] == [f"{i + 1} of {len(steps)}" for i in range(len(steps))]
+    said = list(dict.fromkeys(line.split(": ")[0] for line in steps))  # where it is slow, more than once
+    assert said == [f"{i + 1} of {len(said)}" for i in range(len(said))]
     assert any("warm page cache" in line for line in steps)
 
     script_text = f"""

@@ -217,7 +217,7 @@ DEFECTS = (
     Defect(
         "leaving is not told",
         EXCHANGE,
-        "collective_->gather(left_status());",
+        "collective_->gather(parting_);",
         "collective_->gather(ready_status());",
         (GROUP + "one_may_leave_early_and_the_others_are_told",),
     ),
