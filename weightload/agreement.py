@@ -130,11 +130,9 @@ class Sharing:
                 self._tell(failed_record(error, self._load).ljust(wishes.record_bytes, b" "))
                 raise
             records = self._group.agree(wish.ljust(wishes.record_bytes, b"\0"), shared, 1)
-            for rank, record in enumerate(records):
-                if record[:1] == FAILED:
-                    raise errors.from_rank(**({"rank": rank} | json.loads(record[1:])))
-                if record[:1] != AGREED:
-                    raise errors.GroupError(f"{self._load}: other ranks are at another call")
+            _raise_failure(records, None)
+            if any(record[:1] != AGREED for record in records):
+                raise errors.GroupError(f"{self._load}: other ranks are at another call")
             common = wishes.common([record[1:] for record in records])
             if common is None:
                 check(self._records, None)  # raises
@@ -230,11 +228,7 @@ def was_told(error: BaseException) -> bool:
 def _check(records: list[bytes], failure: BaseException | None, may_differ: bool) -> bool:
     if any(record[:1] == NODE for record in records):
         raise errors.GroupError("ranks of the group are at different calls: some ask for the nodes of its ranks")
-    failed = [({"rank": rank} | json.loads(record[1:])) for rank, record in enumerate(records) if record[:1] == FAILED]
-    if failed:
-        # That a rank has left is for a reason.
-        causes = [one for one in failed if one["type"] != errors.RankLeftError.__name__] or failed
-        raise errors.from_rank(**causes[0]) from failure
+    _raise_failure(records, failure)
     if all(record == records[0] for record in records):
         return True
     wish = RECORD_BYTES - WISH_BYTES
@@ -264,6 +258,15 @@ def _check(records: list[bytes], failure: BaseException | None, may_differ: bool
         f"{right['load']}: the ranks of the group would load different things: {ranks} of {len(records)} "
         f"{'differs' if len(odd) == 1 else 'differ'} in {', '.join(words)}{at}"
     )
+
+
+def _raise_failure(records: list[bytes], failure: BaseException | None) -> None:
+    """Raise the error of a rank that has failed, if one has."""
+    failed = [({"rank": rank} | json.loads(record[1:])) for rank, record in enumerate(records) if record[:1] == FAILED]
+    if failed:
+        # That a rank has left is for a reason.
+        causes = [one for one in failed if one["type"] != errors.RankLeftError.__name__] or failed
+        raise errors.from_rank(**causes[0]) from failure
 
 
 def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:

@@ -194,6 +194,16 @@ def require_strategy(strategy: str) -> None:
         raise ValueError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
 
 
+def group_of_dimension(mesh: Any, dimension: int) -> ProcessGroup | None:
+    """The ranks that follow one another along a dimension of a DeviceMesh, if they can speak: not of a fake group."""
+    try:
+        group: ProcessGroup = mesh.get_group(dimension)
+        return None if torch.distributed.get_backend(group) == "fake" else group
+    except Exception as failed:  # a mesh that was made without groups
+        pass_on(failed)
+        return None
+
+
 def require_group(group: object) -> None:
     """Raise ``ValueError`` for what is no group that this process is a member of; None is no group."""
     if group is not None and not isinstance(group, ProcessGroup):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightload.device_iterator import fail_together
-from weightload.distributed import resolve_group
-from weightload.handlers import pass_on
+from weightload.distributed import group_of_dimension, resolve_group
 from weightload.paths import Path
 from weightload.plain_torch import plainly
 
@@ -84,15 +83,10 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     mesh = meshes[most[0]]
     if mesh.get_coordinate() is None:
         return None
-    try:
-        group = mesh.get_group(most[1])
-        spoken = torch.distributed.get_backend(group) != "fake"
-    except Exception as error:  # a mesh that was made without groups
-        pass_on(error)
-        return None
+    group = group_of_dimension(mesh, most[1])
     shard: Any = dtensors[names[most][0]]
     device: torch.device = shard._local_tensor.device
-    if not spoken or device.type not in {backend.type for backend in group._device_types}:
+    if group is None or device.type not in {backend.type for backend in group._device_types}:
         return None
     shared, chosen = resolve_group(group, strategy, device.type, load)
     if shared is None or chosen == "independent":

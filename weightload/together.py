@@ -13,7 +13,7 @@ import torch
 from weightload import _C, devices
 from weightload.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
 from weightload.device_iterator import make_target
-from weightload.distributed import has_cpu_backend
+from weightload.distributed import group_of_dimension, has_cpu_backend
 from weightload.errors import GroupError, WeightLoadError
 from weightload.handlers import pass_on
 from weightload.plain_torch import plainly
@@ -214,15 +214,8 @@ def of_group(group: ProcessGroup | None, kind: str) -> Together:
 def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
     """The groups of a mesh's dimensions that ranks can speak in."""
     for dimension in range(mesh.ndim):
-        if mesh.size(dimension) == 1:
-            continue
-        try:
-            group = mesh.get_group(dimension)
-            spoken = torch.distributed.get_backend(group) != "fake"
-        except Exception as error:  # a mesh that was made without groups
-            pass_on(error)
-            continue
-        if spoken:
+        group = group_of_dimension(mesh, dimension)
+        if group is not None and group.size() > 1:
             yield group
 
 
