@@ -102,31 +102,26 @@ except errors.GroupValueError as error:
     assert error.rank == 1 and "step 2" in str(error)
 else:
     raise AssertionError("no error")
-with settings.override(**SMALL):
-    weights = load(names=[*rest, *own], strategy="striped", backend="pread")
-    if rank == 1:
-        next(weights)
-        _C.arm_fault("error", first=0, count=1 << 30, error_number=5)
-    try:
-        list(weights)
-    except errors.ReadError as error:
-        assert error.rank in (None, 1) and error.errno == 5, repr(error)
-    else:
+
+def fail_reading(strategy):
+    with settings.override(**SMALL):
+        weights = load(names=[*rest, *own], strategy=strategy, backend="pread")
+        if rank == 1:
+            next(weights)
+            _C.arm_fault("error", first=0, count=1 << 30, error_number=5)
+        try:
+            list(weights)
+        except errors.ReadError as error:
+            return error
+        finally:
+            _C.disarm_fault()
         raise AssertionError("no error")
-    _C.disarm_fault()
+
+error = fail_reading("striped")
+assert error.rank in (None, 1) and error.errno == 5, repr(error)
 # Here it is none that is shared: under broadcast the first rank reads that.
-with settings.override(**SMALL):
-    weights = load(names=[*rest, *own], strategy="broadcast", backend="pread")
-    if rank == 1:
-        next(weights)
-        _C.arm_fault("error", first=0, count=1 << 30, error_number=5)
-    try:
-        list(weights)
-    except errors.ReadError as error:
-        assert error.errno == 5 and error.rank == (None if rank == 1 else 1) and "expert" in error.tensor, repr(error)
-    else:
-        raise AssertionError("no error")
-    _C.disarm_fault()
+error = fail_reading("broadcast")
+assert error.errno == 5 and error.rank == (None if rank == 1 else 1) and "expert" in error.tensor, repr(error)
 check(load(strategy="striped"), set(order))
 dist.barrier()
 dist.destroy_process_group()
