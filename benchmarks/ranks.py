@@ -51,6 +51,13 @@ class Ranks:
             self.barrier()
 
     def close(self) -> None:
+        """Must run before the interpreter ends, and nothing else may refer to the groups then.
+
+        Gloo's threads let go of a collective's tensors a moment after it is done, which takes the GIL; a thread that
+        asks for it while the interpreter goes down aborts the process. A group joins its threads with its last
+        reference.
+        """
+        self.on_cpu = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -90,6 +97,10 @@ class GroupedRanks(Ranks):
         members = [[rank for rank, there in enumerate(nodes) if there == node] for node in dict.fromkeys(nodes)]
         groups: list[dist.ProcessGroup] = [dist.new_group(ranks) for ranks in members]  # every rank makes all of them
         return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
+
+    def close(self) -> None:
+        del self.group
+        super().close()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""

@@ -247,6 +247,7 @@ assert same(load_independent(files, "cpu"), files)
 for group in (None, dist.group.WORLD, SimpleNamespace(device_group=dist.group.WORLD)):
     for async_op in (False, True):
         assert same(load_broadcast(files, "cpu", group, async_op=async_op), files)
+del group  # see Ranks.close
 dist.destroy_process_group()
 """
     )
