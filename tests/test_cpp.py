@@ -34,8 +34,8 @@ def programs(request: pytest.FixtureRequest) -> Path:
 def test_core(programs: Path, name: str) -> None:
     environment = {
         **os.environ,
-        "TSAN_OPTIONS": "halt_on_error=1",
-        "ASAN_OPTIONS": "allocator_may_return_null=1",
+        "TSAN_OPTIONS": "halt_on_error=1:handle_sigbus=0",
+        "ASAN_OPTIONS": "allocator_may_return_null=1:handle_sigbus=0",
     }
     run = subprocess.run([str(programs / name)], capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-4000:]

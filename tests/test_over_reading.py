@@ -12,7 +12,7 @@ import torch
 from conftest import evict, on_a_local_disk, write_tensors
 from group_support import run_ranks
 from simulated_support import DEVICE
-from test_shards import assert_done, empty_like, rank_of
+from test_shards import assert_done, rank_of, untouched_like
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightload
@@ -30,8 +30,9 @@ PARTS: dict[str, tuple[list[int], Any, float, float]] = {
     "rows in two runs": ([500, 512], ([(0, 10), (30, 40)],), 1, 1),
     "columns, 8 KiB apart": ([60, 8 * KIB], (ALL, slice(100, 4 * KIB + 100)), 1, 1),
     "columns, 24 KiB apart": ([60, 16 * KIB], (ALL, slice(4 * KIB, 8 * KIB)), 1, 1),
-    "halves of short rows": ([5000, 512], (ALL, HALF), 1.99, 2),
-    "three quarters of short rows": ([5000, 512], (ALL, slice(0, 384)), 1.3, 4 / 3),
+    # Where they are not copied out of the page cache, piece by piece:
+    "halves of short rows": ([5000, 512], (ALL, HALF), 1, 2),
+    "three quarters of short rows": ([5000, 512], (ALL, slice(0, 384)), 1, 4 / 3),
     "quarters of short rows": ([5000, 512], (ALL, slice(0, 128)), 1, 1),  # piece by piece
     "large pieces": ([4, 512 * KIB], (ALL, slice(0, 256 * KIB)), 1, 1),
     "none of it": ([4, 4], (slice(0, 0),), 0, 0),
@@ -84,7 +85,7 @@ def test_shards_that_are_read_in_place(part: str, swapped: bool, tmp_path: Path)
     shape = PARTS[part][0]
     path = write_tensors(tmp_path / "m.safetensors", [("x", "I16", shape)])
     with rank_of((2,), 1) as mesh:
-        target = empty_like(
+        target = untouched_like(
             distribute_tensor(torch.zeros(shape, dtype=torch.int16), mesh, [Shard(int(swapped))], src_data_rank=None)
         )
         stats = weightload.load_into({"x": target}, path).stats["cpu"]
@@ -188,6 +189,7 @@ def test_ranks_that_share_want_their_stripes(tmp_path: Path) -> None:
 
 def test_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tensors(tmp_path / "m.safetensors", [("x", "I16", [5000, 512])])
+    weightload.release_memory()  # what nobody has touched is filled by read calls
     with settings.override(read="buffered"):
         stats, _ = stats_of(path, shard=lambda *_: (ALL, HALF), **TO["pread"])
     assert "over-read   1.99 times: 0.005 GB of the files for 0.003 GB of tensors" in str(stats)

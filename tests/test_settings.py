@@ -391,13 +391,6 @@ def test_where_a_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (origins["threads"], origins["read"], origins["task_bytes"]) == ("environment", "override", "default")
 
 
-def test_ranks_that_load_independently_read_through_the_page_cache() -> None:
-    now = settings.current()
-    assert (now.read_mode(alone=True), now.read_mode(alone=False)) == ("auto", "buffered")
-    with settings.override(read="direct"):
-        assert settings.current().read_mode(alone=False) == "direct"
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "ranks"),
     [

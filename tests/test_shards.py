@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ def rank_of(mesh: tuple[int, ...], rank: int) -> Iterator[Any]:
 def empty_like(tensor: DTensor) -> DTensor:
     """A DTensor of the same kind that holds something else."""
     local = torch.full_like(tensor.to_local(), ODD)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def untouched_like(tensor: DTensor) -> DTensor:
+    """A DTensor of the same kind, in memory that nobody has touched: it is filled by read calls."""
+    shard = tensor.to_local()
+    local = torch.frombuffer(mmap.mmap(-1, shard.nbytes), dtype=shard.dtype).view(shard.shape)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -294,7 +304,7 @@ def test_halves_of_short_rows_are_read_with_what_is_between(tmp_path: Path) -> N
     for rank in (0, 1):
         with rank_of((2,), rank) as mesh:
             shard = distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None)
-            target = empty_like(shard)
+            target = untouched_like(shard)
             report = weightload.load_into({"x": target}, tmp_path / "m.safetensors")
             assert torch.equal(target.to_local(), shard.to_local())
             assert bytes_read(report) <= 2 * shard.to_local().nbytes

@@ -163,12 +163,15 @@ class ReadMode:
       buffered
 
       direct
+
+      uncached
     """
 
     __members__: typing.ClassVar[dict[str, ReadMode]]
     auto: typing.ClassVar[ReadMode]
     buffered: typing.ClassVar[ReadMode]
     direct: typing.ClassVar[ReadMode]
+    uncached: typing.ClassVar[ReadMode]
     def __eq__(self, other: typing.Any) -> bool: ...
     def __getstate__(self) -> int: ...
     def __hash__(self) -> int: ...

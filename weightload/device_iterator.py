@@ -13,7 +13,7 @@ from weightload.agreement import Chosen, Sharing
 from weightload.apart import SharedAndOwn, start_both
 from weightload.chosen_parts import Shard
 from weightload.counting import Counting
-from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, ranks_of_this_node, resolve_group
+from weightload.distributed import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
 from weightload.handlers import forgiven, pass_on
 from weightload.load_stats import LoadStats
 from weightload.plain_torch import empty, plainly
@@ -45,6 +45,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
         sharing: Sharing | None = None,
         window_bytes: int | None = None,
         counting: Counting | None = None,
+        apart: bool = False,
     ) -> None:
         now = settings.current()
         self.agreement_seconds = sharing.seconds if sharing else 0.0
@@ -62,7 +63,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 threads=now.thread_count(),
                 block_bytes=now.device_block_bytes,
                 window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(alone=sharing is not None or ranks_of_this_node() == 1)),
+                read=getattr(_C.ReadMode, now.read_mode(readers_of(sharing is not None, apart))),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
@@ -131,11 +132,13 @@ def load_to_device(
     window_bytes: int | None = None,
     duplicates: str = "error",
     may_differ: bool = False,
+    apart: bool = False,
 ) -> DeviceWeightIterator | SharedAndOwn:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
     It is shared with the ranks of ``group`` unless that is None: there are no places then, and names and parts are the
-    same on all, unless they ``may_differ``. ``shard`` takes the place of ``parts``.
+    same on all, unless they ``may_differ``. ``shard`` takes the place of ``parts``. ``apart``: no other rank of this
+    node reads the same.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -161,7 +164,7 @@ def load_to_device(
         if group is None:
             files, selection, wanted = choose()
             return DeviceWeightIterator(
-                target, files, selection, places, wanted, window_bytes=window_bytes, counting=counting
+                target, files, selection, places, wanted, window_bytes=window_bytes, counting=counting, apart=apart
             )
         sharing = Sharing(group, strategy, device, target, paths)
         shared = sharing.agree(choose, may_differ)

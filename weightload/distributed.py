@@ -19,6 +19,7 @@ from weightload.errors import GroupError
 from weightload.handlers import pass_on
 from weightload.paths import Path as PathLike
 from weightload.plain_torch import plainly
+from weightload.settings import Readers
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
@@ -99,6 +100,18 @@ def ranks_of_this_node() -> int:
         if number:
             return int(number.group())
     return torch.distributed.get_world_size() if _initialised() else 1
+
+
+def readers_of(shared: bool, apart: bool) -> Readers:
+    """Who reads the files of a load on this node.
+
+    Args:
+        shared: whether ranks share the reading.
+        apart: whether each rank of this node reads what no other does.
+    """
+    if shared or ranks_of_this_node() == 1:
+        return "one"
+    return "apart" if apart else "same"
 
 
 def load_name(paths: Sequence[PathLike]) -> str:

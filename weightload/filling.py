@@ -18,7 +18,7 @@ from weightload.iterator import WeightIterator, load_to_host
 from weightload.load_stats import LoadStats
 from weightload.paths import Path
 from weightload.plain_torch import plainly
-from weightload.replicas import Replicas
+from weightload.replicas import Replicas, reads_apart
 from weightload.state_dict import Match
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def _read(
                 if replicas is not None:
                     replicas.fail(error, paths)
                 raise
+            apart = bool(matched.dtensors) and reads_apart(matched.dtensors.values(), total)
             for what, device, names, ranks, how in _loads(to, matched, group, strategy, replicas):
                 try:
-                    with _start(device, files, paths, matched, names, ranks, how) as weights:
+                    with _start(device, files, paths, matched, names, ranks, how, apart) as weights:
                         began = True
                         _take(weights, matched, held, advance, look)
                 except BaseException as error:
@@ -199,6 +200,7 @@ def _start(
     here: set[str],
     group: ProcessGroup | None,
     strategy: str,
+    apart: bool,
 ) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
     """A load of these names to one device."""
     in_order = [name for file in files for name in file.names() if name in here]
@@ -209,11 +211,28 @@ def _start(
         group = None
     if device.type == "cpu":
         return load_to_host(
-            group, strategy, paths, lambda: list(files), here, backend="either", places=places, parts=matched.parts
+            group,
+            strategy,
+            paths,
+            lambda: list(files),
+            here,
+            backend="either",
+            places=places,
+            parts=matched.parts,
+            apart=apart,
         )
     most_bytes = sum(file.size for file in files)
     return load_to_device(
-        devices.resolve(device), most_bytes, paths, lambda: list(files), here, group, strategy, places, matched.parts
+        devices.resolve(device),
+        most_bytes,
+        paths,
+        lambda: list(files),
+        here,
+        group,
+        strategy,
+        places,
+        matched.parts,
+        apart=apart,
     )
 
 

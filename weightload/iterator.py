@@ -19,7 +19,7 @@ from weightload.device_iterator import (
     fail_arguments_together,
     load_to_device,
 )
-from weightload.distributed import load_name, ranks_of_this_node, require_strategy, resolve_group
+from weightload.distributed import load_name, readers_of, require_strategy, resolve_group
 from weightload.duplicates import Duplicates, require_duplicates
 from weightload.fused_weights import FusedWeights, RenamedLoad
 from weightload.load_stats import LoadStats
@@ -41,7 +41,8 @@ class WeightIterator(_C.HostLoader):
     ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
     with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
     list for each file. ``backend`` is a ``Backend``, or ``"either"``: mapped where the files can be. ``places`` has CPU
-    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them.
+    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them. ``apart``: no
+    other rank of this node reads the same.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class WeightIterator(_C.HostLoader):
         parts: Parts = NO_PARTS,
         sharing: Sharing | None = None,
         counting: Counting | None = None,
+        apart: bool = False,
     ) -> None:
         now = settings.current()
         core = sharing.core if sharing else None
@@ -78,7 +80,7 @@ class WeightIterator(_C.HostLoader):
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
                 spare_bytes=now.spare_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(alone=core is not None or ranks_of_this_node() == 1)),
+                read=getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart))),
             )
         finally:
             # The core holds them now; an exception's traceback would keep them open through this frame.
@@ -124,10 +126,12 @@ def load_to_host(
     shard: Shard | None = None,
     duplicates: str = "error",
     may_differ: bool = False,
+    apart: bool = False,
 ) -> WeightIterator | SharedAndOwn:
     """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
 
     ``shard`` takes the place of ``parts``. Names and parts are the same on all ranks, unless they ``may_differ``.
+    ``apart``: as of the iterator.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -148,6 +152,7 @@ def load_to_host(
             parts=wanted,
             sharing=sharing,
             counting=counting,
+            apart=apart,
         )
 
     if group is None:

@@ -128,7 +128,7 @@ class LoadStats:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes that were read through the page cache by ``pread``, of all files."""
+        """Bytes that came through the page cache into private memory, by ``pread`` or from a mapping, of all files."""
         return sum(file.buffered_bytes for file in self.files)
 
     @property

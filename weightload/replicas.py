@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weightload.device_iterator import fail_together
-from weightload.distributed import group_of_dimension, resolve_group
+from weightload.distributed import group_of_dimension, ranks_of_this_node, resolve_group
 from weightload.paths import Path
 from weightload.plain_torch import plainly
 
@@ -92,3 +92,41 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     if shared is None or chosen == "independent":
         return None
     return Replicas(shared, chosen, device, set(names[most]))
+
+
+@plainly
+def reads_apart(dtensors: Iterable[torch.Tensor], total_bytes: int) -> bool:
+    """Whether most of what this rank reads for DTensors no other rank of its node reads, where there are others.
+
+    Args:
+        dtensors: those that it fills.
+        total_bytes: all that it fills.
+    """
+    on_node = ranks_of_this_node()
+    if on_node == 1:
+        return False
+    node = torch.distributed.get_rank() // on_node
+    own = 0
+    known: dict[tuple[int, Any], bool] = {}
+    for tensor in dtensors:
+        spec: Any = tensor._spec  # type: ignore[attr-defined]
+        key = id(spec.mesh), spec.placements
+        if key not in known:
+            same = _ranks_of_replicas(spec.mesh, spec.placements)
+            known[key] = sum(rank // on_node == node for rank in same) == 1
+        if known[key]:
+            own += tensor._local_tensor.nbytes  # type: ignore[attr-defined]
+    return 2 * own > total_bytes
+
+
+def _ranks_of_replicas(mesh: Any, placements: Sequence[Any]) -> list[int]:
+    """The ranks that have what this one has of a tensor, itself among them; none if it has nothing."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    at = tuple(
+        slice(None) if placement.is_replicate() else number
+        for number, placement in zip(coordinate, placements, strict=True)
+    )
+    ranks: list[int] = mesh.mesh[at].flatten().tolist()
+    return ranks

@@ -12,7 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from weightload import _C
 from weightload.cpus import usable_cpus
@@ -94,18 +94,24 @@ class Settings:
                 f"weightload setting pinned_bytes={self.pinned_bytes}: must hold a slot of {self.slot_bytes} bytes"
             )
 
-    def read_mode(self, alone: bool) -> str:
-        """The setting; in place of "auto" "buffered" where other ranks of this node read the same files by themselves.
+    def read_mode(self, readers: Readers) -> str:
+        """A ``_C.ReadMode``: the setting, or for "auto" what suits those that read the same files on this node.
 
-        They find in the page cache what this one has read.
+        Ranks that want the same find in the page cache what one of them has read. What nobody else wants need not be
+        there.
         """
-        return self.read if alone or self.read != "auto" else "buffered"
+        if self.read != "auto":
+            return self.read
+        return {"one": "auto", "same": "buffered", "apart": "uncached"}[readers]
 
     def thread_count(self, cold: bool = False) -> int:
         """Threads to start: the setting, or the default of this process now, also for files that are to be read."""
         least = LEAST_COLD_THREADS if cold else 1
         return self.threads or min(max(usable_cpus(), least), MOST_DEFAULT_THREADS)
 
+
+Readers = Literal["one", "same", "apart"]
+"""Who reads files on this node by themselves: this process alone, several that want the same, or each other parts."""
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 

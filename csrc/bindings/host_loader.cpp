@@ -20,6 +20,7 @@ using PyHostLoader = PyLoader<HostLoader, HostTensor, wrap_host_tensor>;
 void register_host_loader(py::module_& module) {
   py::enum_<ReadMode> readmode(module, "ReadMode");
   readmode.value("auto", ReadMode::automatic).value("buffered", ReadMode::buffered).value("direct", ReadMode::direct);
+  readmode.value("uncached", ReadMode::uncached);
   copy_by_number(readmode);
 
   py::class_<PyHostLoader> loader(module, "HostLoader", "Iterator of (name, tensor) over host memory.");

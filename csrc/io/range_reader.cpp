@@ -32,18 +32,27 @@ std::optional<bool> is_cached(const File& file, ByteRange range) {
 }  // namespace
 
 RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
-                         Pace& pace, CacheFiller& filler)
-    : source_(source), file_(file), mode_(mode), memory_(memory), counts_(counts), pace_(pace), filler_(filler) {
+                         Pace& pace, CacheFiller& filler, LoadMappings& mappings)
+    : source_(source),
+      file_(file),
+      mode_(mode),
+      memory_(memory),
+      counts_(counts),
+      pace_(pace),
+      filler_(filler),
+      mappings_(mappings) {
   if (file) storage_ = storage_of(*file);
 }
 
 bool RangeReader::can_be_direct() {
   if (mode_ == ReadMode::buffered || !file_) return false;
-  std::call_once(opened_, [this] {
+  const std::lock_guard<std::mutex> lock(opening_);
+  if (!opened_) {
     direct_ = DirectFile::open(*file_, mode_ == ReadMode::direct);
     direct_works_ = direct_ != nullptr;
     if (mode_ == ReadMode::automatic && direct_) rates_ = &ReadRates::of(*file_, memory_);
-  });
+    opened_ = true;
+  }
   return direct_works_.load(std::memory_order_relaxed);
 }
 
@@ -59,8 +68,8 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
   const std::optional<bool> cached = is_cached(*file_, range);
   attempt.cached = cached == true;
   // Not while storage is got to know in small pieces.
-  attempt.timed = cached == false && may_be_direct && pace_.allows(range.size());
-  attempt.direct = cached == false && may_be_direct && rates_->choose_direct();
+  attempt.timed = cached == false && may_be_direct && rates_ && pace_.allows(range.size());
+  attempt.direct = cached == false && may_be_direct && (!rates_ || rates_->choose_direct());
   // Where nobody knows, going past what may be in memory would be the dearer mistake.
   if (attempt.cached || attempt.direct || !may_fill()) return attempt;
   attempt.into_cache = filler_.prices().choose(range.size());
@@ -99,10 +108,12 @@ bool RangeReader::was_direct(Attempt& attempt, ByteRange part, std::optional<uin
   return attempt.direct;
 }
 
-void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destination) {
+void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, bool past_caches) {
   const auto place_of = [&](ByteRange piece) { return destination + (piece.begin - part.begin); };
+  past_caches = past_caches && may_copy(attempt);
   const auto from_cache = [&](ByteRange run) {
     pace_.in_cached_pieces(run, attempt.look, [&](ByteRange piece) {
+      if (past_caches && attempt.copy->read(piece, place_of(piece))) return;
       source_.read(piece.begin, place_of(piece), static_cast<size_t>(piece.size()));
     });
   };
@@ -115,6 +126,19 @@ void RangeReader::buffered(const Attempt& attempt, ByteRange part, char* destina
     by_residency(*file_, part, from_cache, from_storage);
   }
   counts_.buffered_bytes += part.size();
+}
+
+bool RangeReader::may_copy(Attempt& attempt) {
+  if (!file_ || storage_ == Storage::user_space) return false;
+  if (!attempt.copy) attempt.copy.emplace(*file_, attempt.range, mappings_);
+  return true;
+}
+
+bool RangeReader::copy_pieces(Attempt& attempt, ByteRange first, uint64_t stride, uint64_t count, char* destination) {
+  if (!attempt.cached || !may_copy(attempt)) return false;
+  if (!attempt.copy->read_pieces(first, stride, count, destination)) return false;
+  counts_.buffered_bytes += first.size() * count;
+  return true;
 }
 
 void RangeReader::end(const Attempt& attempt) {

@@ -123,7 +123,8 @@ class DeviceLoader {
   uint64_t slot_bytes_ = 0;  // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
   Pace pace_;
-  CacheFiller filler_;
+  LoadMappings mappings_;
+  CacheFiller filler_{mappings_};
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
   std::vector<size_t> last_task_of_file_;
   uint32_t first_held_file_ = 0;  // those before have neither map nor reader any more

@@ -10,6 +10,7 @@
 #include "base/pages.h"
 #include "base/stopwatch.h"
 #include "io/page_in.h"
+#include "memory/backed_pages.h"
 #include "memory/spare_memory.h"
 #include "pipeline/cached_reads.h"
 #include "pipeline/strided_reads.h"
@@ -138,7 +139,7 @@ void HostLoader::open_readers(ReadMode mode) {
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
     reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable,
-                                           counts_.files[task.file], pace_, filler_);
+                                           counts_.files[task.file], pace_, filler_, mappings_);
   }
 }
 
@@ -224,8 +225,9 @@ void HostLoader::work(size_t task, const Look& look) {
   const bool huge = !in_place_[read.block] && memory->in_huge_pages();
   const Destination to{*memory.get(), memory->data() + read.block_offset, huge};
   if (read.piece != 0) {
-    fault_in(to, read.bytes.size(), look);
-    read_strided(*readers_[read.file], read.run(), to.begin, look);
+    const bool past_caches = may_pass_caches(to.begin, read.bytes.size());
+    if (!past_caches) fault_in(to, read.bytes.size(), look);
+    read_strided(*readers_[read.file], read.run(), to.begin, look, past_caches);
   } else {
     read_private(*readers_[read.file], read.bytes, to, look);
   }
@@ -246,6 +248,11 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
   }
   if (!attempt.direct) read_buffered(reader, attempt, done, to);
   reader.end(attempt);
+}
+
+// Whether what is written there had better go past the processor's caches. Not what goes to other ranks next.
+bool HostLoader::may_pass_caches(const char* place, uint64_t size) const {
+  return !shared_ && is_backed(place, static_cast<size_t>(size));
 }
 
 // With a look between two windows: each may wait for the system to find memory.
@@ -282,15 +289,16 @@ uint64_t HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& att
 
 // What is in the page cache is read window by window, each written to while the kernel's zeros in it are still in a
 // processor's cache.
-void HostLoader::read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, uint64_t from,
-                               const Destination& to) {
+void HostLoader::read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from,
+                               const Destination& to) const {
   const ByteRange range = attempt.range;
   for (uint64_t at = from; at < range.end;) {
     char* const place = to.begin + (at - range.begin);
     const uint64_t window = kHugePage - reinterpret_cast<uintptr_t>(place) % kHugePage;
     const ByteRange piece{at, attempt.cached ? std::min(range.end, at + window) : range.end};
-    fault_in({to.memory, place, to.huge}, piece.size(), attempt.look);
-    reader.buffered(attempt, piece, place);
+    const bool past_caches = may_pass_caches(place, piece.size());
+    if (!past_caches) fault_in({to.memory, place, to.huge}, piece.size(), attempt.look);
+    reader.buffered(attempt, piece, place, past_caches);
     at = piece.end;
   }
 }
@@ -300,7 +308,7 @@ HostMemoryRef HostLoader::allocate(uint64_t bytes) {
   try {
     return block_cache_->allocate(bytes);
   } catch (const Error&) {
-    filler_.give_up();
+    mappings_.give_up();
     block_cache_->release();  // to the spare memory, which goes before the system's refusal is believed
   }
   return block_cache_->allocate(bytes);

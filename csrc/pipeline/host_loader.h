@@ -138,8 +138,8 @@ class HostLoader {
 
   void read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look);
   static void fault_in(const Destination& to, uint64_t size, const Look& look);
-  static void read_buffered(RangeReader& reader, const RangeReader::Attempt& attempt, uint64_t from,
-                            const Destination& to);
+  void read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from, const Destination& to) const;
+  bool may_pass_caches(const char* place, uint64_t size) const;
   HostMemoryRef allocate(uint64_t bytes);
   uint64_t read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef block_memory(uint32_t block);
@@ -170,7 +170,8 @@ class HostLoader {
   bool page_in_ = true;
   ReadMode read_;
   Pace pace_;
-  CacheFiller filler_;
+  LoadMappings mappings_;
+  CacheFiller filler_{mappings_};
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};

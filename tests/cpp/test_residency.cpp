@@ -118,7 +118,8 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
     Pace pace;
     PagePrices prices(1);
     page_in(*cached.file, memory->data(), cached.range, tables, pace, prices, no_look);
-    CacheFiller filler;
+    LoadMappings mappings;
+    CacheFiller filler(mappings);
     CHECK(filler.fill(*cached.file, cached.range, /*known=*/false));
     CHECK(cached_bytes_by_mincore(*cached.file, cached.range).value_or(cached.range.size()) == cached.range.size());
   }
@@ -127,8 +128,9 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
 TEST(who_gave_up_fills_no_more) {
   const Cached cached;
   cached.evict();
-  CacheFiller filler;
-  filler.give_up();
+  LoadMappings mappings;
+  CacheFiller filler(mappings);
+  mappings.give_up();
   CHECK(!filler.fill(*cached.file, cached.range, /*known=*/true));
 }
 

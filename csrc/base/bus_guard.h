@@ -1,0 +1,32 @@
+#pragma once
+#include <cstdint>
+
+namespace weightload {
+
+// Keeps the process alive where this thread touches pages of a mapped file that are no longer there: the file was
+// truncated meanwhile, or cannot be read. They are zeros from then on, and hit() says so. One at a time in a thread.
+//
+// Note [SIGBUS]
+// The kernel tells of such a page by a signal, and a signal's handler is the process's. So the first guard installs
+// one, for the rest of the process's life: it puts a page of zeros where a guarded thread missed one, and hands all
+// else on to the handler that was there before. A handler that somebody installs later is left alone, also where it
+// calls ours: nothing is guarded any more, since nobody can tell, and who wants a guard reads in another way.
+class BusGuard {
+ public:
+  // [begin, end): whole pages, mapped by this thread for itself, and unmapped when the guard is gone.
+  BusGuard(char* begin, char* end) noexcept;
+  ~BusGuard();
+  BusGuard(const BusGuard&) = delete;
+  BusGuard& operator=(const BusGuard&) = delete;
+
+  // Whether the memory may be touched: not where this thread blocks the signal, or somebody else's handler gets it.
+  bool is_armed() const noexcept { return armed_; }
+
+  // Whether a page was missed.
+  bool hit() const noexcept;
+
+ private:
+  bool armed_;
+};
+
+}  // namespace weightload
