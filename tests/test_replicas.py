@@ -10,10 +10,10 @@ from conftest import SEED
 from group_support import assert_done, run_ranks
 
 LOADS = """
-import random
+import random, time
 import safetensors.torch
 from torch.distributed.tensor import Replicate, Shard, _StridedShard, distribute_tensor, init_device_mesh
-from weightload import _C, errors, filling, settings
+from weightload import _C, errors, filling, into, settings
 
 path = sys.argv[4]
 whole = safetensors.torch.load_file(path)
@@ -101,6 +101,24 @@ except errors.OutOfMemoryError as error:
 else:
     raise AssertionError("no error")
 filling._put = put
+load(rows, strategy="striped")
+
+# What fails on one alone after the ranks have agreed, and before they begin to share, is raised on all.
+where = into.devices_of
+def failing_there(*arguments):
+    if rank == 1:
+        raise errors.OutOfMemoryError("none here")
+    return where(*arguments)
+into.devices_of = failing_there
+begin = time.monotonic()
+try:
+    load(rows, strategy="striped")
+except errors.OutOfMemoryError as error:
+    assert "none here" in str(error) and error.rank in (1, None if rank == 1 else 1), repr(error)
+else:
+    raise AssertionError("no error")
+assert time.monotonic() - begin < 60, "it was waited for"
+into.devices_of = where
 load(rows, strategy="striped")
 dist.barrier()
 dist.destroy_process_group()

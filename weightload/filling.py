@@ -103,11 +103,11 @@ def _read(
             except BaseException as error:
                 if group is not None:
                     fail_together(error, group, strategy, paths, to[0])
-                if replicas is not None:
-                    replicas.fail(error, paths)
                 raise
             apart = bool(matched.dtensors) and reads_apart(matched.dtensors.values(), total)
             for what, device, names, ranks, how in _loads(to, matched, group, strategy, replicas):
+                if replicas is not None and ranks is replicas.group:
+                    replicas.expected = False
                 try:
                     with _start(device, files, paths, matched, names, ranks, how, apart) as weights:
                         began = True

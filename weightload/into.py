@@ -177,26 +177,31 @@ def _load(
             compared = of_dtensors(matched.dtensors, together.ranks, made.__getitem__)
             together.begin({"strategy": strategy} | of_files(opened, named=False) | compared)
         replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
-        if shares(group, strategy):
-            matched = dataclasses.replace(matched, direct=set())
-        elif replicas is not None:
-            replicas.names = {piece for name in replicas.names for piece in matched.pieces.get(name, [name])}
-            matched = dataclasses.replace(matched, direct=matched.direct - replicas.names)
-        at_load = time.perf_counter()
-        devices_here = devices_of(matched)
-        if group is not None or replicas is not None:
-            devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
-        filled = fill(
-            matched,
-            devices_here,
-            opened,
-            paths,
-            group,
-            strategy,
-            show_progress,
-            None if together.alone else together.look,
-            replicas,
-        )
+        try:
+            if shares(group, strategy):
+                matched = dataclasses.replace(matched, direct=set())
+            elif replicas is not None:
+                replicas.names = {piece for name in replicas.names for piece in matched.pieces.get(name, [name])}
+                matched = dataclasses.replace(matched, direct=matched.direct - replicas.names)
+            at_load = time.perf_counter()
+            devices_here = devices_of(matched)
+            if group is not None or replicas is not None:
+                devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
+            filled = fill(
+                matched,
+                devices_here,
+                opened,
+                paths,
+                group,
+                strategy,
+                show_progress,
+                None if together.alone else together.look,
+                replicas,
+            )
+        except BaseException as error:
+            if replicas is not None and replicas.expected:
+                replicas.fail(error, paths)
+            raise
         loaded, missing, unexpected = _names(matched, filled, target, opened, strict)
     finally:
         # An exception's traceback would keep them open through this frame.

@@ -29,6 +29,8 @@ class Replicas:
     device: torch.device
     names: set[str]
     """The tensors, by their names in the target. Those that are on another device are not shared."""
+    expected: bool = True
+    """Whether the others are waiting for this rank to begin the shared load."""
 
     def fail(self, error: BaseException, paths: Sequence[Path]) -> None:
         """Raise this rank's error on all of them, in place of the shared load that the others are about to begin."""
