@@ -33,7 +33,7 @@ from machine import describe
 from ranks import GroupedRanks
 from report import deliver
 
-from weightload import devices
+from weightload._load import devices
 from weightload.settings import current
 
 

@@ -17,11 +17,13 @@ from machine import NotEvictedError
 from ranks import Ranks
 from safetensors import SafetensorError
 
-from weightload import devices, progress, settings, terminal
-from weightload.checkpoint import resolve_and_tell
-from weightload.distributed import global_rank
-from weightload.printable import printable
-from weightload.selection import open_files
+from weightload import settings
+from weightload._load import devices, progress
+from weightload._base import terminal
+from weightload._checkpoint.resolve import resolve_and_tell
+from weightload._group.ranks import global_rank
+from weightload._base.printable import printable
+from weightload._checkpoint.selection import open_files
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 

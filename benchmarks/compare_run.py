@@ -19,7 +19,7 @@ from loader_worker import FailedError, Worker
 from machine import NotEvictedError, back_memory, evict, fill_cache, resident_share
 from peers import BASELINES, MAPPED, find, kind_of
 
-from weightload.cpus import usable_cpus
+from weightload._base.cpus import usable_cpus
 
 Loads = dict[str, list[dict[str, Any]]]  # what each one's loads answered
 

@@ -27,7 +27,7 @@ from machine import describe
 from safetensors import safe_open
 
 import weightload
-from weightload.selection import open_files
+from weightload._checkpoint.selection import open_files
 
 
 def import_milliseconds(module: str) -> float:

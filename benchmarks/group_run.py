@@ -20,7 +20,7 @@ from machine import NotEvictedError, back_memory, fill_cache, raw_parallel_read,
 from ranks import GroupedRanks
 from safetensors import safe_open
 
-from weightload.progress import Advance, unseen
+from weightload._load.progress import Advance, unseen
 from weightload.settings import current
 
 RAW_READ = "raw parallel read"

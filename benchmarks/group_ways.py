@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 import weightload
-from weightload.dtypes import TORCH_DTYPES, torch_shape
+from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 BASELINE = "python broadcast"

@@ -18,7 +18,7 @@ from typing import Any
 from proc import process_memory
 
 from weightload import _C
-from weightload.cpus import usable_cpus
+from weightload._base.cpus import usable_cpus
 
 # A cold run may start with this share of the files still in the page cache: pages that another process holds.
 COLD_SHARE = 0.01

@@ -26,8 +26,8 @@ from scale_costs import MIB, STORAGES, Assumptions, Load, seconds
 from synth import layers_for, write_checkpoint
 
 import weightload
-from weightload.cpus import usable_cpus
-from weightload.selection import open_files
+from weightload._base.cpus import usable_cpus
+from weightload._checkpoint.selection import open_files
 
 BLOCK = 64 * MIB  # the loader's block of CPU memory
 TASK = 8 * MIB

@@ -49,7 +49,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import weightload
-from weightload.cpus import usable_cpus
+from weightload._base.cpus import usable_cpus
 
 MESHES = {"fsdp2": (2,), "fsdp4": (4,), "fsdp8": (8,), "tp2": (2,), "tp4": (4,), "hsdp2x2": (2, 2), "ep4": (4,)}
 PLANS = ["fsdp2", "fsdp4", "tp2", "tp4", "hsdp2x2"]  # of any model

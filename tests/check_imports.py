@@ -1,4 +1,5 @@
-"""Checks that includes between the rooms of csrc/ run one way, and that imports inside weightload/ have no cycle.
+"""Checks that includes between the rooms of csrc/ run one way, as imports between those of weightload/ do, which have no
+cycle either, and that no folder of the package has more than a dozen modules.
 
 python tests/check_imports.py [ROOT]    prints what is wrong, a line each, and exits with 1 if anything is
 """
@@ -6,6 +7,7 @@ python tests/check_imports.py [ROOT]    prints what is wrong, a line each, and e
 from __future__ import annotations
 
 import ast
+import collections
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,10 @@ from pathlib import Path
 
 # A file may include what is in its own room and in those before it.
 ROOMS = ("base", "format", "plan", "io", "memory", "device", "collective", "pipeline", "bindings")
+
+# Of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import everything.
+PACKAGE_ROOMS = ("_base", "", "_parts", "_checkpoint", "_group", "_load", "_into", "_api", "cli")
+MOST_MODULES = 12
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)/', re.M)
 
@@ -63,6 +69,23 @@ def _imported(node: ast.AST, module: str, is_package: bool, known: set[str]) -> 
                 yield inner if inner in known else base
 
 
+def wrong_imports(graph: dict[str, dict[str, str]]) -> Iterator[str]:
+    """Modules in no known room, imports of a room that comes later, and rooms that are full."""
+    order = {room: number for number, room in enumerate(PACKAGE_ROOMS)}
+    modules = [name for name in graph if name.count(".") > 0 and not name.endswith(".__main__")]
+    rooms = {name: name.split(".")[1] if name.count(".") > 1 or name.split(".")[1] in order else "" for name in modules}
+    for name in modules:
+        if rooms[name] not in order:
+            yield f"{name}: no such room in {Path(__file__).name}: {', '.join(PACKAGE_ROOMS)}"
+            continue
+        for imported, where in graph[name].items():
+            if order.get(rooms.get(imported, ""), -1) > order[rooms[name]]:
+                yield f"{where}: {name} may not import {imported}"
+    for room, count in collections.Counter(rooms.values()).items():
+        if count > MOST_MODULES:
+            yield f"weightload/{room}: {count} modules, {MOST_MODULES} are enough"
+
+
 def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
     """A cycle for every module that reaches itself and is in none of the cycles before it; the shortest one."""
     found: list[list[str]] = []
@@ -87,7 +110,7 @@ def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
 def problems(root: Path) -> list[str]:
     """What is wrong in a source tree, a line each."""
     graph = imports(root / "weightload")
-    said = list(wrong_includes(root / "csrc"))
+    said = [*wrong_includes(root / "csrc"), *wrong_imports(graph)]
     for cycle in cycles(graph):
         steps = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
         said.append("a cycle: " + "; ".join(f"{graph[a][b]}: {a} imports {b}" for a, b in steps))

@@ -17,7 +17,7 @@ from conftest import open_checkpoints, thread_count
 from simulated_support import DEVICE
 
 import weightload
-from weightload.dtypes import TORCH_DTYPES, torch_shape
+from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 
 Bytes = dict[str, bytes]
 Way = Callable[[list[Path]], Bytes]

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 import weightload
-from weightload.iterator import DeviceWeightIterator
+from weightload._load.iterator import DeviceWeightIterator
 from weightload.load_stats import LoadStats
 
 # Which stand-in: the backend of our own, or CUDA's torch on the simulated CUDA ("cuda").

@@ -129,7 +129,7 @@ def test_what_is_measured_and_how_far_it_is(script: str, checkpoint: Path, tmp_p
     script_text = f"""
 import runpy, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
-from weightload import progress
+from weightload._load import progress
 progress.SECONDS_BEFORE_THE_BAR = 0
 sys.argv[0] = {script!r}
 runpy.run_path({str(BENCHMARKS / script)!r} + ".py", run_name="__main__")

@@ -14,8 +14,9 @@ from conftest import BACKENDS, file_bytes, start, write_tensors
 from hostile_support import PRIVATE_WAYS, TINY, WAYS, Way, assert_nothing_held, content, raw_bytes, way_of
 
 import weightload
-from weightload import _C, cli, errors, settings
-from weightload.selection import open_files
+from weightload import _C, errors, settings
+from weightload.cli import main as cli
+from weightload._checkpoint.selection import open_files
 
 LONG_AGO = 1_600_000_000
 Change = Callable[[Path], None]

@@ -18,12 +18,15 @@ def tree(tmp_path: Path) -> Path:
     files = {
         "csrc/base/error.h": "#include <string>\n",
         "csrc/io/file.cpp": '#include "base/error.h"\n#include "io/file.h"\n',
-        "weightload/__init__.py": "from weightload.load import load\n",
+        "weightload/__init__.py": "from weightload._load.load import load\n",
         "weightload/_C.pyi": "",
-        "weightload/load.py": "from weightload import _C, paths\nfrom weightload.inner import one\n",
-        "weightload/paths.py": "import os\nfrom weightload import _C\n",
-        "weightload/inner/__init__.py": "from . import one\n",
-        "weightload/inner/one.py": "from ..paths import as_text\n",
+        "weightload/settings.py": "from weightload._base.paths import as_text\n",
+        "weightload/_base/paths.py": "import os\nfrom weightload import _C\n",
+        "weightload/_load/__init__.py": "",
+        "weightload/_load/load.py": "from weightload import _C, settings\nfrom weightload._group import one\n",
+        "weightload/_group/__init__.py": "from . import one\n",
+        "weightload/_group/one.py": "from .._base.paths import as_text\n",
+        "weightload/cli/main.py": "from weightload._load.load import load\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +36,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_this_tree() -> None:
     assert check_imports.problems(ROOT) == []
-    assert len(check_imports.imports(ROOT / "weightload")["weightload.iterator"]) > 10  # it does look
+    assert len(check_imports.imports(ROOT / "weightload")["weightload._load.iterator"]) > 10  # it does look
 
 
 def test_nothing_is_wrong_in_a_tree_that_is_right(tree: Path) -> None:
@@ -47,14 +50,16 @@ def test_nothing_is_wrong_in_a_tree_that_is_right(tree: Path) -> None:
         ("csrc/io/file.cpp", '#  include "memory/slot.h"', "csrc/io/file.cpp:3: io may not include memory"),
         ("csrc/io/file.cpp", '#include "cellar/wine.h"', "csrc/io/file.cpp:3: io may not include cellar"),
         ("csrc/cellar/wine.h", "", "csrc/cellar/wine.h: no such room"),
-        ("weightload/paths.py", "from weightload.load import load", "weightload.paths imports weightload.load"),
-        ("weightload/paths.py", "import weightload.load", "weightload/paths.py:3: weightload.paths imports"),
-        ("weightload/paths.py", "def f():\n    from weightload import load", "weightload/paths.py:4"),
-        ("weightload/paths.py", "if TYPE_CHECKING:\n    from weightload.load import load", "weightload/paths.py:4"),
-        ("weightload/paths.py", "from weightload import __version__", "weightload.paths imports weightload"),
-        ("weightload/paths.py", "from .inner import one", "weightload.paths imports weightload.inner.one"),
-        ("weightload/inner/one.py", "from ..load import load", "weightload.inner.one imports weightload.load"),
-        ("weightload/inner/one.py", "from . import two", "weightload.inner.one imports weightload.inner"),
+        ("weightload/_base/paths.py", "from weightload._load.load import load", "may not import weightload._load.load"),
+        ("weightload/_base/paths.py", "import weightload._group.one", "weightload/_base/paths.py:3: weightload._base"),
+        ("weightload/_base/paths.py", "def f():\n    from weightload._load import load", "weightload/_base/paths.py:4"),
+        ("weightload/_base/paths.py", "if TYPE_CHECKING:\n    from ..cli import main", "weightload/_base/paths.py:4"),
+        ("weightload/_base/paths.py", "from weightload import __version__", "weightload._base.paths imports weightload"),
+        ("weightload/_base/paths.py", "from weightload import settings", "paths may not import weightload.settings"),
+        ("weightload/settings.py", "from weightload._group import one", "settings may not import weightload._group.one"),
+        ("weightload/_group/one.py", "from .._load.load import load", "weightload._group.one may not import"),
+        ("weightload/_group/one.py", "from . import two", "weightload._group.one imports weightload._group"),
+        ("weightload/_cellar/wine.py", "", "weightload._cellar.wine: no such room"),
     ],
 )
 def test_what_is_planted_is_found(tree: Path, file: str, line: str, said: str) -> None:
@@ -64,4 +69,10 @@ def test_what_is_planted_is_found(tree: Path, file: str, line: str, said: str) -
     run = subprocess.run([sys.executable, check_imports.__file__, str(tree)], capture_output=True, text=True)
     assert run.returncode == 1
     assert said in run.stderr
-    assert all(line.startswith(("csrc/", "a cycle: ")) for line in run.stderr.splitlines())
+    assert all(line.startswith(("csrc/", "weightload", "a cycle: ")) for line in run.stderr.splitlines())
+
+
+def test_a_room_is_full(tree: Path) -> None:
+    for number in range(12):
+        (tree / f"weightload/_base/module_{number}.py").write_text("")
+    assert check_imports.problems(tree) == ["weightload/_base: 13 modules, 12 are enough"]

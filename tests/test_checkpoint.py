@@ -11,7 +11,7 @@ from conftest import write_tensors
 
 import weightload
 from weightload import errors
-from weightload.checkpoint import natural_key
+from weightload._checkpoint.resolve import natural_key
 
 
 def put(folder: Path, *names: str) -> Path:

@@ -15,7 +15,7 @@ from test_checkpoint import put, put_index
 from test_checkpoint_names import INDEX, lay
 
 import weightload
-from weightload import cli
+from weightload.cli import main as cli
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from test_checkpoint import names, put, put_index
 
 import weightload
-from weightload.file_names import family, shard_of, split_variant, what_it_is
+from weightload._checkpoint.file_names import family, shard_of, split_variant, what_it_is
 
 INDEX = "model.safetensors.index.json"
 PAIR = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

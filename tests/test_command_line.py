@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import entry, file_bytes, write_tensors
 
-from weightload import __version__, cli
-from weightload.cli_load import touch
+from weightload import __version__
+from weightload.cli import main as cli
+from weightload.cli.load import touch
 
 
 def test_inspect(real_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +132,7 @@ def test_ctrl_c_ends_a_command(
     def pressed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weightload.cli_load.safetensors_weights_iterator", pressed)
+    monkeypatch.setattr("weightload.cli.load.safetensors_weights_iterator", pressed)
     assert cli.main(["load", str(real_checkpoint)]) == 130
     assert capsys.readouterr().err == "weightload: stopped\n"
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import weightload
 from weightload import settings
-from weightload.distributed import ranks_of_this_node, readers_of
+from weightload._group.ranks import ranks_of_this_node, readers_of
 
 SHAPES = {"odd": [3, 1000, 1001], "rows": [2048, 4096], "wide": [300, 65536], "small": [77]}
 NOT_HERE = platform.machine() != "x86_64"

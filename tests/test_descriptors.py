@@ -62,7 +62,7 @@ def prefetch():
     kept = [weightload.safe_open(file, "pt") for file in files]
     return {name: tensor for handle in kept for name, tensor in handle.prefetch(dict.fromkeys(handle.keys()))}
 def command(*words):
-    from weightload import cli
+    from weightload.cli import main as cli
     assert cli.main([*words, folder]) == 0
 try:
     if way == "resolve": assert len(weightload.resolve_safetensors_files(folder)) == len(files)

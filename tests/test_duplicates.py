@@ -14,7 +14,7 @@ import torch
 
 import weightload
 from weightload import errors
-from weightload.selection import open_files, select_all
+from weightload._checkpoint.selection import open_files, select_all
 
 INDEX = "model.safetensors.index.json"
 

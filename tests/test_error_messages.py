@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import weightload
-from weightload import cli, errors
+from weightload import errors
+from weightload.cli import main as cli
 
 HOSTILE = "\x1b[31mred\nFAKE: all is well"
 

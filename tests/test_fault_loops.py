@@ -10,7 +10,8 @@ from conftest import evict, write_tensors
 from hostile_support import CPU_WAYS, SIMULATED_WAYS, Way, assert_nothing_held, content, descriptor_count, way_of
 
 import weightload
-from weightload import _C, cli, errors, settings
+from weightload import _C, errors, settings
+from weightload.cli import main as cli
 
 # Pieces that make few reads of a file that is too large to be left to page faults, which is what 2 MiB are.
 PIECE = 1 << 20

@@ -30,7 +30,8 @@ import hostile_support, weightload
 from conftest import evict
 from hostile_support import CPU_WAYS, content, halves
 from pathlib import Path
-from weightload import _C, errors, safe_open, selection
+from weightload import _C, errors, safe_open
+from weightload._checkpoint import selection
 
 path, small = Path(sys.argv[2]) / "x.safetensors", Path(sys.argv[2]) / "small.safetensors"
 CPU_WAYS["load_into"]([path])  # imports the rest

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import weightload
 from weightload import errors
-from weightload.selection import open_files
+from weightload._checkpoint.selection import open_files
 
 U8 = entry("U8", [1], 0, 1)
 

@@ -14,8 +14,9 @@ from hostile_support import WAYS, Way, assert_nothing_held, descriptor_count, wa
 from test_header import VIOLATIONS
 
 import weightload
-from weightload import cli, errors
-from weightload.selection import open_files
+from weightload import errors
+from weightload.cli import main as cli
+from weightload._checkpoint.selection import open_files
 
 U8 = entry("U8", [1], 0, 1)
 
@@ -114,7 +115,7 @@ def test_unreadable_files_keep_their_errno(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     script = """
         import os, sys, torch, weightload
-        from weightload import cli
+        from weightload.cli import main as cli
         dict(weightload.safetensors_weights_iterator(["b.safetensors"], to_cpu=True))  # imports what is left
         if os.geteuid() == 0:
             os.setgroups([]); os.setgid(65534); os.setuid(65534)

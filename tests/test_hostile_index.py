@@ -11,9 +11,10 @@ import pytest
 from conftest import run_script, write_tensors
 
 import weightload
-from weightload import cli, errors
-from weightload.checkpoint import natural_key
-from weightload.index import MAX_INDEX_BYTES
+from weightload import errors
+from weightload.cli import main as cli
+from weightload._checkpoint.resolve import natural_key
+from weightload._checkpoint.index import MAX_INDEX_BYTES
 
 INDEX = "model.safetensors.index.json"
 

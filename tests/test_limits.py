@@ -23,7 +23,7 @@ PROLOGUE = """
 import gc, os, resource, sys
 import torch, weightload
 from weightload import settings
-from weightload.selection import open_files
+from weightload._checkpoint.selection import open_files
 
 sys.path.insert(0, os.environ["TESTS"])
 from conftest import running_threads, thread_count as threads

@@ -285,7 +285,7 @@ def test_where_the_system_does_not_say_what_is_read_only(tmp_path: Path, monkeyp
     """The read itself says so, of what is read into."""
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4)}, path)
-    monkeypatch.setattr("weightload.places.MAPS", str(tmp_path / "none"))
+    monkeypatch.setattr("weightload._into.places.MAPS", str(tmp_path / "none"))
     target = torch.zeros(4)
     weightload.load_into({"a": target}, path)
     assert bool(target.all())
@@ -300,6 +300,6 @@ def test_many_maps_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         opened.append(path)
         return open(path, *rest)
 
-    monkeypatch.setattr("weightload.places.open", counting, raising=False)
+    monkeypatch.setattr("weightload._into.places.open", counting, raising=False)
     weightload.load_into({name: torch.zeros(3) for name in state}, tmp_path / "m.safetensors")
     assert opened == ["/proc/self/maps"]

@@ -16,7 +16,7 @@ from simulated_support import DEVICE
 import weightload
 from weightload import settings
 from weightload.load_stats import FileStats, LoadStats, Stage
-from weightload.progress import WeightsWithBar
+from weightload._load.progress import WeightsWithBar
 
 MIB = 1 << 20
 

@@ -11,7 +11,8 @@ from group_support import assert_done, run_ranks
 
 # Ranks 0 to 3 load; a fifth makes the default group larger than the mesh, so that they speak in its dimensions' groups.
 LOADS = """
-from weightload import _C, errors, together
+from weightload import _C, errors
+from weightload._into import together
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor, init_device_mesh
 
 path = sys.argv[4]
@@ -109,12 +110,12 @@ if rank < 4:
     together.LOOK_SECONDS = 0
     store = dist.distributed_c10d._get_default_store()
     (ranks, number), = together._rounds.items()
-    put, copied = weightload.filling._put, []
+    put, copied = weightload._into.filling._put, []
     def slowly(name, tensor, place):
         store.wait([f"weightload/failed/{ranks}/{number + 1}"])
         copied.append(name)
         put(name, tensor, place)
-    weightload.filling._put = slowly
+    weightload._into.filling._put = slowly
     into = {"a": target()["a"]} | {name: torch.zeros(8, 16).t() for name in "bcd" if rank == 0}
     if rank == 1:
         _C.arm_fault("error", count=1 << 30, error_number=5)

@@ -9,7 +9,9 @@ from conftest import run_script
 PROBE = """
     import copy, inspect, pickle, sys
     import torch, weightload
-    from weightload import _C, device_iterator, iterator, prefetch, progress
+    from weightload import _C
+    from weightload._load import device_iterator, iterator, progress
+    from weightload._api import prefetch
 
     path = sys.argv[1]
     classes = [kind for kind in vars(_C).values() if inspect.isclass(kind) and not hasattr(kind, "__members__")]

@@ -15,7 +15,8 @@ import torch
 from conftest import write_tensors
 
 import weightload
-from weightload import cli, terminal
+from weightload.cli import main as cli
+from weightload._base import terminal
 
 
 class Failing(io.StringIO):

@@ -22,9 +22,9 @@ def test_auto_on_nodes_of_different_sizes(checkpoint: list[Path], tmp_path: Path
     both, one = dist.new_group([0, 1, 2]), dist.new_group([1, 2])
     for _ in range(2):
         with weightload.settings.override(block_bytes=65536, task_bytes=16384):
-            print(weightload.distributed.resolve_group(both, "auto", "cpu", "it")[1])
+            print(weightload._group.ranks.resolve_group(both, "auto", "cpu", "it")[1])
             if rank:
-                print(weightload.distributed.resolve_group(one, "auto", "cpu", "it")[1])
+                print(weightload._group.ranks.resolve_group(one, "auto", "cpu", "it")[1])
     group = weightload.node_group()
     print(dist.get_process_group_ranks(group))
     """

@@ -16,7 +16,8 @@ from test_shards import assert_done, rank_of, untouched_like
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightload
-from weightload import _C, cli, settings
+from weightload import _C, settings
+from weightload.cli import main as cli
 from weightload.load_stats import LoadStats
 
 BLOCK = 4096  # of O_DIRECT

@@ -13,7 +13,7 @@ import torch
 from conftest import write_tensors
 
 import weightload
-from weightload.paths import path_list
+from weightload._base.paths import path_list
 
 NAME = "model.safetensors"
 

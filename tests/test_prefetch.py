@@ -21,7 +21,8 @@ from conftest import entry as header_entry
 from simulated_support import raw
 
 import weightload
-from weightload import _C, errors, prefetch, settings
+from weightload import _C, errors, settings
+from weightload._api import prefetch
 
 MIB = 1 << 20
 
@@ -240,7 +241,7 @@ def test_a_forked_child_is_told(path: Path) -> None:
             def close(self):
                 pass
         asked, done = threading.Event(), threading.Event()
-        loader = weightload.prefetch.PrefetchLoader(Slow(), ["0"], None)
+        loader = weightload._api.prefetch.PrefetchLoader(Slow(), ["0"], None)
         def wait():
             try:
                 loader.take("0")

@@ -23,7 +23,7 @@ from property_files import File, damaged, files
 import weightload
 from weightload import errors
 from weightload import settings as knobs
-from weightload.selection import open_files
+from weightload._checkpoint.selection import open_files
 
 MORE_EXAMPLES = int(os.environ.get("WEIGHTLOAD_PROPERTY_EXAMPLES", "0"))
 Tensors = dict[str, torch.Tensor]

@@ -12,7 +12,8 @@ from conftest import evict, write_tensors
 from hostile_support import CPU_WAYS, content
 from refusal_support import CALLS, ERRNOS, PATHS, Server
 
-from weightload import _C, errors, fetch, settings
+from weightload import _C, errors, settings
+from weightload._load import fetch
 
 filtered = pytest.mark.skipif(platform.machine() != "x86_64", reason="the filters know the numbers of x86-64")
 

@@ -27,10 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import weightload
-from weightload import _C, boxes, errors, fused_weights, settings
-from weightload.renaming import rename_opened
-from weightload.selection import open_files
-from weightload.state_dict import match
+from weightload import _C, errors, settings
+from weightload._parts import boxes
+from weightload._load import fused_weights
+from weightload._load.renaming import rename_opened
+from weightload._checkpoint.selection import open_files
+from weightload._into.state_dict import match
 
 BACKENDS: Any = ["mmap", "pread"]
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.complex64, torch.bool]

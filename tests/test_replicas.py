@@ -13,7 +13,8 @@ LOADS = """
 import random, time
 import safetensors.torch
 from torch.distributed.tensor import Replicate, Shard, _StridedShard, distribute_tensor, init_device_mesh
-from weightload import _C, errors, filling, into, settings
+from weightload import _C, errors, settings
+from weightload._into import filling, into
 
 path = sys.argv[4]
 whole = safetensors.torch.load_file(path)

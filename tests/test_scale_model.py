@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from weightload import distributed
+from weightload._group.ranks import auto_strategy
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "scale_model.py"
@@ -56,10 +56,10 @@ def test_auto_does_what_the_model_recommends(device: str, storage: Storage, node
     if gpus == 1:  # nothing to share in a group of one
         rows = predict(storage, nodes, SIZE, device, machine)
         assert len({row["seconds"] for row in rows if row["group"] == "node"}) == 1
-        assert distributed.auto_strategy("cuda", 1, 1) == "independent"
+        assert auto_strategy("cuda", 1, 1) == "independent"
         return
     kind = "cuda" if device == "accelerator" else "cpu"
-    assert recommend(storage, nodes, SIZE, device, machine) == distributed.auto_strategy(kind, gpus, 1)
+    assert recommend(storage, nodes, SIZE, device, machine) == auto_strategy(kind, gpus, 1)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
@@ -68,7 +68,7 @@ def test_auto_does_for_a_group_over_nodes_what_the_model_recommends(nodes: int, 
     machine = dataclasses.replace(MACHINE, gpus=gpus)
     for device, kind in (("accelerator", "cuda"), ("cpu", "cpu")):
         ranks = nodes * gpus
-        assert recommend_one_group(nodes, SIZE, device, machine) == distributed.auto_strategy(kind, ranks, nodes)
+        assert recommend_one_group(nodes, SIZE, device, machine) == auto_strategy(kind, ranks, nodes)
 
 
 @pytest.mark.parametrize("device", DEVICES)

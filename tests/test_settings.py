@@ -19,8 +19,8 @@ from conftest import write_tensors
 
 import weightload
 from weightload import settings
-from weightload.cpus import cgroup_cpu_quota, usable_cpus
-from weightload.distributed import LOCAL_SIZES, ranks_of_this_node
+from weightload._base.cpus import cgroup_cpu_quota, usable_cpus
+from weightload._group.ranks import LOCAL_SIZES, ranks_of_this_node
 
 
 def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from weightload import cli, cli_settings, settings
+from weightload import settings
+from weightload.cli import main as cli, settings as cli_settings
 
 PAGE = Path(settings.__file__).parent / "SETTINGS.md"
 

@@ -20,7 +20,7 @@ from conftest import SEED, write_tensors
 
 import weightload
 from weightload import _C, settings
-from weightload.handlers import forgiven
+from weightload._base.handlers import forgiven
 
 TRIALS = 120
 SMALL = [(f"t{i:03d}", "I32", [64]) for i in range(400)]

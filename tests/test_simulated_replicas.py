@@ -20,7 +20,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
 import weightload
 from weightload import _C, errors, settings
-from weightload.shards import part_of_rank
+from weightload._parts.shards import part_of_rank
 
 pytestmark = pytest.mark.simulated
 

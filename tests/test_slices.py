@@ -19,7 +19,7 @@ from torch_modes import MODES, described
 
 import weightload
 from weightload import _C
-from weightload.rows import plan_rows
+from weightload._parts.rows import plan_rows
 
 
 @pytest.fixture(autouse=True)

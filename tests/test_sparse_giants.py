@@ -43,7 +43,7 @@ def test_memory_is_bounded_whatever_a_file_claims(tmp_path: Path) -> None:
         files[-1].write_bytes(file_bytes(b"{" + one % inside + b"}", b"1"))
     script = """
         import resource, sys, torch, weightload
-        from weightload import cli
+        from weightload.cli import main as cli
         weightload.load(b"\\2\\0\\0\\0\\0\\0\\0\\0{}")
         used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), resource.RLIM_INFINITY))
@@ -100,7 +100,7 @@ def test_verifying_a_sparse_giant_can_be_interrupted(tmp_path: Path) -> None:
     path = giant(tmp_path / "giant.safetensors", 2**41)
     script = """
         import signal, sys
-        from weightload import cli
+        from weightload.cli import main as cli
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         sys.exit(cli.main(["verify", sys.argv[1]]))

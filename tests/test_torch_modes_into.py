@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_modes import MODES, look_around, undisturbed
 
 import weightload
-from weightload import places
+from weightload._into import places
 from weightload.errors import StateDictError
 
 

@@ -236,7 +236,7 @@ def test_a_tensor_that_loads_itself_is_not_swapped_for(tmp_path: Path) -> None:
         def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
             raise NotImplementedError
 
-    from weightload.own_loading import _loads_itself
+    from weightload._into.own_loading import _loads_itself
 
     with rank_of((2,), 0) as mesh:
         shard = DTensor.from_local(torch.zeros(2), mesh, run_check=False)

@@ -2,6 +2,6 @@
 
 import sys
 
-from weightload.cli import main
+from weightload.cli.main import main
 
 sys.exit(main())

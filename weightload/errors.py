@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
-from weightload.printable import printable
+from weightload._base.printable import printable
 
 
 class WeightLoadError(SafetensorError):

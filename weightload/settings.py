@@ -15,8 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, Literal, TypeVar, cast
 
 from weightload import _C
-from weightload.cpus import usable_cpus
-from weightload.handlers import pass_on
+from weightload._base.cpus import usable_cpus
+from weightload._base.handlers import pass_on
 
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")

@@ -20,7 +20,7 @@ bool is_of_the_bar(const py::error_already_set& error) {
   if (!error.matches(PyExc_Exception)) return false;
   if (error.trace()) PyException_SetTraceback(error.value().ptr(), error.trace().ptr());
   try {
-    py::module_::import("weightload.handlers").attr("pass_on")(error.value());
+    py::module_::import("weightload._base.handlers").attr("pass_on")(error.value());
   } catch (const py::error_already_set&) {
     return false;
   }

@@ -1,0 +1,1 @@
+"""Files as safetensors has them: handles, dicts, prefetching."""

@@ -1,0 +1,57 @@
+"""load_file and load: whole files at once, with safetensors' names and meanings."""
+
+from __future__ import annotations
+
+import torch
+
+from weightload import _C
+from weightload._load import devices
+from weightload._load.device_iterator import bytes_of_files, load_to_device
+from weightload._load.fetch import load_all
+from weightload._load.iterator import Backend, WeightIterator, require_backend
+from weightload._base.paths import Path
+from weightload._checkpoint.selection import open_files, select_all
+
+
+def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:
+    """Load every tensor of a file into a dict, ordered by offset.
+
+    Args:
+        filename: path of the safetensors file.
+        device: the CPU, or an accelerator as for ``safetensors_weights_iterator``.
+        backend: ``"mmap"``: copy-on-write views of the mapped file. Its bytes are read before this returns, unless
+            the file would not fit comfortably into memory (half of what is available); then they are read as they
+            are touched. ``"pread"``: private memory. On an accelerator memory is always private.
+
+    Raises:
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError: as
+            ``safetensors_weights_iterator``.
+    """
+    target = devices.resolve(device)
+    require_backend(backend)
+    if target.type != "cpu":
+        return dict(
+            load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)
+        )
+    return load_all(open_files([filename])[0], target, backend)
+
+
+def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
+    """Load every tensor of a safetensors file that is in memory into a dict of tensors with their own memory.
+
+    Args:
+        data: the whole file.
+        device: the CPU, or an accelerator as for ``safetensors_weights_iterator``.
+
+    Raises:
+        HeaderError: the bytes break a rule of the format; the subclass names the rule.
+        TensorError: torch lacks a tensor's dtype.
+        OutOfMemoryError, ValueError: as ``safetensors_weights_iterator``.
+        TypeError: not bytes, nor anything that has bytes.
+    """
+    target = devices.resolve(device)
+    # An object that can change under the reading threads is copied first.
+    file = _C.from_bytes(data if isinstance(data, bytes) else bytes(memoryview(data)))
+    if target.type != "cpu":
+        return dict(load_to_device(target, len(data), [""], lambda: [file], None))
+    return dict(WeightIterator([file], select_all([file], None), backend="pread", read_ahead=True))

@@ -1,0 +1,124 @@
+"""What every iterator does before and after: opening files, picking tensors, closing at the interpreter's exit."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from weightload import _C, settings
+from weightload._parts.chosen_parts import Shard, choose_parts
+from weightload._checkpoint.duplicates import without_repeats
+from weightload._base.paths import Path, as_text
+from weightload._parts.shards import NO_PARTS, Part, Parts
+
+__all__ = [
+    "Names",
+    "Path",
+    "open_and_choose",
+    "open_and_select",
+    "open_files",
+    "parts_in_order",
+    "predicate",
+    "select",
+    "select_all",
+]
+
+Names = Collection[str] | Callable[[str], bool]
+
+
+def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
+    """Open checkpoint files and validate their headers, in parallel.
+
+    Raises:
+        TypeError, ValueError: as ``paths.as_text``.
+    """
+    encoded = [os.fsencode(as_text(path)) for path in paths]
+    # Counting the CPUs of a process takes several times as long as opening a small file.
+    threads = settings.current().thread_count() if len(encoded) > 1 else 1
+    return _C.open_files(encoded, threads)
+
+
+def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
+    """Numbers of the file's tensors that ``names`` (a collection or a predicate; None for all) picks."""
+    if names is None:
+        return list(range(len(file)))
+    picked = predicate(names)
+    return [number for number, name in enumerate(file.names()) if picked(name)]
+
+
+def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicates: str = "error") -> list[list[int]]:
+    """``select`` for each file, and one tensor of each name; see ``without_repeats``."""
+    picked = None if names is None else predicate(names)  # once: an iterator among them can be read once
+    selection = [select(file, picked) for file in files]
+    return without_repeats(files, selection, duplicates, everything=names is None)
+
+
+def open_and_choose(
+    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str, shard: Shard | None
+) -> tuple[list[_C.CheckpointFile], list[list[int]], Parts]:
+    """The files of a load, and what is wanted of their tensors; ``shard``: see ``chosen_parts``."""
+    files, selection = open_and_select(open_them, names, duplicates)
+    if shard is None:
+        return files, selection, NO_PARTS
+    try:
+        return files, *choose_parts(files, selection, shard)
+    except BaseException:
+        files.clear()  # an exception's traceback would keep them open
+        raise
+
+
+def open_and_select(
+    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str
+) -> tuple[list[_C.CheckpointFile], list[list[int]]]:
+    """The files of a load, and ``select_all`` of them."""
+    files = open_them()
+    try:
+        return files, select_all(files, names, duplicates)
+    except BaseException:
+        files.clear()  # an exception's traceback would keep them open
+        raise
+
+
+def parts_in_order(
+    files: Sequence[_C.CheckpointFile], selection: Sequence[Sequence[int]], parts: Parts
+) -> list[Part | None]:
+    """The parts of the selected tensors, in the order of the load and in the dimensions of the files; none of none."""
+    if not parts:
+        return []
+    found: list[Part | None] = []
+    for file, numbers in zip(files, selection, strict=True):
+        tensors: list[tuple[Any, ...]] = file.tensors()
+        for number in numbers:
+            name, dtype = tensors[number][:2]
+            part = parts.get(name)
+            # torch counts pairs in the last dimension of this dtype.
+            if part and dtype == "F4":
+                part = (*part[:-1], tuple((2 * begin, 2 * end) for begin, end in part[-1]))
+            found.append(part)
+    return found
+
+
+def predicate(names: Names) -> Callable[[str], bool]:
+    """Whether a name is picked.
+
+    Raises:
+        TypeError: ``names`` is neither a collection of names nor a predicate.
+    """
+    if isinstance(names, str):
+        raise TypeError("names must be a collection of tensor names or a predicate, not one string")
+    if callable(names):
+        return names
+    if isinstance(names, (bytes, bytearray, memoryview)) or not isinstance(names, Iterable):
+        raise TypeError(f"names must be a collection of tensor names or a predicate, not {type(names).__name__}")
+    wanted = set()
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be a collection of tensor names or a predicate; {name!r} is no name")
+        wanted.add(name)
+    return wanted.__contains__
+
+
+# In C++: a collection of weak references calls back in Python, where the exception of a signal handler is lost.
+atexit.register(_C.leave_interpreter)

@@ -1,0 +1,1 @@
+"""The ranks that load together, and what they must agree on."""

@@ -1,0 +1,179 @@
+"""Loads in which ranks want different tensors, or parts of them: what all want is shared, the rest each reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from weightload import _C
+from weightload._group.ranks import RECORD_BYTES
+from weightload.load_stats import LoadStats, joined
+from weightload._parts.shards import Parts, bytes_of_part
+
+LEAST_SHARED = 0.1
+"""Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
+
+
+class OneLoad(Protocol):
+    """iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
+
+    agreement_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Of its tensors."""
+
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+
+    def tell_ranks_of(self, other: Any) -> None:
+        """Have the ranks that share another load hear of an error of this one."""
+
+    def close(self) -> None:
+        """Stop it."""
+
+    def stats(self) -> LoadStats:
+        """What it has done so far."""
+
+
+class SharedAndOwn:
+    """Two loads of one selection, as one: ``(name, tensor)`` in its order; otherwise as either of them.
+
+    Args:
+        shared: the load of what all ranks want.
+        own: the load of the rest, by this rank.
+        is_shared: of each tensor, in order, which load it is of.
+    """
+
+    def __init__(self, shared: OneLoad, own: OneLoad, is_shared: Sequence[bool]) -> None:
+        self._loads = own, shared
+        self._is_shared = is_shared
+        self._at = 0
+        self._lock = threading.RLock()  # threads may share an iterator
+        self.agreement_seconds = shared.agreement_seconds
+        self.total_bytes = shared.total_bytes + own.total_bytes
+
+    def __iter__(self) -> SharedAndOwn:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        with self._lock:
+            try:
+                if self._at == len(self._is_shared):
+                    raise StopIteration
+                item = next(self._loads[self._is_shared[self._at]])
+            except BaseException:  # as with a generator, the end
+                self.close()
+                raise
+            self._at += 1
+            return item
+
+    def __len__(self) -> int:
+        return len(self._is_shared)
+
+    def __enter__(self) -> SharedAndOwn:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop both, also while another thread waits for one of them."""
+        for load in self._loads:
+            load.close()
+
+    def stats(self) -> LoadStats:
+        """What both have done so far."""
+        return joined(*(load.stats() for load in self._loads))
+
+
+def start_both(
+    selection: Sequence[Sequence[int]],
+    common: list[list[int]],
+    start_shared: Callable[[list[list[int]]], OneLoad],
+    start_own: Callable[[list[list[int]]], OneLoad],
+) -> SharedAndOwn:
+    """The two loads of a selection of which all ranks want ``common``."""
+    wanted_by_all = [set(numbers) for numbers in common]
+    is_shared = [
+        number in wanted for numbers, wanted in zip(selection, wanted_by_all, strict=True) for number in numbers
+    ]
+    rest = [
+        [number for number in numbers if number not in wanted]
+        for numbers, wanted in zip(selection, wanted_by_all, strict=True)
+    ]
+    shared = start_shared(common)
+    try:
+        own = start_own(rest)
+        own.tell_ranks_of(shared)
+        return SharedAndOwn(shared, own, is_shared)
+    except BaseException:
+        shared.close()
+        raise
+
+
+class Wishes:
+    """What each rank of a load wants of the tensors of its files, which are the same on all.
+
+    A wish is a record of the same size on all ranks: how many bytes, then two bits for each tensor of the files.
+    Whether the rank wants any of it, and whether all of it. It takes ``record_bytes`` with a first byte before it.
+    """
+
+    def __init__(self, files: Sequence[_C.CheckpointFile]) -> None:
+        self._files = files
+        self._count = sum(map(len, files))
+        self.record_bytes = max(RECORD_BYTES, 1 + 8 + 2 * ((self._count + 7) // 8))
+
+    def of_rank(self, selection: Sequence[Sequence[int]], parts: Parts) -> bytes:
+        """This rank's wish."""
+        begin = total = 0
+        some, whole = (bytearray((self._count + 7) // 8) for _ in range(2))
+        for file, numbers in zip(self._files, selection, strict=True):
+            tensors = file.tensors()
+            for number in numbers:
+                name, dtype, shape, first, last = tensors[number]
+                part = parts.get(name)
+                total += last - first if part is None else bytes_of_part(last - first, part, dtype, shape)
+                byte, bit = (begin + number) // 8, 1 << (begin + number) % 8
+                some[byte] |= bit
+                if part is None:
+                    whole[byte] |= bit
+            begin += len(tensors)
+        return total.to_bytes(8, "little") + bytes(some) + bytes(whole)
+
+    def common(self, wishes: Sequence[bytes]) -> list[list[int]] | None:
+        """The tensors that all ranks want in full, by file; none if they are not worth sharing. The same on all ranks.
+
+        None: they want tensors of one name from different files.
+        """
+        size = (self._count + 7) // 8
+        wanted = 0
+        whole = (1 << self._count) - 1
+        for wish in wishes:
+            wanted |= int.from_bytes(wish[8 : 8 + size], "little")
+            whole &= int.from_bytes(wish[8 + size : 8 + 2 * size], "little")
+        names = [name for one in map(_of, self._files, self._by_file(wanted)) for name in one]
+        if len(set(names)) < len(names):
+            return None
+        common = self._by_file(whole)
+        most = max(int.from_bytes(wish[:8], "little") for wish in wishes)
+        shared = sum(map(_C.CheckpointFile.bytes_of, self._files, common))
+        return common if shared and shared >= LEAST_SHARED * most else [[] for _ in self._files]
+
+    def _by_file(self, bits: int) -> list[list[int]]:
+        """The tensors of each file whose bits are set."""
+        text = f"{bits:0{self._count}b}"[::-1]
+        found = []
+        begin = 0
+        for file in self._files:
+            here = text[begin : begin + len(file)]
+            found.append([number for number, bit in enumerate(here) if bit == "1"])
+            begin += len(file)
+        return found
+
+
+def _of(file: _C.CheckpointFile, numbers: Sequence[int]) -> list[str]:
+    names = file.names()
+    return [names[number] for number in numbers]

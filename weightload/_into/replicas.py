@@ -1,0 +1,134 @@
+"""Ranks that have the same shards: they read them once, and share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightload._load.device_iterator import fail_together
+from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group
+from weightload._base.paths import Path
+from weightload._base.plain_torch import plainly
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LEAST_SAVED = 0.1
+"""Of the bytes that a rank would read: where sharing saves less, collectives are not worth their time."""
+
+
+@dataclasses.dataclass
+class Replicas:
+    """Ranks of which each has the same part of some tensors."""
+
+    group: ProcessGroup
+    strategy: str
+    device: torch.device
+    names: set[str]
+    """The tensors, by their names in the target. Those that are on another device are not shared."""
+    expected: bool = True
+    """Whether the others are waiting for this rank to begin the shared load."""
+
+    def fail(self, error: BaseException, paths: Sequence[Path]) -> None:
+        """Raise this rank's error on all of them, in place of the shared load that the others are about to begin."""
+        try:
+            fail_together(error, self.group, self.strategy, paths, self.device)
+        except BaseException as told:
+            self.number_globally(told)
+            raise
+
+    def number_globally(self, error: BaseException) -> None:
+        """Have an error of a shared load name its rank as the default group numbers it, as a mesh does."""
+        rank = getattr(error, "rank", None)
+        if rank is not None:
+            error.rank = torch.distributed.get_process_group_ranks(self.group)[rank]  # type: ignore[attr-defined]
+
+
+@plainly
+def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str) -> Replicas | None:
+    """The ranks that share the reading of DTensors: those of the dimension of a mesh along which most is replicated.
+
+    The same on all ranks of a mesh, and a collective call for the ranks of that dimension.
+
+    Args:
+        strategy: as of ``load_into``. ``"auto"``: shared between accelerators, and between nodes; not on the CPUs of a
+            node, which share the page cache.
+        load: what errors call it.
+    """
+    if strategy == "independent":
+        return None
+    names: dict[tuple[int, int], list[str]] = {}
+    meshes: dict[int, Any] = {}
+    saved: dict[tuple[int, int], float] = {}
+    total = 0.0
+    for name, tensor in dtensors.items():
+        spec: Any = tensor._spec  # type: ignore[attr-defined]
+        mesh = spec.mesh
+        meshes[id(mesh)] = mesh
+        # Of a rank's even share, so that ranks whose last chunks are short come to the same answer.
+        bytes_here = float(tensor.numel() * tensor.element_size())
+        for size, placement in zip(mesh.shape, spec.placements, strict=True):
+            if not placement.is_replicate():
+                bytes_here /= size
+        total += bytes_here
+        for dimension, (size, placement) in enumerate(zip(mesh.shape, spec.placements, strict=True)):
+            if placement.is_replicate() and size > 1:
+                key = id(mesh), dimension
+                names.setdefault(key, []).append(name)
+                saved[key] = saved.get(key, 0.0) + bytes_here * (1 - 1 / size)
+    most = max(saved, key=saved.__getitem__, default=None)
+    if most is None or saved[most] < LEAST_SAVED * total:
+        return None
+    mesh = meshes[most[0]]
+    if mesh.get_coordinate() is None:
+        return None
+    group = group_of_dimension(mesh, most[1])
+    shard: Any = dtensors[names[most][0]]
+    device: torch.device = shard._local_tensor.device
+    if group is None or device.type not in {backend.type for backend in group._device_types}:
+        return None
+    shared, chosen = resolve_group(group, strategy, device.type, load)
+    if shared is None or chosen == "independent":
+        return None
+    return Replicas(shared, chosen, device, set(names[most]))
+
+
+@plainly
+def reads_apart(dtensors: Iterable[torch.Tensor], total_bytes: int) -> bool:
+    """Whether most of what this rank reads for DTensors no other rank of its node reads, where there are others.
+
+    Args:
+        dtensors: those that it fills.
+        total_bytes: all that it fills.
+    """
+    on_node = ranks_of_this_node()
+    if on_node == 1:
+        return False
+    node = torch.distributed.get_rank() // on_node
+    own = 0
+    known: dict[tuple[int, Any], bool] = {}
+    for tensor in dtensors:
+        spec: Any = tensor._spec  # type: ignore[attr-defined]
+        key = id(spec.mesh), spec.placements
+        if key not in known:
+            same = _ranks_of_replicas(spec.mesh, spec.placements)
+            known[key] = sum(rank // on_node == node for rank in same) == 1
+        if known[key]:
+            own += tensor._local_tensor.nbytes  # type: ignore[attr-defined]
+    return 2 * own > total_bytes
+
+
+def _ranks_of_replicas(mesh: Any, placements: Sequence[Any]) -> list[int]:
+    """The ranks that have what this one has of a tensor, itself among them; none if it has nothing."""
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    at = tuple(
+        slice(None) if placement.is_replicate() else number
+        for number, placement in zip(coordinate, placements, strict=True)
+    )
+    ranks: list[int] = mesh.mesh[at].flatten().tolist()
+    return ranks

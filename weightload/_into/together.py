@@ -1,0 +1,255 @@
+"""How the ranks that load into one model begin and end together: what fails on one of them is raised on all."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightload import _C
+from weightload._load import devices
+from weightload._group.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
+from weightload._load.device_iterator import make_target
+from weightload._group.ranks import group_of_dimension, has_cpu_backend
+from weightload.errors import GroupError, WeightLoadError
+from weightload._base.handlers import pass_on
+from weightload._base.plain_torch import plainly
+from weightload._parts.shards import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LOOK_SECONDS = 1.0
+"""How often a rank that is loading looks whether another has failed: it asks the store of torch.distributed."""
+
+# Of each set of ranks that have loaded together, in how many rounds they met. The same number on all of them.
+_rounds: collections.Counter[str] = collections.Counter()
+
+
+class OthersFailed(Exception):
+    """Another rank has failed: what to raise, the last round says."""
+
+
+class Together:
+    """The ranks that load together, of which each reads for itself, or which share the reading.
+
+    They meet in rounds: one before the load, if what is compared there is not compared otherwise, and one after it. In
+    a round every rank tells all others that it is ready, or why it failed, over each of ``groups`` in turn: those of
+    the dimensions of a mesh, after the last of which a rank has heard of all. A round in which one failed is the last.
+
+    Args:
+        groups: the ranks, this one among them; none: it loads alone.
+        kind: the type of the devices between which records travel if a group has no backend for CPUs.
+        ranks: all of them, by their numbers in the default group.
+        is_mesh: whether errors call ranks by those numbers, and not by the first group's.
+
+    Attributes:
+        load: what errors call the load.
+        ranks: their number.
+    """
+
+    def __init__(self, groups: Sequence[ProcessGroup], kind: str, ranks: Sequence[int], is_mesh: bool) -> None:
+        self.load, self.ranks = "load_into", len(ranks)
+        self._groups, self._kind, self._is_mesh = groups, kind, is_mesh
+        self._has_begun = self._is_over = False
+        self._name = digest(map(str, ranks))
+        self._key = f"weightload/failed/{self._name}/{_rounds[self._name]}" if groups else ""
+        self._due = time.monotonic() + LOOK_SECONDS
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process loads alone, as far as is known."""
+        return not self._groups
+
+    def begin(self, same: Mapping[str, Any], failure: BaseException | None = None) -> None:
+        """The round before the load: ``same`` must be the same on all ranks, or ``failure`` says that this one failed.
+
+        Raises:
+            RankDisagreementError: it is not.
+            GroupError: a rank cannot be reached.
+            Exception: what a rank raised, on every rank.
+        """
+        self._has_begun = True
+        try:
+            self._round(same, failure, "before it began")
+        finally:
+            failure = None  # its traceback has this frame in it
+
+    def end(self, failure: BaseException | None = None) -> None:
+        """The round after the load. Raises as ``begin``."""
+        try:
+            self._round({"stage": "end of the load"}, failure, "")
+            if isinstance(failure, OthersFailed):
+                raise GroupError(f"{self.load}: a rank said that it failed, and then that it did not") from failure
+        finally:
+            failure = None  # its traceback has this frame in it
+
+    def should_hear(self, failure: BaseException) -> bool:
+        """Whether the other ranks are waiting to hear of this failure."""
+        if not self._groups or self._is_over or (was_told(failure) and not self._has_begun):
+            return False
+        # A rank that cannot be reached will not come to a round, either. The others find out as this one did.
+        return not (type(failure) is GroupError and failure.rank is None)
+
+    def shout(self, failure: BaseException) -> None:
+        """Have ranks that are still loading stop."""
+        if self._key and isinstance(failure, Exception):
+            with contextlib.suppress(Exception):  # the round will tell them
+                _store().set(self._key, "1")
+
+    def look(self) -> None:
+        """Raise ``OthersFailed`` if another rank has failed. Asks every ``LOOK_SECONDS``; costs little in between."""
+        if not self._key or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + LOOK_SECONDS
+        try:
+            failed = _store().check([self._key])
+        except Exception as error:
+            pass_on(error)
+            self._key = ""  # no store, or none that can be asked: the round will tell
+            return
+        if failed:
+            raise OthersFailed
+
+    @plainly
+    def _round(self, same: Mapping[str, Any], failure: BaseException | None, when: str) -> None:
+        if not self._groups:
+            if failure is not None:
+                raise failure
+            return
+        mine = None if isinstance(failure, OthersFailed) else failure
+        heard: BaseException | None = None
+        # Of a mesh, a group's rank is not what the caller knows a rank by.
+        own_rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
+        rank = own_rank
+        if isinstance(mine, (WeightLoadError, OSError)):  # of replicas, one that has failed is known already
+            known: object = getattr(mine, "rank", None)
+            rank = known if type(known) is int else own_rank
+        record = agreed_record("load_into", same) if mine is None else failed_record(mine, self.load, rank, when)
+        try:
+            for group in self._groups:
+                try:
+                    check(self._exchange(group, record, mine), mine)
+                except BaseException as error:
+                    if heard is None or not isinstance(error, Exception):
+                        heard = error
+                    if not isinstance(error, Exception):
+                        mine = error  # the others are told, without waiting for them
+                    if record[:1] != FAILED:
+                        record = failed_record(error, self.load, getattr(error, "rank", None), when)
+            if heard is None:
+                return
+            # Of a rank that is interrupted while it waits the others think that all is well: the next round tells them.
+            self._is_over = isinstance(heard, Exception) or heard is failure
+            if (
+                mine is not None
+                and getattr(heard, "rank", None) == rank == own_rank
+                and not isinstance(heard, type(mine))
+            ):
+                raise mine  # of a class that only its own rank knows
+            raise heard
+        finally:
+            self._count_round()
+            # Their tracebacks have this frame in them.
+            failure = mine = heard = None
+
+    def _count_round(self) -> None:
+        """Ranks that take part in the same rounds have the same key."""
+        _rounds[self._name] += 1
+        self._key = f"weightload/failed/{self._name}/{_rounds[self._name]}"
+
+    def _exchange(self, group: ProcessGroup, record: bytes, failure: BaseException | None) -> list[bytes]:
+        target, device = None, devices.CPU
+        if not has_cpu_backend(group):
+            device = devices.resolve(self._kind)
+            target = make_target(device, 0, 1)
+        try:
+            part = _C.Group(group, target, str(device), _C.Strategy.independent, self.load)
+            try:
+                if failure is not None and not isinstance(failure, Exception):
+                    with contextlib.suppress(Exception):
+                        part.tell(record)
+                    raise failure
+                return part.agree(record, False)
+            finally:
+                part.close()
+        finally:
+            if target is not None:
+                target.close()
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+@plainly
+def of_meshes(tensors: Iterable[torch.Tensor]) -> Together:
+    """The ranks of the meshes of DTensors; of those that this process has no part in, none."""
+    meshes = {id(mesh): mesh for mesh in (_spec(tensor).mesh for tensor in tensors if is_dtensor(tensor))}
+    ranks: set[int] = set()
+    groups: dict[str, ProcessGroup] = {}
+    for mesh in meshes.values():
+        if mesh.get_coordinate() is None:
+            continue
+        ranks.update(mesh.mesh.flatten().tolist())
+        groups.update((group.group_name, group) for group in _groups_of(mesh))
+    # One group rather than several, if it is there in any case.
+    world = torch.distributed.group.WORLD
+    if groups and len(ranks) == torch.distributed.get_world_size() and has_cpu_backend(world):
+        groups = {"": world}  # type: ignore[dict-item]
+    kind = next((mesh.device_type for mesh in meshes.values()), "cpu")
+    return Together(list(groups.values()), kind, sorted(ranks), is_mesh=True)
+
+
+def of_group(group: ProcessGroup | None, kind: str) -> Together:
+    """The ranks of a group, if they are several."""
+    if group is None or group.size() == 1:
+        return Together([], kind, [], is_mesh=False)
+    return Together([group], kind, torch.distributed.get_process_group_ranks(group), is_mesh=False)
+
+
+def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
+    """The groups of a mesh's dimensions that ranks can speak in."""
+    for dimension in range(mesh.ndim):
+        group = group_of_dimension(mesh, dimension)
+        if group is not None and group.size() > 1:
+            yield group
+
+
+@plainly
+def of_dtensors(tensors: Mapping[str, torch.Tensor], ranks: int, sources: Callable[[str], object]) -> dict[str, str]:
+    """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out.
+
+    Args:
+        tensors: DTensors by name. Those of which only some of the ranks have a part are nothing to the others: experts
+            that are other ones on other ranks.
+        ranks: how many load together.
+        sources: what of the checkpoint a DTensor of a name is made of.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if _spec(tensor).mesh.size() == ranks}
+    meshes: dict[int, str] = {}
+    ways: dict[object, str] = {}  # layers are alike
+    dealt = []
+    for tensor in tensors.values():
+        spec = _spec(tensor)
+        if id(spec.mesh) not in meshes:
+            # Not its ranks: of a part of a mesh (``mesh["dp"]``) those are others on other ranks.
+            meshes[id(spec.mesh)] = repr((tuple(spec.mesh.shape), spec.mesh.mesh_dim_names))
+        way = (id(spec.mesh), spec.placements)
+        if way not in ways:
+            ways[way] = meshes[id(spec.mesh)] + repr(spec.placements)
+        dealt.append(ways[way])
+    return {
+        "names of DTensors": digest(tensors),
+        "shapes of DTensors": digest(repr(tuple(tensor.shape)) for tensor in tensors.values()),
+        "meshes and placements": digest(dealt),
+        "what rename= makes of them": digest(repr(sources(name)) for name in tensors),
+    }
+
+
+def _spec(tensor: Any) -> Any:
+    return tensor._spec

@@ -1,0 +1,1 @@
+"""Loads: the iterators to the CPU and to accelerators, what they count and say, single tensors, new names."""

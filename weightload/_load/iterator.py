@@ -1,0 +1,338 @@
+"""safetensors_weights_iterator: the drop-in for the iterators that engines load their weights with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from weightload import _C, settings
+from weightload._load import devices, progress
+from weightload._group.agreement import Chosen, Sharing
+from weightload._group.apart import SharedAndOwn, start_both
+from weightload._parts.chosen_parts import Shard
+from weightload._load.counting import Counting
+from weightload._load.device_iterator import (
+    DeviceWeightIterator,
+    bytes_of_files,
+    fail_arguments_together,
+    load_to_device,
+)
+from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
+from weightload._checkpoint.duplicates import Duplicates, require_duplicates
+from weightload._load.fused_weights import FusedWeights, RenamedLoad
+from weightload.load_stats import LoadStats
+from weightload._base.paths import Path, Paths, path_list
+from weightload._base.plain_torch import plainly
+from weightload._load.renaming import Rename, require_rename
+from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
+from weightload._parts.shards import NO_PARTS, Parts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Backend = Literal["mmap", "pread"]
+
+
+class WeightIterator(_C.HostLoader):
+    """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
+
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
+    with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
+    list for each file. ``backend`` is a ``Backend``, or ``"either"``: mapped where the files can be. ``places`` has CPU
+    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them. ``apart``: no
+    other rank of this node reads the same.
+    """
+
+    def __init__(
+        self,
+        files: list[_C.CheckpointFile],
+        selection: list[list[int]],
+        *,
+        backend: str,
+        read_ahead: bool,
+        places: Sequence[torch.Tensor | None] = (),
+        parts: Parts = NO_PARTS,
+        sharing: Sharing | None = None,
+        counting: Counting | None = None,
+        apart: bool = False,
+    ) -> None:
+        now = settings.current()
+        core = sharing.core if sharing else None
+        self.agreement_seconds = sharing.seconds if sharing else 0.0
+        self._counting = counting or Counting()
+        self._counting.agreement_seconds = self.agreement_seconds
+        self._counting.loading(files)
+        try:
+            super().__init__(
+                files,
+                selection,
+                list(places),
+                core,
+                parts_in_order(files, selection, parts),
+                map=backend != "pread",
+                must_map=backend == "mmap",
+                read_ahead=read_ahead,
+                threads=now.thread_count(),
+                cold_threads=now.thread_count(cold=True),
+                window_bytes=now.window_bytes,
+                task_bytes=now.task_bytes,
+                block_bytes=now.block_bytes,
+                spare_bytes=now.spare_bytes,
+                read=getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart))),
+            )
+        finally:
+            # The core holds them now; an exception's traceback would keep them open through this frame.
+            files.clear()
+
+    def __enter__(self) -> WeightIterator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def stats(self) -> LoadStats:
+        """What the load has done so far, and how long it took; after its end, too."""
+        return self._counting.stats(self.counts())
+
+
+def require_backend(backend: str) -> None:
+    """Raise ``ValueError`` for what is no ``Backend``."""
+    if backend not in ("mmap", "pread"):
+        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
+
+
+@plainly
+def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
+    if not to_cpu:
+        return devices.resolve(device)
+    if device is not None and (isinstance(device, int) or torch.device(device).type != "cpu"):
+        raise ValueError(f"to_cpu=True contradicts device={device!r}")
+    return devices.CPU
+
+
+def load_to_host(
+    group: ProcessGroup | None,
+    strategy: str,
+    paths: Sequence[Path],
+    open_them: Callable[[], list[_C.CheckpointFile]],
+    names: Names | None,
+    *,
+    backend: str,
+    read_ahead: bool = True,
+    places: Sequence[torch.Tensor | None] = (),
+    parts: Parts = NO_PARTS,
+    shard: Shard | None = None,
+    duplicates: str = "error",
+    may_differ: bool = False,
+    apart: bool = False,
+) -> WeightIterator | SharedAndOwn:
+    """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
+
+    ``shard`` takes the place of ``parts``. Names and parts are the same on all ranks, unless they ``may_differ``.
+    ``apart``: as of the iterator.
+    """
+    counting = Counting()
+    open_them = counting.opening(open_them)
+
+    def choose() -> Chosen:
+        files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
+        return files, selection, chosen or parts
+
+    def start(chosen: Chosen, sharing: Sharing | None = None, counting: Counting | None = None) -> WeightIterator:
+        files, selection, wanted = chosen
+        shared = sharing is not None and sharing.core is not None
+        return WeightIterator(
+            files,
+            selection,
+            backend="pread" if shared else backend,
+            read_ahead=read_ahead,
+            places=() if shared else places,
+            parts=wanted,
+            sharing=sharing,
+            counting=counting,
+            apart=apart,
+        )
+
+    if group is None:
+        return start(choose(), counting=counting)
+    sharing = Sharing(group, strategy, devices.CPU, None, paths)
+    try:
+        chosen = sharing.agree(choose, may_differ)
+        common = sharing.find_common(chosen, None) if sharing.differ else []
+        if not any(common):
+            return start(chosen, sharing, counting)
+        files, selection, wanted = chosen
+
+        def start_shared(numbers: list[list[int]]) -> WeightIterator:
+            return start((list(files), numbers, NO_PARTS), sharing)
+
+        def start_own(numbers: list[list[int]]) -> WeightIterator:
+            return start((list(files), numbers, wanted), counting=counting)
+
+        try:
+            return start_both(selection, common, start_shared, start_own)
+        finally:
+            files.clear()
+    finally:
+        sharing.close()
+
+
+def safetensors_weights_iterator(
+    hf_weights_files: Paths,
+    to_cpu: bool = False,
+    broadcast: bool = True,
+    async_broadcast: bool = False,
+    *,
+    device: devices.Device | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    names: Names | None = None,
+    shard: Shard | None = None,
+    rename: Rename | None = None,
+    duplicates: Duplicates = "error",
+    show_progress: bool | None = None,
+    backend: Backend = "mmap",
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | progress.WeightsWithBar:
+    """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
+
+    Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
+    and kept: its memory is its own or shared with neighbours that live as long as any of them. Leaving the loop
+    early, or ``close()``, stops the reading.
+
+    Args:
+        hf_weights_files: paths of the files, each ``str``, ``bytes`` or ``os.PathLike`` (one path is taken as one
+            file; a set, which has no order, by name; of no files nothing is yielded).
+        to_cpu: yield CPU tensors and never communicate.
+        broadcast: ``False``: with ``strategy="auto"``, every rank reads for itself.
+        async_broadcast: accepted; a tensor is complete when it is yielded in any case.
+        device: where to put the tensors: the CPU or an accelerator; default: the accelerator of this process
+            (``LOCAL_RANK``), or the CPU where there is none. On an accelerator a tensor starts at a multiple of 256
+            bytes and shares a block of memory with its neighbours; the stream that is current when it is yielded may
+            use it at once.
+        group: the ranks that share the reading; all of them must make this call, with equal files and arguments but for
+            ``names`` and ``shard``. Where those differ, what all ranks want in full is shared, and the rest each reads
+            for itself. (Where that is less than a tenth of what one of them wants, each reads all for itself. With
+            ``rename``, all ranks must want and rename the same.)
+            Default: the ranks of this node (``weightload.node_group()``). The group is used as it is, from the calling
+            thread only: while the call runs, and while ``next()`` does, at points that are the same on all ranks. One
+            load a group at a time.
+        strategy: ``"independent"``: every rank reads everything, nobody communicates. ``"broadcast"``: the group's
+            first rank reads, the others receive. ``"striped"``: each of N ranks reads an N-th of every block of
+            memory, then an all-gather completes it. ``"auto"``: independent on the CPU within a node, where the ranks
+            of a given ``group`` agree on the load all the same; else striped. CPU tensors of shared loads are in
+            private memory.
+        names: a collection of tensor names, or a predicate on names: only these are yielded and read. A filter: a
+            name that no file has is no error.
+        shard: ``(name, shape, dtype) -> None | False | tuple``, asked of each of these tensors before anything is read:
+            what of it this process wants. None: all of it. False: none. A tuple: of each dimension, from the first, a
+            slice of step 1, or a list of ``(begin, end)`` whose indices follow each other in what is yielded; of
+            dimensions that it lacks, all. What is yielded is contiguous, and no more is read than that (of rows with
+            less than 8 KiB between what is wanted of them up to twice as much). On the CPU a part that is contiguous in
+            its file is a view, any other has memory of its own. Several ranges in one dimension cost a read for each
+            piece of a row that they ask for.
+        rename: what tensors are called: a function of the checkpoint's name, or a mapping (names that it lacks stay).
+            ``None``: the tensor is skipped, and not read. A ``str``: its new name. A tuple ``(name, box)``: it fills a
+            box of a tensor of this name, which is yielded once, in the place of the last of its pieces, and is as
+            large as all of them together. The box is a tuple: of each dimension of that tensor, from the first, a
+            slice of step 1, or an index, which is a dimension that the piece lacks; a slice without an end, and
+            dimensions that the box lacks, are as long as the piece. The pieces of a tensor must tile it, and have one
+            dtype. On the CPU they are read straight into it where their box is contiguous; else, and on accelerators,
+            they are copied, a block or two at a time. ``names``, ``duplicates`` and ``shard`` speak of the
+            checkpoint's names, errors of the new ones; ``shard`` and boxes exclude each other.
+        duplicates: what to do where several files have a tensor of one name. An index file beside them that names
+            them all decides which of them it is taken from. Where none does, ``"error"`` refuses the load, and
+            ``"last"`` yields each name once, from the last file that has it, in that file's place: what a dict of
+            the engines' iterators has in the end. Only the names that are yielded matter.
+        show_progress: a tqdm bar in bytes, on rank 0, if stderr can be written. Default: where stderr is a terminal,
+            on loads longer than a second.
+        backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
+            memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
+            accelerator memory is always private.
+
+    Returns:
+        An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
+        what the load has done, by stage, and what it waited for.
+
+    Yields:
+        ``(name, tensor)``. The tensor has the shape and dtype of the header (F4 as ``torch.float4_e2m1fn_x2``,
+        whose last dimension counts pairs), is contiguous, and aligned to its dtype.
+
+    Raises:
+        FileNotFoundError: a file is missing (other errors of ``open()`` likewise).
+        HeaderError: a file breaks a rule of the format; the subclass names the rule.
+        ReadError: bytes could not be read; raised when the iteration reaches the first tensor they belong to.
+        DuplicateTensor: (a HeaderError) a tensor's name is in several files, and nothing says which is meant; or
+            ``rename`` gives one name to two tensors, not both of them with a box.
+        TensorError: torch lacks a tensor's dtype; raised when the iteration reaches it.
+        OutOfMemoryError: memory for a tensor could not be had; on an accelerator it is also a
+            ``torch.OutOfMemoryError``. Everything the load had is free again, except for tensors that were yielded.
+        ValueError: a device that torch cannot use here, a group that this process is not a member of, or boxes of
+            ``rename`` that overlap, leave a gap, or are not as large as their tensor. On the ranks of a group it is a
+            ``GroupValueError``.
+        TypeError: something that is no path, or an answer of ``rename`` that is none.
+        RankDisagreementError: the ranks of the group would load different files, tensors, ....
+        GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
+        RankLeftError: a rank of the group left the load before its end.
+
+    An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
+    depended on what failed.
+    """
+    paths: list[str] = []
+    alone = to_cpu or (strategy == "auto" and not broadcast)
+    chosen = "independent" if alone else strategy
+    try:
+        paths = path_list(hf_weights_files)
+        require_strategy(strategy)
+        require_backend(backend)
+        require_duplicates(duplicates)
+        require_rename(rename)
+        if shard is not None and not callable(shard):
+            raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
+        target = _target(to_cpu, device)
+    except Exception as error:
+        fail_arguments_together(error, group, chosen, device, paths)
+        raise
+    group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
+    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
+    renamed: RenamedLoad | None = None
+    if rename is not None:
+        renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
+        open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights
+    if target.type == "cpu":
+        weights = load_to_host(
+            group,
+            chosen,
+            paths,
+            open_them,
+            names,
+            backend=backend,
+            places=renamed.places if renamed else (),
+            shard=shard,
+            duplicates=duplicates,
+            may_differ=rename is None,
+        )
+    else:
+        weights = load_to_device(
+            target,
+            bytes_of_files(paths),
+            paths,
+            open_them,
+            names,
+            group,
+            chosen,
+            shard=shard,
+            duplicates=duplicates,
+            may_differ=rename is None,
+        )
+    if renamed is not None:
+        weights = renamed.fuse(weights)
+    if progress.wanted(show_progress):
+        return progress.WeightsWithBar(weights, always=show_progress is True)
+    return weights
+
+
+__all__ = ["DeviceWeightIterator", "WeightIterator", "safetensors_weights_iterator"]

@@ -1,0 +1,1 @@
+"""Parts of tensors: the indices of shards, boxes and rows."""
