@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # A file may include what is in its own room and in those before it.
-ROOMS = ("base", "format", "plan", "io", "memory", "device", "collective", "pipeline", "bindings")
+ROOMS = (
+    "base", "threads", "format", "plan", "memory", "file", "page_cache", "read", "device", "checkpoint", "group", "load",
+    "bindings",
+)  # fmt: skip
+
+# Nothing else outside of bindings includes torch, nor Python: the rest builds with g++ alone.
+NEED_TORCH = ("device/accelerator.cpp", "device/plain_torch.cpp", "group/process_group.cpp")
 
 # Of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import everything.
 PACKAGE_ROOMS = ("_base", "", "_parts", "_checkpoint", "_group", "_load", "_into", "_api", "cli")

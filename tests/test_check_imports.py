@@ -17,7 +17,7 @@ def tree(tmp_path: Path) -> Path:
     """A small source tree with nothing wrong in it."""
     files = {
         "csrc/base/error.h": "#include <string>\n",
-        "csrc/io/file.cpp": '#include "base/error.h"\n#include "io/file.h"\n',
+        "csrc/file/file.cpp": '#include "base/error.h"\n#include "file/file.h"\n',
         "weightload/__init__.py": "from weightload._load.load import load\n",
         "weightload/_C.pyi": "",
         "weightload/settings.py": "from weightload._base.paths import as_text\n",
@@ -46,9 +46,9 @@ def test_nothing_is_wrong_in_a_tree_that_is_right(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "said"),
     [
-        ("csrc/base/error.h", '#include "io/file.h"', "csrc/base/error.h:2: base may not include io"),
-        ("csrc/io/file.cpp", '#  include "memory/slot.h"', "csrc/io/file.cpp:3: io may not include memory"),
-        ("csrc/io/file.cpp", '#include "cellar/wine.h"', "csrc/io/file.cpp:3: io may not include cellar"),
+        ("csrc/base/error.h", '#include "file/file.h"', "csrc/base/error.h:2: base may not include file"),
+        ("csrc/file/file.cpp", '#  include "read/slot.h"', "csrc/file/file.cpp:3: file may not include read"),
+        ("csrc/file/file.cpp", '#include "cellar/wine.h"', "csrc/file/file.cpp:3: file may not include cellar"),
         ("csrc/cellar/wine.h", "", "csrc/cellar/wine.h: no such room"),
         ("weightload/_base/paths.py", "from weightload._load.load import load", "may not import weightload._load.load"),
         ("weightload/_base/paths.py", "import weightload._group.one", "weightload/_base/paths.py:3: weightload._base"),

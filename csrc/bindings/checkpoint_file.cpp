@@ -1,4 +1,4 @@
-#include "pipeline/checkpoint_file.h"
+#include "checkpoint/checkpoint_file.h"
 
 #include <pybind11/stl.h>
 
@@ -11,8 +11,8 @@
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
-#include "io/residency.h"
-#include "pipeline/selected_tensors.h"
+#include "checkpoint/selected_tensors.h"
+#include "page_cache/residency.h"
 
 namespace py = pybind11;
 

@@ -1,4 +1,4 @@
-#include "pipeline/device_loader.h"
+#include "load/device_loader.h"
 
 #include <optional>
 #include <utility>

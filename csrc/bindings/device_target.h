@@ -8,8 +8,8 @@
 
 #include "bindings/gil.h"
 #include "device/accelerator.h"
+#include "load/device_loader.h"
 #include "memory/pinned_ring.h"
-#include "pipeline/device_loader.h"
 
 namespace weightload {
 

@@ -1,7 +1,7 @@
 #pragma once
 #include <Python.h>
 
-#include "pipeline/device_loader.h"
+#include "load/device_loader.h"
 
 namespace weightload {
 

@@ -2,10 +2,10 @@
 #include <map>
 #include <string>
 
-#include "base/page_prices.h"
 #include "base/start_thread.h"
 #include "bindings/register.h"
-#include "io/fault_hook.h"
+#include "file/fault_hook.h"
+#include "memory/page_prices.h"
 
 namespace py = pybind11;
 

@@ -15,7 +15,7 @@
 #include "base/coarse_clock.h"
 #include "base/fork_generation.h"
 #include "bindings/register.h"
-#include "pipeline/group_registry.h"
+#include "group/registry.h"
 
 namespace py = pybind11;
 

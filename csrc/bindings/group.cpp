@@ -16,8 +16,8 @@
 #include "bindings/py_loader.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
-#include "collective/process_group.h"
-#include "pipeline/group_registry.h"
+#include "group/process_group.h"
+#include "group/registry.h"
 
 namespace py = pybind11;
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/fork_generation.h"
-#include "pipeline/group_exchange.h"
+#include "group/exchange.h"
 
 namespace weightload {
 

@@ -1,4 +1,4 @@
-#include "pipeline/host_loader.h"
+#include "load/host_loader.h"
 
 #include <optional>
 #include <utility>

@@ -1,7 +1,7 @@
 #pragma once
 #include <Python.h>
 
-#include "pipeline/host_loader.h"
+#include "load/host_loader.h"
 
 namespace weightload {
 

@@ -1,7 +1,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include "pipeline/load_counts.h"
+#include "load/load_counts.h"
 
 namespace weightload {
 

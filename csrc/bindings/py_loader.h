@@ -12,8 +12,8 @@
 #include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/signals.h"
-#include "pipeline/checkpoint_file.h"
-#include "pipeline/host_loader.h"
+#include "checkpoint/checkpoint_file.h"
+#include "load/host_loader.h"
 
 namespace weightload {
 

@@ -5,9 +5,9 @@
 #include <mutex>
 #include <vector>
 
-#include "base/page_prices.h"
 #include "memory/host_memory.h"
 #include "memory/huge_region.h"
+#include "memory/page_prices.h"
 
 namespace weightload {
 

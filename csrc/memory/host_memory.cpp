@@ -57,7 +57,7 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access ac
     throw Error(ErrorKind::read, "cannot map the file; backend=\"pread\" reads it into private memory instead",
                 {path, {}, {}, errno});
   }
-  // See Note [Populate, then read] in io/page_in.cpp. Advice only.
+  // See Note [Populate, then read] in page_cache/page_in.cpp. Advice only.
   ::madvise(address, size, MADV_HUGEPAGE);
   return HostMemoryRef::adopt(new MappedFile(address, size));
 }

@@ -2,8 +2,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "base/page_prices.h"
 #include "base/pages.h"
+#include "memory/page_prices.h"
 
 namespace weightload {
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "pipeline/checkpoint_file.h"
+#include "checkpoint/checkpoint_file.h"
 
 inline unsigned char byte_at(uint64_t file, uint64_t offset) {
   return static_cast<unsigned char>((offset * 31 + offset / 251 + file * 17) & 0xff);

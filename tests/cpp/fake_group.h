@@ -12,7 +12,7 @@
 
 #include "base/error.h"
 #include "check.h"
-#include "collective/collective.h"
+#include "group/collective.h"
 
 class FakeGroup {
  public:

@@ -1,5 +1,5 @@
 // The accelerator pipeline without torch, on a device of plain memory, so that sanitizers see all of it.
-#include "pipeline/device_loader.h"
+#include "load/device_loader.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -10,7 +10,7 @@
 #include "check.h"
 #include "checkpoint.h"
 #include "fake_device.h"
-#include "io/fault_hook.h"
+#include "file/fault_hook.h"
 
 using namespace weightload;
 using std::chrono::milliseconds;

@@ -1,5 +1,5 @@
 // Files as hostile input: what is opened at all, and a file that changes after it was.
-#include "io/file.h"
+#include "file/file.h"
 
 #include <fcntl.h>
 #include <sys/socket.h>
@@ -13,8 +13,8 @@
 #include "base/error.h"
 #include "check.h"
 #include "checkpoint.h"
-#include "io/fault_hook.h"
-#include "io/residency.h"
+#include "file/fault_hook.h"
+#include "page_cache/residency.h"
 
 using namespace weightload;
 

@@ -1,5 +1,5 @@
 // What the times of a file say, and when they say nothing: tables of the pure comparison.
-#include "io/file_stamp.h"
+#include "file/file_stamp.h"
 
 #include <initializer_list>
 

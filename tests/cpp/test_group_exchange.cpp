@@ -1,5 +1,5 @@
 // Loads that ranks share, with threads as ranks, so that sanitizers see all of it.
-#include "pipeline/group_exchange.h"
+#include "group/exchange.h"
 
 #include <functional>
 #include <thread>
@@ -7,10 +7,10 @@
 #include "check.h"
 #include "checkpoint.h"
 #include "fake_group.h"
-#include "io/fault_hook.h"
-#include "pipeline/group_registry.h"
-#include "pipeline/host_loader.h"
-#include "pipeline/rank_status.h"
+#include "file/fault_hook.h"
+#include "group/rank_status.h"
+#include "group/registry.h"
+#include "load/host_loader.h"
 
 using namespace weightload;
 using std::chrono::milliseconds;

@@ -1,5 +1,5 @@
 // The whole CPU pipeline without Python or torch, so that sanitizers see all of it.
-#include "pipeline/host_loader.h"
+#include "load/host_loader.h"
 
 #include <fcntl.h>
 #include <sys/wait.h>
@@ -11,8 +11,8 @@
 #include "base/error.h"
 #include "check.h"
 #include "checkpoint.h"
-#include "io/direct_file.h"
-#include "io/fault_hook.h"
+#include "file/fault_hook.h"
+#include "read/direct_file.h"
 
 using namespace weightload;
 using std::chrono::milliseconds;

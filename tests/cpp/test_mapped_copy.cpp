@@ -1,5 +1,5 @@
 // Copies past the caches have all bytes, and a file that shrinks under one is no end of the process.
-#include "io/mapped_copy.h"
+#include "page_cache/mapped_copy.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -13,12 +13,12 @@
 #include <string>
 #include <vector>
 
-#include "base/bus_guard.h"
-#include "base/stream_copy.h"
 #include "base/unique_fd.h"
 #include "check.h"
-#include "io/fault_hook.h"
+#include "file/fault_hook.h"
 #include "memory/backed_pages.h"
+#include "memory/bus_guard.h"
+#include "memory/stream_copy.h"
 
 using namespace weightload;
 

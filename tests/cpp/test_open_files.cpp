@@ -1,5 +1,5 @@
 // More files than descriptors: which are closed, and what they are when they are opened again.
-#include "io/open_files.h"
+#include "file/open_files.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -17,8 +17,8 @@
 #include "base/error.h"
 #include "check.h"
 #include "checkpoint.h"
-#include "io/direct_file.h"
-#include "io/file.h"
+#include "file/file.h"
+#include "read/direct_file.h"
 
 using namespace weightload;
 

@@ -1,4 +1,4 @@
-#include "io/ordered_pool.h"
+#include "threads/ordered_pool.h"
 
 #include <algorithm>
 #include <stdexcept>

@@ -1,5 +1,5 @@
 // How pieces grow on healthy storage and shrink on slow one. Time is simulated: it passes when the test says so.
-#include "io/pace.h"
+#include "threads/pace.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +13,7 @@
 
 #include "base/start_thread.h"
 #include "check.h"
-#include "io/ordered_pool.h"
+#include "threads/ordered_pool.h"
 
 using namespace weightload;
 using std::chrono::milliseconds;

@@ -1,4 +1,4 @@
-#include "base/page_prices.h"
+#include "memory/page_prices.h"
 
 #include <sys/mman.h>
 

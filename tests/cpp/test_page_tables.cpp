@@ -1,5 +1,5 @@
 // Pages in the page cache get into the page tables, whatever of them is asked for, and a file that shrank is an error.
-#include "io/page_tables.h"
+#include "page_cache/page_tables.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 #include "base/byte_range.h"
 #include "base/unique_fd.h"
 #include "check.h"
-#include "io/fault_hook.h"
+#include "file/fault_hook.h"
 #include "memory/host_memory.h"
 
 using namespace weightload;

@@ -1,4 +1,4 @@
-#include "io/read_rates.h"
+#include "read/read_rates.h"
 
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // What is in the page cache: asked, guessed by reads that do not wait, and seen by page faults.
-#include "io/residency.h"
+#include "page_cache/residency.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -10,10 +10,10 @@
 #include "base/pages.h"
 #include "check.h"
 #include "checkpoint.h"
-#include "io/cache_filler.h"
-#include "io/page_in.h"
-#include "io/page_tables.h"
 #include "memory/host_memory.h"
+#include "page_cache/cache_filler.h"
+#include "page_cache/page_in.h"
+#include "page_cache/page_tables.h"
 
 using namespace weightload;
 

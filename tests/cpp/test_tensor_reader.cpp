@@ -1,4 +1,4 @@
-#include "pipeline/tensor_reader.h"
+#include "load/tensor_reader.h"
 
 #include <cstring>
 

@@ -18,8 +18,8 @@ DICTIONARY = FOLDER / "tokens.dict"
 ENGINES = ("libfuzzer", "standalone")
 
 SOURCES = sorted(
-    [path for room in ("base", "format", "plan", "io", "memory") for path in (ROOT / "csrc" / room).glob("*.cpp")]
-    + [ROOT / "csrc" / "pipeline" / "checkpoint_file.cpp"]
+    [path for room in ("base", "threads", "format", "plan", "memory", "file", "page_cache") for path in (ROOT / "csrc" / room).glob("*.cpp")]
+    + [ROOT / "csrc" / "checkpoint" / "checkpoint_file.cpp"]
     + [path for path in FOLDER.glob("*.cpp") if path.stem != "driver"]
 )
 

@@ -4,10 +4,10 @@
 #include <optional>
 #include <string>
 
+#include "checkpoint/checkpoint_file.h"
 #include "header_rules.h"
 #include "input.h"
 #include "peak_memory.h"
-#include "pipeline/checkpoint_file.h"
 #include "plan_rules.h"
 #include "require.h"
 

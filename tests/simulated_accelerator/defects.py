@@ -18,13 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 TREE = ROOT / ".build" / "defects"
 ACCELERATOR = "csrc/device/accelerator.cpp"
-LOADER = "csrc/pipeline/device_loader.cpp"
+LOADER = "csrc/load/device_loader.cpp"
 ORDER = "tests/test_simulated_order.py::test_"
 PARITY = "tests/test_simulated.py::test_"
 INTO = "tests/test_load_into.py::test_"
 GROUP = "tests/test_simulated_group.py::test_"
-COLLECTIVE = "csrc/collective/process_group.cpp"
-EXCHANGE = "csrc/pipeline/group_exchange.cpp"
+COLLECTIVE = "csrc/group/process_group.cpp"
+EXCHANGE = "csrc/group/exchange.cpp"
 
 
 @dataclasses.dataclass(frozen=True)
