@@ -45,9 +45,9 @@ from report import deliver, scenario_in_words
 from safetensors import safe_open
 
 import weightload
-from weightload._load.devices import default_device
-from weightload._group.ranks import global_rank
 from weightload._checkpoint.selection import open_files
+from weightload._group.ranks import global_rank
+from weightload._load.devices import default_device
 from weightload.settings import current
 
 Weights = Iterator[tuple[str, torch.Tensor]]

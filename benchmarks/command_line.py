@@ -18,12 +18,12 @@ from ranks import Ranks
 from safetensors import SafetensorError
 
 from weightload import settings
-from weightload._load import devices, progress
 from weightload._base import terminal
-from weightload._checkpoint.resolve import resolve_and_tell
-from weightload._group.ranks import global_rank
 from weightload._base.printable import printable
+from weightload._checkpoint.resolve import resolve_and_tell
 from weightload._checkpoint.selection import open_files
+from weightload._group.ranks import global_rank
+from weightload._load import devices, progress
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no bar
 

@@ -1,5 +1,5 @@
-"""Checks that includes between the rooms of csrc/ run one way, as imports between those of weightload/ do, which have no
-cycle either, and that no folder of the package has more than a dozen modules.
+"""Checks that includes between the rooms of csrc/ run one way, and imports between those of weightload/, without a
+cycle, and that no folder of the package has more than a dozen modules.
 
 python tests/check_imports.py [ROOT]    prints what is wrong, a line each, and exits with 1 if anything is
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 
 # A file may include what is in its own room and in those before it.
 ROOMS = (
-    "base", "threads", "format", "plan", "memory", "file", "page_cache", "read", "device", "checkpoint", "group", "load",
-    "bindings",
+    "base", "threads", "format", "plan", "memory", "file", "page_cache", "read",
+    "device", "checkpoint", "group", "load", "bindings",
 )  # fmt: skip
 
 # Nothing else outside of bindings includes torch, nor Python: the rest builds with g++ alone.

@@ -15,8 +15,8 @@ from hostile_support import PRIVATE_WAYS, TINY, WAYS, Way, assert_nothing_held, 
 
 import weightload
 from weightload import _C, errors, settings
-from weightload.cli import main as cli
 from weightload._checkpoint.selection import open_files
+from weightload.cli import main as cli
 
 LONG_AGO = 1_600_000_000
 Change = Callable[[Path], None]

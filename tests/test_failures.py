@@ -17,8 +17,8 @@ from conftest import BACKENDS, evict, interrupted_after, run_script, start, writ
 
 import weightload
 from weightload import _C, errors, settings
-from weightload._load.iterator import WeightIterator
 from weightload._checkpoint.selection import open_files, select_all
+from weightload._load.iterator import WeightIterator
 
 
 def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path], arm: Callable[..., None]) -> None:

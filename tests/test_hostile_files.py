@@ -15,8 +15,8 @@ from test_header import VIOLATIONS
 
 import weightload
 from weightload import errors
-from weightload.cli import main as cli
 from weightload._checkpoint.selection import open_files
+from weightload.cli import main as cli
 
 U8 = entry("U8", [1], 0, 1)
 

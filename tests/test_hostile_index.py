@@ -12,9 +12,9 @@ from conftest import run_script, write_tensors
 
 import weightload
 from weightload import errors
-from weightload.cli import main as cli
-from weightload._checkpoint.resolve import natural_key
 from weightload._checkpoint.index import MAX_INDEX_BYTES
+from weightload._checkpoint.resolve import natural_key
+from weightload.cli import main as cli
 
 INDEX = "model.safetensors.index.json"
 

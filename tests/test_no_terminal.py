@@ -15,8 +15,8 @@ import torch
 from conftest import write_tensors
 
 import weightload
-from weightload.cli import main as cli
 from weightload._base import terminal
+from weightload.cli import main as cli
 
 
 class Failing(io.StringIO):

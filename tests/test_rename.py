@@ -28,11 +28,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import weightload
 from weightload import _C, errors, settings
-from weightload._parts import boxes
-from weightload._load import fused_weights
-from weightload._load.renaming import rename_opened
 from weightload._checkpoint.selection import open_files
 from weightload._into.state_dict import match
+from weightload._load import fused_weights
+from weightload._load.renaming import rename_opened
+from weightload._parts import boxes
 
 BACKENDS: Any = ["mmap", "pread"]
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.complex64, torch.bool]

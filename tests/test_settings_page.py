@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from weightload import settings
-from weightload.cli import main as cli, settings as cli_settings
+from weightload.cli import main as cli
+from weightload.cli import settings as cli_settings
 
 PAGE = Path(settings.__file__).parent / "SETTINGS.md"
 

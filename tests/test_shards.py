@@ -28,8 +28,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import weightload
 from weightload import _C, errors, settings
 from weightload._base.dtypes import TORCH_DTYPES
-from weightload._load.iterator import WeightIterator
 from weightload._checkpoint.selection import open_files
+from weightload._load.iterator import WeightIterator
 from weightload._parts.shards import part_of_rank
 
 MESHES = [(2,), (3,), (4,), (2, 2), (2, 3), (2, 2, 2)]

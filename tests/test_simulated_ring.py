@@ -12,8 +12,8 @@ from conftest import evict, on_a_local_disk, write_tensors
 from simulated_support import DEVICE, SMALL, assert_same, load
 
 from weightload import _C, settings
-from weightload._load.device_iterator import load_to_device
 from weightload._checkpoint.selection import open_files
+from weightload._load.device_iterator import load_to_device
 
 pytestmark = pytest.mark.simulated
 

@@ -18,7 +18,11 @@ DICTIONARY = FOLDER / "tokens.dict"
 ENGINES = ("libfuzzer", "standalone")
 
 SOURCES = sorted(
-    [path for room in ("base", "threads", "format", "plan", "memory", "file", "page_cache") for path in (ROOT / "csrc" / room).glob("*.cpp")]
+    [
+        path
+        for room in ("base", "threads", "format", "plan", "memory", "file", "page_cache")
+        for path in (ROOT / "csrc" / room).glob("*.cpp")
+    ]
     + [ROOT / "csrc" / "checkpoint" / "checkpoint_file.cpp"]
     + [path for path in FOLDER.glob("*.cpp") if path.stem != "driver"]
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from weightload import _C
+from weightload._base.paths import Path
+from weightload._checkpoint.selection import open_files, select_all
 from weightload._load import devices
 from weightload._load.device_iterator import bytes_of_files, load_to_device
 from weightload._load.fetch import load_all
 from weightload._load.iterator import Backend, WeightIterator, require_backend
-from weightload._base.paths import Path
-from weightload._checkpoint.selection import open_files, select_all
 
 
 def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:

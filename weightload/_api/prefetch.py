@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, settings
+from weightload._base.dtypes import TORCH_DTYPES
+from weightload._base.handlers import pass_on
+from weightload._base.plain_torch import plainly
 from weightload._group.apart import SharedAndOwn
 from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
-from weightload._base.dtypes import TORCH_DTYPES
-from weightload.errors import TensorError, located
 from weightload._load.fetch import find
-from weightload._base.handlers import pass_on
 from weightload._load.iterator import WeightIterator
-from weightload._base.plain_torch import plainly
+from weightload.errors import TensorError, located
 
 
 class PrefetchLoader(_C.Prefetch):

@@ -10,17 +10,17 @@ import torch
 from safetensors import safe_open as safetensors_open  # now: ours may be put in its place later
 
 from weightload import _C
-from weightload._load import devices
+from weightload._api.prefetch import PrefetchLoader, start_prefetch
 from weightload._base.dtypes import torch_shape
-from weightload.errors import WeightLoadError
-from weightload._load.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
-from weightload._load.iterator import Backend, require_backend
 from weightload._base.paths import Path, as_text
 from weightload._base.plain_torch import plainly
-from weightload._api.prefetch import PrefetchLoader, start_prefetch
-from weightload._parts.rows import about_last_dimension, box_of, is_basic, plan_rows
 from weightload._checkpoint.selection import open_files
+from weightload._load import devices
+from weightload._load.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
+from weightload._load.iterator import Backend, require_backend
+from weightload._parts.rows import about_last_dimension, box_of, is_basic, plan_rows
 from weightload._parts.shards import shape_of
+from weightload.errors import WeightLoadError
 
 # What safetensors calls torch. Other frameworks are its own business.
 TORCH_NAMES = ("pt", "torch", "pytorch")

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightload._base.paths import natural_key
+from weightload._base.printable import printable
 from weightload._checkpoint import passed_over
-from weightload.errors import CheckpointError
 from weightload._checkpoint.file_names import (
     CANONICAL_STEMS,
     ENDING,
@@ -20,8 +21,7 @@ from weightload._checkpoint.file_names import (
 )
 from weightload._checkpoint.index import INDEX_NAME, is_index, is_missing, read_index, require_shards
 from weightload._checkpoint.passed_over import Aside
-from weightload._base.paths import natural_key
-from weightload._base.printable import printable
+from weightload.errors import CheckpointError
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from weightload import _C
-from weightload.errors import CheckpointError, DuplicateTensor, located
 from weightload._base.handlers import forgiven, pass_on
-from weightload._checkpoint.index import is_index, shards_of_tensors
 from weightload._base.printable import printable
+from weightload._checkpoint.index import is_index, shards_of_tensors
+from weightload.errors import CheckpointError, DuplicateTensor, located
 
 Duplicates = Literal["error", "last"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from weightload.errors import CheckpointError, located
 from weightload._base.handlers import pass_on
 from weightload._base.paths import natural_key
+from weightload.errors import CheckpointError, located
 
 # model.safetensors.index.json, and with a variant: model.safetensors.index.fp16.json (transformers),
 # model.safetensors.fp16.index.json and model.fp16.safetensors.index.json (diffusers, by age).

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from weightload._checkpoint.file_names import ENDING
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.printable import printable
+from weightload._checkpoint.file_names import ENDING
 
 MOST_NAMED = 5  # of the groups of files in one sentence
 MOST_FOLDERS = 50  # that are looked into for an error's sake

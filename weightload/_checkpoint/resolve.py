@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weightload import _C
-from weightload._checkpoint import passed_over
 from weightload._base import paths
+from weightload._base.paths import natural_key
+from weightload._checkpoint import passed_over
 from weightload._checkpoint.directory import Directory, Found
 from weightload._checkpoint.duplicates import Owners, refusal
-from weightload.errors import CheckpointError, located
 from weightload._checkpoint.index import is_index, is_missing, read_index, require_shards
 from weightload._checkpoint.passed_over import PassedOverWarning
-from weightload._base.paths import natural_key
 from weightload._checkpoint.selection import open_files
+from weightload.errors import CheckpointError, located
 
 __all__ = ["check_contents", "find_files", "natural_key", "resolve_and_tell", "resolve_safetensors_files"]
 

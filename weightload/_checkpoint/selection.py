@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from weightload import _C, settings
-from weightload._parts.chosen_parts import Shard, choose_parts
-from weightload._checkpoint.duplicates import without_repeats
 from weightload._base.paths import Path, as_text
+from weightload._checkpoint.duplicates import without_repeats
+from weightload._parts.chosen_parts import Shard, choose_parts
 from weightload._parts.shards import NO_PARTS, Part, Parts
 
 __all__ = [

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightload import _C, errors, settings
-from weightload._version import __version__
-from weightload._group.apart import Wishes
-from weightload._group.ranks import NODE, RECORD_BYTES, load_name
 from weightload._base.handlers import pass_on
 from weightload._checkpoint.selection import Path, parts_in_order
+from weightload._group.apart import Wishes
+from weightload._group.ranks import NODE, RECORD_BYTES, load_name
 from weightload._parts.shards import NO_PARTS, Parts
+from weightload._version import __version__
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

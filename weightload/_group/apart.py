@@ -10,8 +10,8 @@ import torch
 
 from weightload import _C
 from weightload._group.ranks import RECORD_BYTES
-from weightload.load_stats import LoadStats, joined
 from weightload._parts.shards import Parts, bytes_of_part
+from weightload.load_stats import LoadStats, joined
 
 LEAST_SHARED = 0.1
 """Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""

@@ -15,10 +15,10 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from weightload import _C
-from weightload.errors import GroupError
 from weightload._base.handlers import pass_on
 from weightload._base.paths import Path as PathLike
 from weightload._base.plain_torch import plainly
+from weightload.errors import GroupError
 from weightload.settings import Readers
 
 Strategy = Literal["auto", "independent", "broadcast", "striped"]

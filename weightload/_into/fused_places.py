@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from weightload._parts import boxes
 from weightload._base.dtypes import torch_shape
-from weightload._into.places import Place, copies_plainly, look
 from weightload._base.plain_torch import empty
 from weightload._base.printable import printable
+from weightload._into.places import Place, copies_plainly, look
 from weightload._load.renaming import Piece, Renamed
+from weightload._parts import boxes
 from weightload._parts.shards import NOTHING, Part
 
 
@@ -155,8 +155,8 @@ def _lay(
 def _place(box: boxes.Box, bounds: boxes.Bounds, part: Part, place: Place) -> Place:
     index, mine = boxes.index_in_part(box, bounds, part)
     if mine is not NOTHING:
-        return look(place.tensor[index])._replace(part=mine, whole=place.whole)
+        return look(place.tensor[index], {})._replace(part=mine, whole=place.whole)
     # All ranks of a group load the same tensors, even if nothing of them. A single element has no empty part.
     dimensions = len(boxes.shape_of_box(box, bounds))
     scratch = empty((0,) * dimensions, place.tensor.dtype, place.tensor.device)
-    return look(scratch)._replace(part=((),) * dimensions or None)
+    return look(scratch, {})._replace(part=((),) * dimensions or None)

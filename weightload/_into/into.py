@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C
-from weightload._load import devices
-from weightload._group.agreement import of_files
-from weightload._load.device_iterator import fail_arguments_together, fail_together
-from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
-from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
-from weightload._into.filling import Filled, devices_of, fill, shares
-from weightload._into.load_report import LoadReport
 from weightload._base.paths import Paths, path_list
 from weightload._base.plain_torch import plainly
-from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
-from weightload._into.replicas import find_replicas
+from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload._checkpoint.selection import open_files
-from weightload._parts.shards import go_back_to_shards, is_dtensor
+from weightload._group.agreement import of_files
+from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
+from weightload._into.filling import Filled, devices_of, fill, shares
+from weightload._into.load_report import LoadReport
+from weightload._into.replicas import find_replicas
 from weightload._into.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
 from weightload._into.together import Together, of_dtensors, of_group, of_meshes
+from weightload._load import devices
+from weightload._load.device_iterator import fail_arguments_together, fail_together
+from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
+from weightload._parts.shards import go_back_to_shards, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

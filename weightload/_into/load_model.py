@@ -7,20 +7,20 @@ from collections.abc import Collection
 import torch
 
 from weightload import _C
-from weightload._load import devices
-from weightload.errors import StateDictError, located
-from weightload._load.fetch import load_all
-from weightload._into.filling import devices_of, fill
 from weightload._base.handlers import pass_on
-from weightload._load.iterator import Backend, require_backend
-from weightload._into.own_loading import SAVING, is_overridden
 from weightload._base.paths import Path
-from weightload._into.places import PLAIN
 from weightload._base.plain_torch import plainly
 from weightload._base.printable import printable
 from weightload._checkpoint.selection import open_files
-from weightload._parts.shards import go_back_to_shards
+from weightload._into.filling import devices_of, fill
+from weightload._into.own_loading import SAVING, is_overridden
+from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
+from weightload._load import devices
+from weightload._load.fetch import load_all
+from weightload._load.iterator import Backend, require_backend
+from weightload._parts.shards import go_back_to_shards
+from weightload.errors import StateDictError, located
 
 
 def load_model(

@@ -16,11 +16,11 @@ import torch
 from torch.nn.modules import batchnorm, instancenorm, module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from weightload.errors import StateDictError
 from weightload._base.handlers import pass_on
 from weightload._into.known_hooks import WRAPPED, adds_prefix, in_state_dict, is_idle, takes_prefix, wrapped
 from weightload._into.places import PLAIN
 from weightload._parts.shards import is_dtensor, is_resharding, may_forgive
+from weightload.errors import StateDictError
 
 Module = torch.nn.Module
 EXTRA_STATE = "_extra_state"

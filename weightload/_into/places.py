@@ -14,7 +14,7 @@ import torch
 
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import empty, zeros
-from weightload._parts.shards import NotAShardError, Part, is_dtensor, shard_of
+from weightload._parts.shards import Known, NotAShardError, Part, is_dtensor, shard_of
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
@@ -75,14 +75,14 @@ def keys(places: Mapping[str, Place]) -> dict[str, object]:
     return {name: place.key() if place.begin in several else place.begin for name, place in places.items()}
 
 
-def look(tensor: torch.Tensor) -> Place:
+def look(tensor: torch.Tensor, known: Known) -> Place:
     """Decide how a tensor is filled. Whatever is neither read into nor refused is given to its ``copy_``.
 
-    Whether that knows the file's dtype is asked of ``CopyTrials``.
+    Whether that knows the file's dtype is asked of ``CopyTrials``. ``known``: one for all tensors of a target.
     """
     plain = type(tensor) in PLAIN
     if not plain and is_dtensor(tensor):
-        return _look_at_shard(tensor)
+        return _look_at_shard(tensor, known)
     if not plain and (problem := _problem_of_kind(tensor)):
         return Place(tensor, False, problem, 0, 0)
     if tensor.is_meta:
@@ -122,12 +122,13 @@ def _problem_of_kind(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _look_at_shard(tensor: torch.Tensor) -> Place:
+def _look_at_shard(whole: torch.Tensor, known: Known) -> Place:
     try:
-        local, part = shard_of(tensor)
+        local, part = shard_of(whole, known)
     except NotAShardError as failed:
-        return Place(tensor, False, f"cannot be loaded into: it is a DTensor, and {failed}", 0, 0)
-    return look(local)._replace(part=part, whole=tensor)
+        return Place(whole, False, f"cannot be loaded into: it is a DTensor, and {failed}", 0, 0)
+    _, direct, problem, begin, end, _, _ = look(local, known)
+    return Place(local, direct, problem, begin, end, part, whole)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightload._load.device_iterator import fail_together
-from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
+from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group
+from weightload._load.device_iterator import fail_together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,22 +63,21 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     names: dict[tuple[int, int], list[str]] = {}
     meshes: dict[int, Any] = {}
     saved: dict[tuple[int, int], float] = {}
+    ways: dict[object, tuple[int, list[tuple[tuple[int, int], int]]]] = {}  # a mesh answers slowly
     total = 0.0
     for name, tensor in dtensors.items():
         spec: Any = tensor._spec  # type: ignore[attr-defined]
-        mesh = spec.mesh
-        meshes[id(mesh)] = mesh
+        way = id(spec.mesh), spec.placements
+        if way not in ways:
+            meshes[id(spec.mesh)] = spec.mesh
+            ways[way] = _shards_and_copies(spec)
+        shards, copies = ways[way]
         # Of a rank's even share, so that ranks whose last chunks are short come to the same answer.
-        bytes_here = float(tensor.numel() * tensor.element_size())
-        for size, placement in zip(mesh.shape, spec.placements, strict=True):
-            if not placement.is_replicate():
-                bytes_here /= size
+        bytes_here = tensor.numel() * tensor.element_size() / shards
         total += bytes_here
-        for dimension, (size, placement) in enumerate(zip(mesh.shape, spec.placements, strict=True)):
-            if placement.is_replicate() and size > 1:
-                key = id(mesh), dimension
-                names.setdefault(key, []).append(name)
-                saved[key] = saved.get(key, 0.0) + bytes_here * (1 - 1 / size)
+        for key, size in copies:
+            names.setdefault(key, []).append(name)
+            saved[key] = saved.get(key, 0.0) + bytes_here * (1 - 1 / size)
     most = max(saved, key=saved.__getitem__, default=None)
     if most is None or saved[most] < LEAST_SAVED * total:
         return None
@@ -94,6 +93,17 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     if shared is None or chosen == "independent":
         return None
     return Replicas(shared, chosen, device, set(names[most]))
+
+
+def _shards_and_copies(spec: Any) -> tuple[int, list[tuple[tuple[int, int], int]]]:
+    """Into how many shards a DTensor is cut, and along which dimensions of its mesh are how many copies of them."""
+    shards, copies = 1, []
+    for dimension, (size, placement) in enumerate(zip(spec.mesh.shape, spec.placements, strict=True)):
+        if not placement.is_replicate():
+            shards *= size
+        elif size > 1:
+            copies.append(((id(spec.mesh), dimension), size))
+    return shards, copies
 
 
 @plainly

@@ -9,14 +9,14 @@ import torch
 
 from weightload import _C
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import StateDictError, TensorError, located
+from weightload._base.plain_torch import plainly
+from weightload._base.printable import printable
 from weightload._into.fused_places import FusedPlaces, fuse
 from weightload._into.own_loading import Turns, Walk
 from weightload._into.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
-from weightload._base.plain_torch import plainly
-from weightload._base.printable import printable
 from weightload._load.renaming import Renamed
-from weightload._parts.shards import NOTHING, Part, bytes_of_part
+from weightload._parts.shards import NOTHING, Known, Part, bytes_of_part
+from weightload.errors import StateDictError, TensorError, located
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
@@ -111,8 +111,10 @@ def _match(
     renamed: Renamed,
 ) -> Match:
     tensors = walk.tensors
-    places = {name: look(tensor) for name, tensor in tensors.items()}
-    theirs = {name: look(tensor) for name, tensor in walk.theirs.items()}
+    known: Known = {}
+    with torch.no_grad():
+        places = {name: look(tensor, known) for name, tensor in tensors.items()}
+        theirs = {name: look(tensor, known) for name, tensor in walk.theirs.items()}
     fused: FusedPlaces | None = None
     there: Collection[str] = here  # by their names in the target
     if renamed.pieces:

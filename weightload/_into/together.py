@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightload import _C
-from weightload._load import devices
-from weightload._group.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
-from weightload._load.device_iterator import make_target
-from weightload._group.ranks import group_of_dimension, has_cpu_backend
-from weightload.errors import GroupError, WeightLoadError
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
+from weightload._group.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
+from weightload._group.ranks import group_of_dimension, has_cpu_backend
+from weightload._load import devices
+from weightload._load.device_iterator import make_target
 from weightload._parts.shards import is_dtensor
+from weightload.errors import GroupError, WeightLoadError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -230,24 +230,25 @@ def of_dtensors(tensors: Mapping[str, torch.Tensor], ranks: int, sources: Callab
         ranks: how many load together.
         sources: what of the checkpoint a DTensor of a name is made of.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if _spec(tensor).mesh.size() == ranks}
-    meshes: dict[int, str] = {}
-    ways: dict[object, str] = {}  # layers are alike
-    dealt = []
-    for tensor in tensors.values():
+    ways: dict[object, str] = {}  # layers are alike, and a mesh answers slowly
+    names, shapes, dealt = [], [], []
+    for name, tensor in tensors.items():
         spec = _spec(tensor)
-        if id(spec.mesh) not in meshes:
-            # Not its ranks: of a part of a mesh (``mesh["dp"]``) those are others on other ranks.
-            meshes[id(spec.mesh)] = repr((tuple(spec.mesh.shape), spec.mesh.mesh_dim_names))
-        way = (id(spec.mesh), spec.placements)
+        way = id(spec.mesh), spec.placements
         if way not in ways:
-            ways[way] = meshes[id(spec.mesh)] + repr(spec.placements)
+            # Not its ranks: of a part of a mesh (``mesh["dp"]``) those are others on other ranks.
+            mesh = repr((tuple(spec.mesh.shape), spec.mesh.mesh_dim_names))
+            ways[way] = mesh + repr(spec.placements) if spec.mesh.size() == ranks else ""
+        if not ways[way]:
+            continue
+        names.append(name)
+        shapes.append(repr(tuple(tensor.shape)))
         dealt.append(ways[way])
     return {
-        "names of DTensors": digest(tensors),
-        "shapes of DTensors": digest(repr(tuple(tensor.shape)) for tensor in tensors.values()),
+        "names of DTensors": digest(names),
+        "shapes of DTensors": digest(shapes),
         "meshes and placements": digest(dealt),
-        "what rename= makes of them": digest(repr(sources(name)) for name in tensors),
+        "what rename= makes of them": digest(repr(sources(name)) for name in names),
     }
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, settings
-from weightload._load import devices
-from weightload._group.agreement import Chosen, Sharing
-from weightload._group.apart import SharedAndOwn, start_both
-from weightload._parts.chosen_parts import Shard
-from weightload._load.counting import Counting
-from weightload._group.ranks import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
 from weightload._base.handlers import forgiven, pass_on
-from weightload.load_stats import LoadStats
 from weightload._base.plain_torch import empty, plainly
 from weightload._checkpoint.selection import Names, Path, open_and_choose, parts_in_order
+from weightload._group.agreement import Chosen, Sharing
+from weightload._group.apart import SharedAndOwn, start_both
+from weightload._group.ranks import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
+from weightload._load import devices
+from weightload._load.counting import Counting
+from weightload._parts.chosen_parts import Shard
 from weightload._parts.shards import NO_PARTS, Parts
+from weightload.load_stats import LoadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from weightload.errors import WeightLoadError
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.plain_torch import plainly
+from weightload.errors import WeightLoadError
 
 Device = torch.device | str | int
 CPU = plainly(torch.device)("cpu")

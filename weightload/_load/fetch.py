@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from weightload import _C
-from weightload._group.apart import SharedAndOwn
-from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import OutOfMemoryError, TensorError, located
 from weightload._base.handlers import pass_on
-from weightload._load.iterator import WeightIterator
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._parts.rows import Run
 from weightload._checkpoint.selection import select_all
+from weightload._group.apart import SharedAndOwn
+from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
+from weightload._load.iterator import WeightIterator
+from weightload._parts.rows import Run
 from weightload._parts.shards import NO_PARTS, Part, Parts
+from weightload.errors import OutOfMemoryError, TensorError, located
 
 # Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
 LEAST_FOR_PIPELINE = 1 << 20

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from weightload import _C
-from weightload._parts import boxes
-from weightload._load import devices
-from weightload._parts.chosen_parts import Shard
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
-from weightload.errors import DeviceOutOfMemoryError, OutOfMemoryError, TensorError, located
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._load.renaming import Rename, Renamed, ask, rename_files
 from weightload._checkpoint.selection import Names, predicate, select_all
+from weightload._load import devices
+from weightload._load.renaming import Rename, Renamed, ask, rename_files
+from weightload._parts import boxes
+from weightload._parts.chosen_parts import Shard
+from weightload.errors import DeviceOutOfMemoryError, OutOfMemoryError, TensorError, located
 
 if TYPE_CHECKING:
-    from weightload.load_stats import LoadStats
     from weightload._load.progress import Load
+    from weightload.load_stats import LoadStats
 
 
 @dataclasses.dataclass

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightload import _C, settings
-from weightload._load import devices, progress
+from weightload._base.paths import Path, Paths, path_list
+from weightload._base.plain_torch import plainly
+from weightload._checkpoint.duplicates import Duplicates, require_duplicates
+from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
 from weightload._group.agreement import Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
-from weightload._parts.chosen_parts import Shard
+from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
+from weightload._load import devices, progress
 from weightload._load.counting import Counting
 from weightload._load.device_iterator import (
     DeviceWeightIterator,
@@ -20,15 +24,11 @@ from weightload._load.device_iterator import (
     fail_arguments_together,
     load_to_device,
 )
-from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
-from weightload._checkpoint.duplicates import Duplicates, require_duplicates
 from weightload._load.fused_weights import FusedWeights, RenamedLoad
-from weightload.load_stats import LoadStats
-from weightload._base.paths import Path, Paths, path_list
-from weightload._base.plain_torch import plainly
 from weightload._load.renaming import Rename, require_rename
-from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
+from weightload._parts.chosen_parts import Shard
 from weightload._parts.shards import NO_PARTS, Parts
+from weightload.load_stats import LoadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from weightload import _C
 from weightload._base import terminal
-from weightload._group.ranks import global_rank
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
+from weightload._group.ranks import global_rank
 
 if TYPE_CHECKING:
     import torch

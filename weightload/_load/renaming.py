@@ -7,11 +7,11 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from weightload import _C
-from weightload._parts import boxes
-from weightload._checkpoint.duplicates import one_of_each
-from weightload.errors import DuplicateTensor, located
 from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
+from weightload._checkpoint.duplicates import one_of_each
+from weightload._parts import boxes
+from weightload.errors import DuplicateTensor, located
 
 Answer = str | tuple[str, tuple[slice | int, ...]] | None
 Rename = Callable[[str], Answer] | Mapping[str, Answer]

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,8 +34,12 @@ class NotAShardError(ValueError):
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor, without importing what makes them."""
-    kinds = type(tensor).__mro__
-    return any(kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed") for kind in kinds)
+    return _are_dtensors(type(tensor))
+
+
+@functools.lru_cache(maxsize=64)
+def _are_dtensors(kind: type) -> bool:
+    return any(base.__name__ == "DTensor" and base.__module__.startswith("torch.distributed") for base in kind.__mro__)
 
 
 def chunk(ranges: Sequence[tuple[int, int]], chunks: int, number: int) -> Ranges:
@@ -111,33 +115,55 @@ def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> 
     return size * math.prod(sum(end - begin for begin, end in ranges) for ranges in part) // whole if whole else 0
 
 
-def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
+class Dealt(NamedTuple):
+    """What DTensors of one shape have on this rank that a mesh deals out alike."""
+
+    part: Part
+    is_all: bool
+    shape: tuple[int, ...]
+    """Of their memory on this rank."""
+    is_elsewhere: bool
+    """Whether this rank is not in their mesh."""
+
+
+Known = dict[object, Dealt]
+"""What is asked once for all tensors that are alike, while they are alive: a mesh answers slowly."""
+
+
+def _dealt(tensor: torch.Tensor, spec: Any) -> Dealt:
+    kind: Any = type(spec)
+    order = getattr(spec, "shard_order", None)
+    if order is not None and order != _default_order(kind, spec.placements):
+        raise NotAShardError("its dimensions are dealt out in an order of their own (shard_order)")
+    coordinate = spec.mesh.get_coordinate()
+    if coordinate is None:
+        return Dealt(((),) * tensor.dim() or NOTHING, False, (), True)
+    part = part_of_rank(tuple(tensor.shape), tuple(spec.mesh.shape), tuple(coordinate), tuple(spec.placements))
+    is_all = all(ranges == ((0, size),) for ranges, size in zip(part, tensor.shape, strict=True))
+    return Dealt(part, is_all, shape_of(part), False)
+
+
+def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Part | None]:
     """A DTensor's memory on this rank, and which part of it that is; None: all of it.
+
+    To be called without autograd: with it the memory is a view, and each a node of the graph.
 
     Raises:
         NotAShardError: its memory holds something else.
     """
     given: Any = tensor
     spec = given._spec
-    kind: Any = type(spec)
-    with torch.no_grad():  # with autograd it is a view, and each a node of the graph
-        local: torch.Tensor = given.to_local()
-    order = getattr(spec, "shard_order", None)
-    if order is not None and order != _default_order(kind, spec.placements):
-        raise NotAShardError("its dimensions are dealt out in an order of their own (shard_order)")
-    mesh = spec.mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank has no part in it, and no element of it
+    local: torch.Tensor = given.to_local()
+    key = id(spec.mesh), tensor.shape, spec.placements, getattr(spec, "shard_order", None)
+    dealt = known.get(key)
+    if dealt is None:
+        dealt = known[key] = _dealt(tensor, spec)
+    if dealt.is_elsewhere:
         if local.numel():
             raise NotAShardError(f"this rank is not in its mesh, but has {tuple(local.shape)} of it")
-        return local, ((),) * tensor.dim() or NOTHING
-    part = part_of_rank(tuple(tensor.shape), tuple(mesh.shape), tuple(coordinate), tuple(spec.placements))
-    here = tuple(local.shape)
-    if shape_of(part) != here and (local.numel() or math.prod(shape_of(part))):
-        raise NotAShardError(f"its placements give this rank {shape_of(part)}, but it has {here}")
-    if all(ranges == ((0, size),) for ranges, size in zip(part, tensor.shape, strict=True)):
-        return local, None
-    return local, part
+    elif dealt.shape != local.shape and (local.numel() or math.prod(dealt.shape)):
+        raise NotAShardError(f"its placements give this rank {dealt.shape}, but it has {tuple(local.shape)}")
+    return local, None if dealt.is_all else dealt.part
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from weightload._base import terminal
-from weightload._checkpoint.resolve import resolve_and_tell
 from weightload._base.printable import printable
+from weightload._checkpoint.resolve import resolve_and_tell
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 from weightload import _C
-from weightload.cli.common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 from weightload._checkpoint.selection import open_files
+from weightload.cli.common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 
 
 def add(commands: Commands) -> None:

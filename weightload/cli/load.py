@@ -8,8 +8,8 @@ import time
 import torch
 
 from weightload._load import devices
-from weightload.cli.common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 from weightload._load.iterator import safetensors_weights_iterator
+from weightload.cli.common import OK, Commands, add_checkpoint, add_command, bytes_in_words, print_json, resolve, say
 
 DESCRIPTION = """\
 Load a checkpoint's tensors one after the other and drop each, as an engine does that copies them into its own memory.

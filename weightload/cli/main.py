@@ -10,7 +10,10 @@ import sys
 from safetensors import SafetensorError
 
 from weightload import __version__, settings
-from weightload.cli import inspect as cli_inspect, load as cli_load, settings as cli_settings, verify as cli_verify
+from weightload.cli import inspect as cli_inspect
+from weightload.cli import load as cli_load
+from weightload.cli import settings as cli_settings
+from weightload.cli import verify as cli_verify
 from weightload.cli.common import (
     BROKEN,
     EPILOG,

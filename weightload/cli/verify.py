@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from weightload._api.files import load_file
 from weightload._checkpoint.resolve import check_contents, find_files
+from weightload._checkpoint.selection import open_files
 from weightload.cli.common import (
     BROKEN,
     OK,
@@ -22,7 +23,6 @@ from weightload.cli.common import (
     tell_warning,
 )
 from weightload.errors import WeightLoadError
-from weightload._checkpoint.selection import open_files
 
 
 def add(commands: Commands) -> None:
