@@ -538,7 +538,7 @@ def test_progress_has_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def update(self, count: int) -> None:
             seen.append(count)
 
-    monkeypatch.setattr(weightload.progress, "_bar", Bar)
+    monkeypatch.setattr("weightload._load.progress._bar", Bar)
     dict(weightload.safetensors_weights_iterator(path, to_cpu=True, rename=rename, show_progress=True))
     assert sum(seen) == 0
     assert len(seen) == 3
