@@ -254,12 +254,14 @@ def _take(
         collections.deque(weights, maxlen=0)  # nothing is left to do for tens of thousands of them, perhaps
         return
     late = set(matched.overlapping)
+    shown = advance is not progress.unseen
     for name, tensor in weights:
         if name in late:
             held[name] = tensor
         elif name not in matched.direct:
             _put(name, tensor, matched.places[name])
-        advance(matched.sizes[name])
+        if shown:
+            advance(matched.sizes[name])
         if look is not None:
             look()
 

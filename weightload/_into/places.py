@@ -14,7 +14,7 @@ import torch
 
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import empty, zeros
-from weightload._parts.shards import Known, NotAShardError, Part, is_dtensor, shard_of
+from weightload._parts.shards import Dealt, Known, NotAShardError, Part, is_dtensor, shard_of
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 NO_MEMORY = "has no memory to load into; materialise it first, as Module.to_empty does"
@@ -43,6 +43,8 @@ class Place(NamedTuple):
     """Which part of the file's tensor it takes; None: all of it."""
     whole: torch.Tensor | None = None
     """The DTensor that it is the memory of."""
+    dealt: Dealt | None = None
+    """How that is dealt out."""
 
     def hopeless(self) -> bool:
         """Whether nobody can fill it, not even a module of its own."""
@@ -124,11 +126,11 @@ def _problem_of_kind(tensor: torch.Tensor) -> str | None:
 
 def _look_at_shard(whole: torch.Tensor, known: Known) -> Place:
     try:
-        local, part = shard_of(whole, known)
+        local, dealt = shard_of(whole, known)
     except NotAShardError as failed:
         return Place(whole, False, f"cannot be loaded into: it is a DTensor, and {failed}", 0, 0)
-    _, direct, problem, begin, end, _, _ = look(local, known)
-    return Place(local, direct, problem, begin, end, part, whole)
+    _, direct, problem, begin, end, *_ = look(local, known)
+    return Place(local, direct, problem, begin, end, None if dealt.is_all else dealt.part, whole, dealt)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

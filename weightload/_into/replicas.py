@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
 from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group
 from weightload._load.device_iterator import fail_together
+from weightload._parts.shards import Dealt
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +50,7 @@ class Replicas:
 
 
 @plainly
-def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str) -> Replicas | None:
+def find_replicas(dtensors: Mapping[str, Dealt], strategy: str, load: str) -> Replicas | None:
     """The ranks that share the reading of DTensors: those of the dimension of a mesh along which most is replicated.
 
     The same on all ranks of a mesh, and a collective call for the ranks of that dimension.
@@ -63,17 +65,14 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     names: dict[tuple[int, int], list[str]] = {}
     meshes: dict[int, Any] = {}
     saved: dict[tuple[int, int], float] = {}
-    ways: dict[object, tuple[int, list[tuple[tuple[int, int], int]]]] = {}  # a mesh answers slowly
+    ways: dict[int, tuple[float, list[tuple[tuple[int, int], int]]]] = {}  # a mesh answers slowly
     total = 0.0
-    for name, tensor in dtensors.items():
-        spec: Any = tensor._spec  # type: ignore[attr-defined]
-        way = id(spec.mesh), spec.placements
-        if way not in ways:
+    for name, dealt in dtensors.items():
+        if id(dealt) not in ways:
+            spec: Any = dealt.example._spec  # type: ignore[attr-defined]
             meshes[id(spec.mesh)] = spec.mesh
-            ways[way] = _shards_and_copies(spec)
-        shards, copies = ways[way]
-        # Of a rank's even share, so that ranks whose last chunks are short come to the same answer.
-        bytes_here = tensor.numel() * tensor.element_size() / shards
+            ways[id(dealt)] = _even_share(dealt.example, spec)
+        bytes_here, copies = ways[id(dealt)]
         total += bytes_here
         for key, size in copies:
             names.setdefault(key, []).append(name)
@@ -85,7 +84,7 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     if mesh.get_coordinate() is None:
         return None
     group = group_of_dimension(mesh, most[1])
-    shard: Any = dtensors[names[most][0]]
+    shard: Any = dtensors[names[most][0]].example
     device: torch.device = shard._local_tensor.device
     if group is None or device.type not in {backend.type for backend in group._device_types}:
         return None
@@ -95,19 +94,22 @@ def find_replicas(dtensors: Mapping[str, torch.Tensor], strategy: str, load: str
     return Replicas(shared, chosen, device, set(names[most]))
 
 
-def _shards_and_copies(spec: Any) -> tuple[int, list[tuple[tuple[int, int], int]]]:
-    """Into how many shards a DTensor is cut, and along which dimensions of its mesh are how many copies of them."""
-    shards, copies = 1, []
+def _even_share(tensor: torch.Tensor, spec: Any) -> tuple[float, list[tuple[tuple[int, int], int]]]:
+    """A rank's bytes of a DTensor, and along which dimensions of its mesh how many ranks have the same.
+
+    Of an even share, so that ranks whose last chunks are short come to the same answer.
+    """
+    share, copies = float(tensor.numel() * tensor.element_size()), []
     for dimension, (size, placement) in enumerate(zip(spec.mesh.shape, spec.placements, strict=True)):
         if not placement.is_replicate():
-            shards *= size
+            share /= size
         elif size > 1:
             copies.append(((id(spec.mesh), dimension), size))
-    return shards, copies
+    return share, copies
 
 
 @plainly
-def reads_apart(dtensors: Iterable[torch.Tensor], total_bytes: int) -> bool:
+def reads_apart(dtensors: Iterable[Dealt], total_bytes: int) -> bool:
     """Whether most of what this rank reads for DTensors no other rank of its node reads, where there are others.
 
     Args:
@@ -119,15 +121,14 @@ def reads_apart(dtensors: Iterable[torch.Tensor], total_bytes: int) -> bool:
         return False
     node = torch.distributed.get_rank() // on_node
     own = 0
-    known: dict[tuple[int, Any], bool] = {}
-    for tensor in dtensors:
-        spec: Any = tensor._spec  # type: ignore[attr-defined]
-        key = id(spec.mesh), spec.placements
-        if key not in known:
+    known: dict[int, int] = {}
+    for dealt in dtensors:
+        if id(dealt) not in known:
+            spec: Any = dealt.example._spec  # type: ignore[attr-defined]
             same = _ranks_of_replicas(spec.mesh, spec.placements)
-            known[key] = sum(rank // on_node == node for rank in same) == 1
-        if known[key]:
-            own += tensor._local_tensor.nbytes  # type: ignore[attr-defined]
+            is_own = sum(rank // on_node == node for rank in same) == 1
+            known[id(dealt)] = is_own * math.prod(dealt.shape) * dealt.example.element_size()
+        own += known[id(dealt)]
     return 2 * own > total_bytes
 
 

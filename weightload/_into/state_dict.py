@@ -15,7 +15,7 @@ from weightload._into.fused_places import FusedPlaces, fuse
 from weightload._into.own_loading import Turns, Walk
 from weightload._into.places import READ_ONLY, CopyTrials, Place, Spans, keys, look
 from weightload._load.renaming import Renamed
-from weightload._parts.shards import NOTHING, Known, Part, bytes_of_part
+from weightload._parts.shards import NOTHING, Dealt, Known, Part, bytes_of_part
 from weightload.errors import StateDictError, TensorError, located
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
@@ -35,8 +35,8 @@ class Match:
     """Which part of the file's tensor goes there; of the others, all."""
     wholes: list[torch.Tensor]
     """The DTensors whose memory it is."""
-    dtensors: dict[str, torch.Tensor]
-    """All the target's DTensors."""
+    dtensors: dict[str, Dealt]
+    """All the target's DTensors: how they are dealt out."""
     direct: set[str]
     """Names whose bytes can be read straight into that memory."""
     overlapping: list[str]
@@ -177,7 +177,9 @@ def _match(
         raise refusal(target, files, [words for _, words in problems] + strictly, next(iter(problems), (None,))[0])
     sizes = {name: end - begin for name, _, _, begin, end in here.values()}
     for name, place in read.items():
-        if place.part is not None:
+        if place.dealt is not None and not fused:
+            sizes[name] = sizes[name] * place.tensor.numel() // max(place.dealt.example.numel(), 1)
+        elif place.part is not None:
             sizes[name] = bytes_of_part(sizes[name], place.part, here[name][1], here[name][2])
     turns = None
     if walk.parts or walk.hooked:
@@ -194,7 +196,7 @@ def _match(
         places={name: place.tensor for name, place in read.items()},
         parts={name: place.part for name, place in read.items() if place.part is not None},
         wholes=[place.whole for place in read.values() if place.whole is not None],
-        dtensors={name: shards for name in walk.tensors if (shards := places[name].whole) is not None},
+        dtensors={name: dealt for name in walk.tensors if (dealt := places[name].dealt) is not None},
         direct=direct,
         overlapping=[name for name in tensors if name in mixed and name in read],
         first=[name for name in untried if name not in mixed],

@@ -15,9 +15,10 @@ from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
 from weightload._group.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
 from weightload._group.ranks import group_of_dimension, has_cpu_backend
+from weightload._into.places import PLAIN
 from weightload._load import devices
 from weightload._load.device_iterator import make_target
-from weightload._parts.shards import is_dtensor
+from weightload._parts.shards import Dealt, is_dtensor
 from weightload.errors import GroupError, WeightLoadError
 
 if TYPE_CHECKING:
@@ -189,7 +190,11 @@ def _store() -> Any:
 @plainly
 def of_meshes(tensors: Iterable[torch.Tensor]) -> Together:
     """The ranks of the meshes of DTensors; of those that this process has no part in, none."""
-    meshes = {id(mesh): mesh for mesh in (_spec(tensor).mesh for tensor in tensors if is_dtensor(tensor))}
+    meshes: dict[int, Any] = {}
+    for tensor in tensors:
+        if type(tensor) not in PLAIN and is_dtensor(tensor):
+            mesh = _spec(tensor).mesh
+            meshes[id(mesh)] = mesh
     ranks: set[int] = set()
     groups: dict[str, ProcessGroup] = {}
     for mesh in meshes.values():
@@ -221,7 +226,7 @@ def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
 
 
 @plainly
-def of_dtensors(tensors: Mapping[str, torch.Tensor], ranks: int, sources: Callable[[str], object]) -> dict[str, str]:
+def of_dtensors(tensors: Mapping[str, Dealt], ranks: int, sources: Callable[[str], object]) -> dict[str, str]:
     """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out.
 
     Args:
@@ -230,24 +235,24 @@ def of_dtensors(tensors: Mapping[str, torch.Tensor], ranks: int, sources: Callab
         ranks: how many load together.
         sources: what of the checkpoint a DTensor of a name is made of.
     """
-    ways: dict[object, str] = {}  # layers are alike, and a mesh answers slowly
-    names, shapes, dealt = [], [], []
-    for name, tensor in tensors.items():
-        spec = _spec(tensor)
-        way = id(spec.mesh), spec.placements
-        if way not in ways:
+    known: dict[int, tuple[str, str] | None] = {}  # layers are alike, and a mesh answers slowly
+    names, shapes, ways = [], [], []
+    for name, dealt in tensors.items():
+        if id(dealt) not in known:
+            spec = _spec(dealt.example)
             # Not its ranks: of a part of a mesh (``mesh["dp"]``) those are others on other ranks.
             mesh = repr((tuple(spec.mesh.shape), spec.mesh.mesh_dim_names))
-            ways[way] = mesh + repr(spec.placements) if spec.mesh.size() == ranks else ""
-        if not ways[way]:
-            continue
-        names.append(name)
-        shapes.append(repr(tuple(tensor.shape)))
-        dealt.append(ways[way])
+            said = repr(tuple(dealt.example.shape)), mesh + repr(spec.placements)
+            known[id(dealt)] = said if spec.mesh.size() == ranks else None
+        words = known[id(dealt)]
+        if words is not None:
+            names.append(name)
+            shapes.append(words[0])
+            ways.append(words[1])
     return {
         "names of DTensors": digest(names),
         "shapes of DTensors": digest(shapes),
-        "meshes and placements": digest(dealt),
+        "meshes and placements": digest(ways),
         "what rename= makes of them": digest(repr(sources(name)) for name in names),
     }
 

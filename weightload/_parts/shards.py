@@ -116,7 +116,7 @@ def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> 
 
 
 class Dealt(NamedTuple):
-    """What DTensors of one shape have on this rank that a mesh deals out alike."""
+    """What DTensors of one shape and dtype have on this rank that a mesh deals out alike."""
 
     part: Part
     is_all: bool
@@ -124,6 +124,8 @@ class Dealt(NamedTuple):
     """Of their memory on this rank."""
     is_elsewhere: bool
     """Whether this rank is not in their mesh."""
+    example: torch.Tensor
+    """One of them."""
 
 
 Known = dict[object, Dealt]
@@ -137,14 +139,14 @@ def _dealt(tensor: torch.Tensor, spec: Any) -> Dealt:
         raise NotAShardError("its dimensions are dealt out in an order of their own (shard_order)")
     coordinate = spec.mesh.get_coordinate()
     if coordinate is None:
-        return Dealt(((),) * tensor.dim() or NOTHING, False, (), True)
+        return Dealt(((),) * tensor.dim() or NOTHING, False, (), True, tensor)
     part = part_of_rank(tuple(tensor.shape), tuple(spec.mesh.shape), tuple(coordinate), tuple(spec.placements))
     is_all = all(ranges == ((0, size),) for ranges, size in zip(part, tensor.shape, strict=True))
-    return Dealt(part, is_all, shape_of(part), False)
+    return Dealt(part, is_all, shape_of(part), False, tensor)
 
 
-def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Part | None]:
-    """A DTensor's memory on this rank, and which part of it that is; None: all of it.
+def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Dealt]:
+    """A DTensor's memory on this rank, and which part of it that is.
 
     To be called without autograd: with it the memory is a view, and each a node of the graph.
 
@@ -154,7 +156,7 @@ def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Part | N
     given: Any = tensor
     spec = given._spec
     local: torch.Tensor = given.to_local()
-    key = id(spec.mesh), tensor.shape, spec.placements, getattr(spec, "shard_order", None)
+    key = id(spec.mesh), tensor.shape, tensor.dtype, spec.placements, getattr(spec, "shard_order", None)
     dealt = known.get(key)
     if dealt is None:
         dealt = known[key] = _dealt(tensor, spec)
@@ -163,7 +165,7 @@ def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Part | N
             raise NotAShardError(f"this rank is not in its mesh, but has {tuple(local.shape)} of it")
     elif dealt.shape != local.shape and (local.numel() or math.prod(dealt.shape)):
         raise NotAShardError(f"its placements give this rank {dealt.shape}, but it has {tuple(local.shape)}")
-    return local, None if dealt.is_all else dealt.part
+    return local, dealt
 
 
 @functools.lru_cache(maxsize=1024)
