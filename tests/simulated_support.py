@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 import weightload
+from weightload._base.load_stats import LoadStats
 from weightload._load.iterator import DeviceWeightIterator
-from weightload.load_stats import LoadStats
 
 # Which stand-in: the backend of our own, or CUDA's torch on the simulated CUDA ("cuda").
 KIND = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")

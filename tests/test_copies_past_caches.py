@@ -80,6 +80,22 @@ def test_memory_that_nobody_has_touched_is_filled_by_read_calls(file: Path) -> N
     assert read > 0.9 * file.stat().st_size
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_of_files_is_filled_by_read_calls(file: Path, tmp_path: Path, shared: bool) -> None:
+    """Its pages may go meanwhile, or be holes of a full disk: a store there ends the process."""
+    target = {}
+    for name, shape in SHAPES.items():
+        (tmp_path / name).write_bytes(bytes(2 * torch.Size(shape).numel()))
+        size = torch.Size(shape).numel()
+        target[name] = torch.from_file(str(tmp_path / name), shared=shared, size=size, dtype=torch.int16).view(shape)
+        assert not target[name].any()
+    assert in_read_calls(lambda: weightload.load_into(target, file)) > 0.9 * file.stat().st_size
+    check(target, file)
+    target = {name: torch.empty(shape, dtype=torch.int16).share_memory_().fill_(7) for name, shape in SHAPES.items()}
+    assert in_read_calls(lambda: weightload.load_into(target, file)) > 0.9 * file.stat().st_size
+    check(target, file)
+
+
 @pytest.mark.skipif(NOT_HERE, reason="as above")
 @pytest.mark.parametrize(("name", "ranks"), [("rows", 2), ("rows", 4), ("wide", 4), ("wide", 32)])
 def test_columns_are_copied_piece_by_piece(file: Path, name: str, ranks: int) -> None:
@@ -213,6 +229,20 @@ def test_what_no_other_rank_of_the_node_reads_is_read_past_the_page_cache(
                 assert torch.equal(tensor.to_local(), expected[name].to_local()), name
             # Small and scattered pieces are not worth it.
             assert (stats.direct_bytes > 0.9 * stats.wanted_bytes) == (past_cache and cold), (cold, stats)
+
+
+def test_nobody_is_asked_for_the_ranks_of_a_node_where_no_group_is_left(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = copied(file)["rows"]
+    with rank_of((2,), 1) as mesh:
+        expected = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        target = {"rows": empty_like(expected)}
+    for ranks in ("2", "0"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        target["rows"].to_local().zero_()
+        weightload.load_into(target, file, strict=False)
+        assert torch.equal(target["rows"].to_local(), expected.to_local())
 
 
 def test_forked_children_keep_the_guard(file: Path) -> None:

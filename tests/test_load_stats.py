@@ -15,8 +15,8 @@ from simulated_support import DEVICE
 
 import weightload
 from weightload import settings
+from weightload._base.load_stats import FileStats, LoadStats, Stage
 from weightload._load.progress import WeightsWithBar
-from weightload.load_stats import FileStats, LoadStats, Stage
 
 MIB = 1 << 20
 

@@ -66,6 +66,7 @@ PROBE = """
     handle = weightload.safe_open(path)
     for make in (
         lambda: weightload.safetensors_weights_iterator([path], to_cpu=True),
+        lambda: weightload.safetensors_weights_iterator([path], to_cpu=True, show_progress=True),
         lambda: handle.prefetch(),
         lambda: _C.open_files([path.encode()], 1)[0],
     ):

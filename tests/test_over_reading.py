@@ -17,8 +17,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightload
 from weightload import _C, settings
+from weightload._base.load_stats import LoadStats
 from weightload.cli import main as cli
-from weightload.load_stats import LoadStats
 
 BLOCK = 4096  # of O_DIRECT
 KIB = 1 << 10

@@ -312,6 +312,37 @@ def test_halves_of_short_rows_are_read_with_what_is_between(tmp_path: Path) -> N
             assert bytes_read(report) > 1.9 * shard.to_local().nbytes
 
 
+class Interleaved(Shard):
+    """To torch equal to a Shard, and dealt out in a way of its own."""
+
+
+def test_kinds_of_shards_that_pass_for_others_are_refused_whatever_was_seen_before(tmp_path: Path) -> None:
+    safetensors.torch.save_file({name: torch.arange(8.0).reshape(8, 1) for name in "ab"}, tmp_path / "m.safetensors")
+
+    def shard(placement: Shard) -> DTensor:
+        return DTensor.from_local(
+            torch.zeros(4, 1), mesh, [placement], run_check=False, shape=torch.Size((8, 1)), stride=(1, 1)
+        )
+
+    with rank_of((2,), 1) as mesh:
+        for target in ({"b": shard(Interleaved(0))}, {"a": shard(Shard(0)), "b": shard(Interleaved(0))}):
+            for _ in range(2):
+                with pytest.raises(errors.StateDictError, match=r"'b'.*neither Shard nor Replicate"):
+                    weightload.load_into(target, tmp_path / "m.safetensors", strict=False)
+        weightload.load_into({"a": target["a"]}, tmp_path / "m.safetensors", strict=False)
+
+
+def test_load_model_sends_dtensors_to_load_into(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.ones(4, 2)}, tmp_path / "m.safetensors")
+    with rank_of((2,), 1) as mesh:
+        model = nn.Linear(2, 4, bias=False)
+        model.weight = nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)], src_data_rank=None))
+        with pytest.raises(errors.StateDictError, match="takes no DTensors, as 'weight' is one; load_into") as raised:
+            weightload.load_model(model, tmp_path / "m.safetensors")
+    assert raised.value.tensor == "weight"
+    assert raised.value.filename == str(tmp_path / "m.safetensors")
+
+
 def test_dealing_is_that_of_chunk() -> None:
     assert part_of_rank((5,), (4,), (3,), (Shard(0),)) == ((),)
     assert part_of_rank((5,), (4,), (2,), (Shard(0),)) == (((4, 5),),)

@@ -219,7 +219,7 @@ class HostLoader:
         """
     def counts(self) -> dict[str, typing.Any]:
         """
-        What the load has counted so far; weightload/load_stats.py makes sense of it.
+        What the load has counted so far; weightload/_base/load_stats.py makes sense of it.
         """
     def tell_ranks_of(self, other: HostLoader) -> None:
         """
@@ -258,7 +258,7 @@ class DeviceLoader:
         """
     def counts(self) -> dict[str, typing.Any]:
         """
-        What the load has counted so far; weightload/load_stats.py makes sense of it.
+        What the load has counted so far; weightload/_base/load_stats.py makes sense of it.
         """
     def device_counts(self) -> dict[str, typing.Any]:
         """

@@ -7,6 +7,7 @@ _built_for.check()
 from weightload._api.files import load, load_file  # noqa: E402
 from weightload._api.safe_open import safe_open  # noqa: E402
 from weightload._base.kept_memory import release_memory  # noqa: E402
+from weightload._base.load_stats import LoadStats  # noqa: E402
 from weightload._checkpoint.passed_over import PassedOverWarning  # noqa: E402
 from weightload._checkpoint.resolve import resolve_safetensors_files  # noqa: E402
 from weightload._group.ranks import node_group  # noqa: E402
@@ -23,7 +24,9 @@ from weightload.errors import (  # noqa: E402
     ReadError,
     WeightLoadError,
 )
-from weightload.load_stats import LoadStats  # noqa: E402
+
+# A pickle of one names a place that stays.
+LoadReport.__module__ = LoadStats.__module__ = PassedOverWarning.__module__ = "weightload"
 
 __all__ = [
     "GroupError",

@@ -16,6 +16,42 @@ from safetensors import SafetensorError
 
 from weightload._base.printable import printable
 
+__all__ = [
+    "CheckpointError",
+    "DeviceOutOfMemoryError",
+    "DuplicateField",
+    "DuplicateTensor",
+    "GitLfsPointer",
+    "GroupError",
+    "GroupTypeError",
+    "GroupValueError",
+    "HeaderError",
+    "HeaderTooLarge",
+    "HeaderTooSmall",
+    "HtmlPage",
+    "InvalidHeader",
+    "InvalidHeaderDeserialization",
+    "InvalidHeaderLength",
+    "InvalidMetadata",
+    "InvalidOffset",
+    "InvalidTensorEntry",
+    "MetadataIncompleteBuffer",
+    "MisalignedSlice",
+    "NestingTooDeep",
+    "NoSuchFileError",
+    "NotARegularFile",
+    "OutOfMemoryError",
+    "RankDisagreementError",
+    "RankLeftError",
+    "ReadError",
+    "StateDictError",
+    "TensorError",
+    "TensorInvalidInfo",
+    "UnknownDtype",
+    "ValidationOverflow",
+    "WeightLoadError",
+]
+
 
 class WeightLoadError(SafetensorError):
     """Base of everything weightload raises about a checkpoint.

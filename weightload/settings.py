@@ -18,6 +18,8 @@ from weightload import _C
 from weightload._base.cpus import usable_cpus
 from weightload._base.handlers import pass_on
 
+__all__ = ["NAMES", "Settings", "current", "origins", "override", "variable"]
+
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16

@@ -199,7 +199,8 @@ void define_iteration(Class& loader) {
   using Type = typename Class::type;
   loader.def("__iter__", [](pybind11::object self) { return self; })
       .def("__next__", &Type::next)
-      .def("counts", &Type::counts, "What the load has counted so far; weightload/load_stats.py makes sense of it.")
+      .def("counts", &Type::counts,
+           "What the load has counted so far; weightload/_base/load_stats.py makes sense of it.")
       .def("tell_ranks_of", &Type::tell_ranks_of, pybind11::arg("other"),
            "Has the ranks that share another load hear of an error of this one, when that one is closed.")
       .def("close", &Type::close, "Stops and joins the reading threads and lets go of the files.")

@@ -38,7 +38,7 @@ std::string_view dtype_name(Dtype dtype);
 uint32_t dtype_bits(Dtype dtype);
 std::optional<Dtype> dtype_from_name(std::string_view name);
 
-// Alignment in bytes that the element type asks of memory: its size, 1 for packed types, 4 for C64 (two F32).
+// Alignment in bytes that the element type asks of memory: its size, 1 for packed types, 8 for C64.
 uint32_t dtype_alignment(Dtype dtype);
 
 }  // namespace weightload

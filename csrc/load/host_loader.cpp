@@ -10,7 +10,6 @@
 #include "base/pages.h"
 #include "base/stopwatch.h"
 #include "checkpoint/cached_reads.h"
-#include "memory/backed_pages.h"
 #include "memory/spare_memory.h"
 #include "page_cache/page_in.h"
 #include "read/strided_reads.h"
@@ -252,7 +251,7 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
 
 // Whether what is written there had better go past the processor's caches. Not what goes to other ranks next.
 bool HostLoader::may_pass_caches(const char* place, uint64_t size) const {
-  return !shared_ && is_backed(place, static_cast<size_t>(size));
+  return !shared_ && backed_pages_.has_all(place, static_cast<size_t>(size));
 }
 
 // With a look between two windows: each may wait for the system to find memory.

@@ -11,6 +11,7 @@
 #include "checkpoint/selected_tensors.h"
 #include "group/shared_blocks.h"
 #include "load/load_counts.h"
+#include "memory/backed_pages.h"
 #include "memory/block_cache.h"
 #include "memory/host_memory.h"
 #include "page_cache/cache_filler.h"
@@ -170,6 +171,7 @@ class HostLoader {
   bool page_in_ = true;
   ReadMode read_;
   Pace pace_;
+  BackedPages backed_pages_;
   LoadMappings mappings_;
   CacheFiller filler_{mappings_};
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in

@@ -6,9 +6,6 @@
 
 #include <cerrno>
 
-#include "base/byte_range.h"
-#include "base/pages.h"
-
 namespace weightload {
 namespace {
 
@@ -21,17 +18,16 @@ struct Guarded {
 // Its place is known when the thread starts: a handler must not allocate one.
 __attribute__((tls_model("initial-exec"))) thread_local Guarded guarded;
 
-// Both written before the handler is installed.
+// Written before the handler is installed.
 struct sigaction before{};
-uintptr_t page = 0;
 
 bool put_zeros(const siginfo_t& info) {
   const auto at = reinterpret_cast<uintptr_t>(info.si_addr);
   if (info.si_code <= 0 || at < guarded.begin || at >= guarded.end) return false;
   const int saved = errno;
-  void* const missed = reinterpret_cast<void*>(at / page * page);
-  const void* const zeros =
-      ::mmap(missed, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, /*fd=*/-1, /*offset=*/0);
+  void* const mapping = reinterpret_cast<void*>(guarded.begin);
+  const void* const zeros = ::mmap(mapping, guarded.end - guarded.begin, PROT_READ,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, /*fd=*/-1, /*offset=*/0);
   errno = saved;
   if (zeros == MAP_FAILED) return false;
   guarded.hit = 1;
@@ -40,11 +36,12 @@ bool put_zeros(const siginfo_t& info) {
 
 void on_bus_error(int number, siginfo_t* info, void* context) {
   if (put_zeros(*info)) return;
+  if ((before.sa_flags & static_cast<int>(SA_RESETHAND)) != 0) ::signal(number, SIG_DFL);
   if ((before.sa_flags & SA_SIGINFO) != 0) {
     before.sa_sigaction(number, info, context);
-  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+  } else if (before.sa_handler != SIG_DFL) {
     before.sa_handler(number);
-  } else if (before.sa_handler == SIG_DFL || info->si_code > 0) {
+  } else {
     // The same instruction faults again, and what was sent comes again when this returns.
     ::signal(number, SIG_DFL);
     if (info->si_code <= 0) ::raise(number);
@@ -58,13 +55,12 @@ bool is_ours() {
 }
 
 bool install() {
-  page = static_cast<uintptr_t>(page_bytes());
-  if (::sigaction(SIGBUS, nullptr, &before) != 0) return false;
+  if (::sigaction(SIGBUS, nullptr, &before) != 0 || before.sa_handler == SIG_IGN) return false;
   struct sigaction ours{};
   ours.sa_sigaction = &on_bus_error;
-  // On the stack that the thread may have for its signals; the handler before may need it.
-  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
-  ::sigemptyset(&ours.sa_mask);
+  // As the handler before has it: on which stack, what is blocked meanwhile, whether system calls go on.
+  ours.sa_mask = before.sa_mask;
+  ours.sa_flags = SA_SIGINFO | (before.sa_flags & static_cast<int>(SA_ONSTACK | SA_NODEFER | SA_RESTART));
   return ::sigaction(SIGBUS, &ours, nullptr) == 0;
 }
 

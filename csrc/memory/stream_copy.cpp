@@ -21,7 +21,7 @@ constexpr size_t kAhead = 1024;
 
 }  // namespace
 
-void stream_copy(char* to, const char* from, size_t size) noexcept {
+void stream_copy_unfenced(char* to, const char* from, size_t size) noexcept {
   const size_t head = std::min(size, (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine);
   std::memcpy(to, from, head);
   size_t at = head;
@@ -38,13 +38,22 @@ void stream_copy(char* to, const char* from, size_t size) noexcept {
     _mm_stream_si128(target + 3, d);
   }
   std::memcpy(to + at, from + at, size - at);
-  _mm_sfence();  // these stores wait for no release
 }
+
+// These stores wait for no release.
+void stream_fence() noexcept { _mm_sfence(); }
 
 #else
 
-void stream_copy(char* to, const char* from, size_t size) noexcept { std::memcpy(to, from, size); }
+void stream_copy_unfenced(char* to, const char* from, size_t size) noexcept { std::memcpy(to, from, size); }
+
+void stream_fence() noexcept {}
 
 #endif
+
+void stream_copy(char* to, const char* from, size_t size) noexcept {
+  stream_copy_unfenced(to, from, size);
+  stream_fence();
+}
 
 }  // namespace weightload

@@ -18,4 +18,8 @@ inline constexpr bool kCanStream = false;
 // What was written is visible to other threads as after plain stores.
 void stream_copy(char* to, const char* from, size_t size) noexcept;
 
+// The same, but for the last sentence: a stream_fence() has to follow the last copy.
+void stream_copy_unfenced(char* to, const char* from, size_t size) noexcept;
+void stream_fence() noexcept;
+
 }  // namespace weightload

@@ -23,8 +23,8 @@ std::optional<LoadMappings::Mapping> LoadMappings::map(const File& file, ByteRan
 }
 
 void LoadMappings::give_up() {
-  const std::unique_lock<std::shared_mutex> lock(mapping_);
-  given_up_ = true;
+  given_up_ = true;  // first: threads that go on mapping would keep the lock from whoever waits for all of them
+  const std::unique_lock<std::shared_mutex> none_is_left(mapping_);
 }
 
 }  // namespace weightload

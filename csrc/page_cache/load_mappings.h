@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -47,7 +48,7 @@ class LoadMappings {
 
  private:
   std::shared_mutex mapping_;
-  bool given_up_ = false;  // guarded by mapping_
+  std::atomic<bool> given_up_{false};
 };
 
 }  // namespace weightload

@@ -12,13 +12,16 @@
 namespace weightload {
 namespace {
 
+// Of smaller ones most lines are shared by two, and written twice.
+constexpr uint64_t kLeastPiece = 512;
+
 // Pages that nobody wants, between two pieces.
 constexpr uint64_t kLeastGap = 8 << 10;
 
 }  // namespace
 
 bool MappedCopy::read_pieces(ByteRange first, uint64_t stride, uint64_t count, char* destination) {
-  if (!kCanStream || failed_ || range_.size() < kLeastBytes) return false;
+  if (!kCanStream || failed_ || range_.size() < kLeastBytes || (count > 1 && first.size() < kLeastPiece)) return false;
   failed_ = true;
   if (!mapping_) {
     std::optional<LoadMappings::Mapping> made = mappings_.map(file_, range_);
@@ -37,11 +40,12 @@ bool MappedCopy::read_pieces(ByteRange first, uint64_t stride, uint64_t count, c
     ::madvise(mapping_->begin(), static_cast<size_t>(mapping_->end() - mapping_->begin()), MADV_RANDOM);
     random_ = true;
   }
-  const BusGuard guard(begin, end);
+  const BusGuard guard(mapping_->begin(), mapping_->end());
   if (!guard.is_armed()) return false;
   const auto size = static_cast<size_t>(first.size());
   for (uint64_t piece = 0; piece < count; ++piece)
-    stream_copy(destination + piece * size, mapping_->at(first.begin + piece * stride), size);
+    stream_copy_unfenced(destination + piece * size, mapping_->at(first.begin + piece * stride), size);
+  stream_fence();
   failed_ = guard.hit();
   return !failed_;
 }

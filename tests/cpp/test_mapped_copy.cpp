@@ -2,6 +2,7 @@
 #include "page_cache/mapped_copy.h"
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -145,6 +146,59 @@ TEST(handlers_from_before_get_what_is_not_ours) {
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 8);
 }
 
+// Handlers that have asked for something get it: to be called once, to be left by a jump.
+TEST(handlers_from_before_are_called_as_they_were_installed) {
+  int status = in_child([] {
+    static int calls = 0;
+    struct sigaction action{};
+    action.sa_handler = [](int) {
+      if (++calls == 2) ::_exit(1);
+    };
+    action.sa_flags = static_cast<int>(SA_RESETHAND);
+    CHECK(::sigaction(SIGBUS, &action, nullptr) == 0);
+    guard_something();
+    Shrunk().touch();
+  });
+  CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+  status = in_child([] {
+    static jmp_buf out;
+    static volatile int jumps = 0;
+    struct sigaction action{};
+    action.sa_handler = [](int) { ::_longjmp(out, 1); };
+    action.sa_flags = SA_NODEFER;
+    CHECK(::sigaction(SIGBUS, &action, nullptr) == 0);
+    guard_something();
+    const Shrunk file;
+    if (::_setjmp(out) != 0) jumps = jumps + 1;
+    if (jumps < 3) file.touch();
+    ::_exit(jumps);
+  });
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+}
+
+TEST(a_system_call_is_broken_off_where_it_was_before) {
+  const int status = in_child([] {
+    handle([](int) {}, nullptr);
+    guard_something();
+    struct sigaction now{};
+    CHECK(::sigaction(SIGBUS, nullptr, &now) == 0);
+    ::_exit((now.sa_flags & (SA_RESTART | SA_ONSTACK | SA_NODEFER)) == 0 ? 5 : 6);
+  });
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 5);
+}
+
+TEST(where_the_signal_was_ignored_it_still_is) {
+  const int status = in_child([] {
+    handle(SIG_IGN, nullptr);
+    const Shrunk file;
+    const BusGuard guard(file.begin, file.end());
+    struct sigaction now{};
+    CHECK(::sigaction(SIGBUS, nullptr, &now) == 0);
+    ::_exit(!guard.is_armed() && now.sa_handler == SIG_IGN ? 5 : 6);
+  });
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 5);
+}
+
 TEST(nothing_is_guarded_where_another_handler_gets_the_signal) {
   const int status = in_child([] {
     guard_something();
@@ -249,17 +303,55 @@ TEST(a_refusal_to_map_ahead_is_none_to_copy) {
   fault_hook::disarm();
 }
 
-TEST(memory_is_backed_once_it_was_touched) {
-  void* const memory = ::mmap(nullptr, 8 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+TEST(pieces_that_are_smaller_than_some_lines_are_left_to_a_read) {
+  if (!kCanStream) return;
+  const OnDisk disk(2 << 20);
+  LoadMappings mappings;
+  std::string to(1 << 20, 'x');
+  CHECK(!MappedCopy(*disk.file, {0, 2 << 20}, mappings).read_pieces({0, 511}, 1024, 1000, to.data()));
+  CHECK(MappedCopy(*disk.file, {0, 2 << 20}, mappings).read_pieces({0, 512}, 1024, 1000, to.data()));
+  for (size_t piece = 0; piece < 1000; ++piece) CHECK(to.compare(piece * 512, 512, disk.bytes, piece * 1024, 512) == 0);
+}
+
+namespace {
+
+char* map_pages(int flags, int fd = -1) {
+  void* const memory = ::mmap(nullptr, 8 * kPage, PROT_READ | PROT_WRITE, flags, fd, 0);
   CHECK(memory != MAP_FAILED);
   ::madvise(memory, 8 * kPage, MADV_NOHUGEPAGE);
-  char* const begin = static_cast<char*>(memory);
-  CHECK(!is_backed(begin, 8 * kPage));
+  return static_cast<char*>(memory);
+}
+
+}  // namespace
+
+TEST(memory_is_backed_once_all_of_it_was_touched) {
+  const BackedPages pages;
+  char* const begin = map_pages(MAP_PRIVATE | MAP_ANONYMOUS);
+  CHECK(!pages.has_all(begin, 8 * kPage));
   begin[0] = 1;
-  CHECK(is_backed(begin + 5, 10));
-  CHECK(!is_backed(begin + 5, 2 * kPage));
+  CHECK(pages.has_all(begin + 5, 10));
+  CHECK(!pages.has_all(begin + 5, 2 * kPage));
   begin[2 * kPage] = 1;
-  CHECK(is_backed(begin + 5, 2 * kPage));
-  CHECK(!is_backed(begin, 0));
-  ::munmap(memory, 8 * kPage);
+  CHECK(!pages.has_all(begin + 5, 2 * kPage));  // the page between
+  begin[kPage] = 1;
+  CHECK(pages.has_all(begin + 5, 2 * kPage));
+  CHECK(!pages.has_all(begin, 0));
+  ::munmap(begin, 8 * kPage);
+}
+
+TEST(memory_of_files_and_of_several_processes_is_not_said_to_be_backed) {
+  const BackedPages pages;
+  const UniqueFd file(::memfd_create("backed", MFD_CLOEXEC));
+  CHECK(::ftruncate(file.get(), static_cast<off_t>(8 * kPage)) == 0);
+  for (char* const begin : {map_pages(MAP_SHARED, file.get()), map_pages(MAP_SHARED | MAP_ANONYMOUS)}) {
+    std::fill(begin, begin + 8 * kPage, 'x');
+    CHECK(!pages.has_all(begin, 8 * kPage));
+    ::munmap(begin, 8 * kPage);
+  }
+  char* const copied = map_pages(MAP_PRIVATE, file.get());
+  CHECK(copied[0] == 'x' && !pages.has_all(copied, kPage));
+  copied[0] = 'y';  // a page of its own from now on
+  CHECK(pages.has_all(copied, kPage));
+  CHECK(!pages.has_all(copied, 2 * kPage));
+  ::munmap(copied, 8 * kPage);
 }

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from weightload import _C
+from weightload._base.load_stats import LoadStats, joined
+from weightload._base.uncopied import Uncopied
 from weightload._group.ranks import RECORD_BYTES
 from weightload._parts.shards import Parts, bytes_of_part
-from weightload.load_stats import LoadStats, joined
 
 LEAST_SHARED = 0.1
 """Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
@@ -38,7 +39,7 @@ class OneLoad(Protocol):
         """What it has done so far."""
 
 
-class SharedAndOwn:
+class SharedAndOwn(Uncopied):
     """Two loads of one selection, as one: ``(name, tensor)`` in its order; otherwise as either of them.
 
     Args:

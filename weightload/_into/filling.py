@@ -11,6 +11,7 @@ import torch
 
 from weightload import _C
 from weightload._base.handlers import pass_on
+from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
 from weightload._group.apart import SharedAndOwn
@@ -20,7 +21,6 @@ from weightload._load import devices, progress
 from weightload._load.device_iterator import DeviceWeightIterator, fail_together, load_to_device
 from weightload._load.iterator import WeightIterator, load_to_host
 from weightload.errors import StateDictError, located
-from weightload.load_stats import LoadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 
 import torch
@@ -19,7 +20,7 @@ from weightload._into.state_dict import match
 from weightload._load import devices
 from weightload._load.fetch import load_all
 from weightload._load.iterator import Backend, require_backend
-from weightload._parts.shards import go_back_to_shards
+from weightload._parts.shards import is_dtensor
 from weightload.errors import StateDictError, located
 
 
@@ -52,7 +53,8 @@ def load_model(
         The module's names that were not loaded, and the file's that the module has no use for.
 
     Raises:
-        StateDictError: (a ``RuntimeError``) names differ under ``strict``, or shapes differ.
+        StateDictError: (a ``RuntimeError``) names differ under ``strict``, shapes differ, or a tensor of the module is
+            a DTensor.
         FileNotFoundError, HeaderError, ReadError, TensorError, ValueError: as ``load_file``.
     """
     target = devices.resolve(device)
@@ -73,7 +75,10 @@ def _load(
     backend: str,
 ) -> tuple[set[str], list[str]]:
     names = files[0].names()
-    go_back_to_shards(model)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_dtensor(tensor):
+            said = f"load_model takes no DTensors, as {printable(repr(name))} is one; load_into gives them their shards"
+            raise located(StateDictError(said), files[0].path, name)
     matched = match(model, files, strict=False) if _is_plain(model) else None
     if matched is not None and matched.turns is not None:
         matched = None

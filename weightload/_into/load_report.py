@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from weightload.load_stats import LoadStats
+from weightload._base.load_stats import LoadStats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from weightload import _C
-from weightload.load_stats import DeviceStats, FileStats, LoadStats, Stage
+from weightload._base.load_stats import DeviceStats, FileStats, LoadStats, Stage
 
 Files = list[_C.CheckpointFile]
 

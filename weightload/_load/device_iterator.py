@@ -10,6 +10,7 @@ import torch
 
 from weightload import _C, settings
 from weightload._base.handlers import forgiven, pass_on
+from weightload._base.load_stats import LoadStats
 from weightload._base.plain_torch import empty, plainly
 from weightload._checkpoint.selection import Names, Path, open_and_choose, parts_in_order
 from weightload._group.agreement import Chosen, Sharing
@@ -19,7 +20,6 @@ from weightload._load import devices
 from weightload._load.counting import Counting
 from weightload._parts.chosen_parts import Shard
 from weightload._parts.shards import NO_PARTS, Parts
-from weightload.load_stats import LoadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

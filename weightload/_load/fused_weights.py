@@ -13,6 +13,7 @@ from weightload import _C
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
+from weightload._base.uncopied import Uncopied
 from weightload._checkpoint.selection import Names, predicate, select_all
 from weightload._load import devices
 from weightload._load.renaming import Rename, Renamed, ask, rename_files
@@ -21,8 +22,8 @@ from weightload._parts.chosen_parts import Shard
 from weightload.errors import DeviceOutOfMemoryError, OutOfMemoryError, TensorError, located
 
 if TYPE_CHECKING:
+    from weightload._base.load_stats import LoadStats
     from weightload._load.progress import Load
-    from weightload.load_stats import LoadStats
 
 
 @dataclasses.dataclass
@@ -202,7 +203,7 @@ def _follow(made: FusedTensor, stream: torch.Stream) -> None:
     made.stream = stream
 
 
-class FusedWeights:
+class FusedWeights(Uncopied):
     """A load's items, but for those that are pieces of one tensor: that comes once, in the place of its last piece.
 
     Otherwise as the load itself.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightload import _C, settings
+from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.duplicates import Duplicates, require_duplicates
@@ -28,7 +29,6 @@ from weightload._load.fused_weights import FusedWeights, RenamedLoad
 from weightload._load.renaming import Rename, require_rename
 from weightload._parts.chosen_parts import Shard
 from weightload._parts.shards import NO_PARTS, Parts
-from weightload.load_stats import LoadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

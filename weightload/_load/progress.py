@@ -11,12 +11,13 @@ from weightload import _C
 from weightload._base import terminal
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
+from weightload._base.uncopied import Uncopied
 from weightload._group.ranks import global_rank
 
 if TYPE_CHECKING:
     import torch
 
-    from weightload.load_stats import LoadStats
+    from weightload._base.load_stats import LoadStats
 
 Advance = Callable[[int], object]
 
@@ -94,7 +95,7 @@ class Load(Protocol):
         """What it has done so far."""
 
 
-class WeightsWithBar:
+class WeightsWithBar(Uncopied):
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
     Args:

@@ -67,7 +67,6 @@ def _between(ranges: Sequence[tuple[int, int]], first: int, last: int) -> Ranges
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=1024)  # the layers of a model are alike
 def part_of_rank(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Any, ...]
 ) -> Part:
@@ -85,12 +84,24 @@ def part_of_rank(
     Raises:
         NotAShardError: a placement is neither a shard nor a replica.
     """
+    return _part_of_rank(shape, mesh, coordinate, placements, tuple(map(type, placements)))
+
+
+@functools.lru_cache(maxsize=1024)  # the layers of a model are alike
+def _part_of_rank(
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+    kinds: tuple[type, ...],
+) -> Part:
+    """``kinds``: of the placements. To torch a subclass of Shard that deals out otherwise is equal to a Shard."""
     part: list[Ranges] = [((0, size),) for size in shape]
-    for size, number, placement in zip(mesh, coordinate, placements, strict=True):
+    for size, number, placement, of in zip(mesh, coordinate, placements, kinds, strict=True):
         if placement.is_replicate():
             continue
         # torch has made the strided one a Shard, and not one, from release to release.
-        kind = type(placement).__name__
+        kind = of.__name__
         if kind not in ("Shard", "_StridedShard"):
             raise NotAShardError(f"its placement {placement} is neither Shard nor Replicate")
         dimension = placement.dim % max(len(shape), 1)
@@ -156,7 +167,9 @@ def shard_of(tensor: torch.Tensor, known: Known) -> tuple[torch.Tensor, Dealt]:
     given: Any = tensor
     spec = given._spec
     local: torch.Tensor = given.to_local()
-    key = id(spec.mesh), tensor.shape, tensor.dtype, spec.placements, getattr(spec, "shard_order", None)
+    # With the placements' types: see _part_of_rank.
+    alike = spec.placements, *map(type, spec.placements), getattr(spec, "shard_order", None)
+    key = id(spec.mesh), tensor.shape, tensor.dtype, alike
     dealt = known.get(key)
     if dealt is None:
         dealt = known[key] = _dealt(tensor, spec)

@@ -80,3 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (cli_inspect, cli_verify, cli_load, cli_settings):
         command.add(commands)
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
