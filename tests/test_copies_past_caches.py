@@ -88,7 +88,7 @@ def test_memory_of_files_is_filled_by_read_calls(file: Path, tmp_path: Path, sha
         (tmp_path / name).write_bytes(bytes(2 * torch.Size(shape).numel()))
         size = torch.Size(shape).numel()
         target[name] = torch.from_file(str(tmp_path / name), shared=shared, size=size, dtype=torch.int16).view(shape)
-        assert not target[name].any()
+        target[name].fill_(7)  # also private copies of pages go with the end of their file
     assert in_read_calls(lambda: weightload.load_into(target, file)) > 0.9 * file.stat().st_size
     check(target, file)
     target = {name: torch.empty(shape, dtype=torch.int16).share_memory_().fill_(7) for name, shape in SHAPES.items()}

@@ -250,7 +250,7 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
 }
 
 // Whether what is written there had better go past the processor's caches. Not what goes to other ranks next.
-bool HostLoader::may_pass_caches(const char* place, uint64_t size) const {
+bool HostLoader::may_pass_caches(const char* place, uint64_t size) {
   return !shared_ && backed_pages_.has_all(place, static_cast<size_t>(size));
 }
 
@@ -289,7 +289,7 @@ uint64_t HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& att
 // What is in the page cache is read window by window, each written to while the kernel's zeros in it are still in a
 // processor's cache.
 void HostLoader::read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from,
-                               const Destination& to) const {
+                               const Destination& to) {
   const ByteRange range = attempt.range;
   for (uint64_t at = from; at < range.end;) {
     char* const place = to.begin + (at - range.begin);

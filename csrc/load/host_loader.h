@@ -139,8 +139,8 @@ class HostLoader {
 
   void read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look);
   static void fault_in(const Destination& to, uint64_t size, const Look& look);
-  void read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from, const Destination& to) const;
-  bool may_pass_caches(const char* place, uint64_t size) const;
+  void read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from, const Destination& to);
+  bool may_pass_caches(const char* place, uint64_t size);
   HostMemoryRef allocate(uint64_t bytes);
   uint64_t read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef block_memory(uint32_t block);

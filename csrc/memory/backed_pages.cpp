@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdint>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
 
 #include "base/pages.h"
 
@@ -19,6 +22,28 @@ constexpr uint64_t kOfFile = 1ull << 61;  // or shared
 
 bool is_private(uint64_t entry) { return (entry & (kPresent | kOfFile)) == kPresent; }
 
+// Where files are mapped in this process; everywhere, if that cannot be told.
+std::vector<ByteRange> mappings_of_files() {
+  const std::vector<ByteRange> everywhere{{0, std::numeric_limits<uint64_t>::max()}};
+  std::FILE* const maps = std::fopen("/proc/self/maps", "re");
+  if (!maps) return everywhere;
+  std::vector<ByteRange> found;
+  char* line = nullptr;
+  size_t room = 0;
+  bool understood = false;
+  while (::getline(&line, &room, maps) > 0) {
+    ByteRange range;
+    uint64_t inode = 0;
+    understood =
+        std::sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %*s %*s %" SCNu64, &range.begin, &range.end, &inode) == 3;
+    if (!understood) break;
+    if (inode != 0) found.push_back(range);
+  }
+  std::free(line);
+  std::fclose(maps);
+  return understood ? found : everywhere;
+}
+
 }  // namespace
 
 BackedPages::BackedPages() {
@@ -29,7 +54,15 @@ BackedPages::BackedPages() {
   pagemap_ = UniqueFd(number);
 }
 
-bool BackedPages::has_all(const char* begin, size_t size) const {
+bool BackedPages::is_of_file(ByteRange memory) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!files_mappings_) files_mappings_ = mappings_of_files();
+  const auto ends_before = [](ByteRange mapping, uint64_t address) { return mapping.end <= address; };
+  const auto next = std::lower_bound(files_mappings_->begin(), files_mappings_->end(), memory.begin, ends_before);
+  return next != files_mappings_->end() && next->begin < memory.end;
+}
+
+bool BackedPages::has_all(const char* begin, size_t size) {
   if (!pagemap_ || size == 0) return false;
   const auto first = reinterpret_cast<uintptr_t>(begin);
   const ByteRange pages = pages_around({first, first + size});
@@ -42,7 +75,7 @@ bool BackedPages::has_all(const char* begin, size_t size) const {
     if (!std::all_of(entries.begin(), entries.begin() + static_cast<ptrdiff_t>(count), is_private)) return false;
     page += count;
   }
-  return true;
+  return !is_of_file(pages);
 }
 
 }  // namespace weightload

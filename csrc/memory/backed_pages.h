@@ -1,23 +1,35 @@
 #pragma once
 #include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <vector>
 
+#include "base/byte_range.h"
 #include "base/unique_fd.h"
 
 namespace weightload {
 
-// Whether memory has all its pages, and they are nobody else's: private, and of no file. A store to it then only waits
-// where the system has put a page away meanwhile. Other memory may be a hole of a full disk, or of a file that is cut
-// off meanwhile: a store there ends the process, where a read call returns an error.
+// Whether memory has all its pages, and they are nobody else's: private, and not of a file's mapping. A store to it
+// then only waits where the system has put a page away meanwhile. Other memory may be a hole of a full disk, or of a
+// file that is cut off meanwhile, which takes private copies of its pages, too: a store there ends the process, where a
+// read call returns an error.
+//
+// Of memory that is there when it is first asked, and of anonymous memory that comes later. Many threads.
 class BackedPages {
  public:
   // Opens /proc/self/pagemap; without it no memory is known to be so.
   BackedPages();
 
-  // A system call for each 2 MiB.
-  bool has_all(const char* begin, size_t size) const;
+  // A system call for each 2 MiB; the first time a look at all the mappings of the process.
+  bool has_all(const char* begin, size_t size);
 
  private:
+  bool is_of_file(ByteRange memory);
+
   UniqueFd pagemap_;
+  std::mutex mutex_;                                      // guards the one below until it is there
+  std::optional<std::vector<ByteRange>> files_mappings_;  // by address
 };
 
 }  // namespace weightload
