@@ -186,7 +186,7 @@ def test_names_of_tensors_that_steer_a_terminal(tmp_path: Path, capsys: pytest.C
 def test_output_that_the_terminals_encoding_lacks(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(file_bytes({"ü😀": U8}, b"1"))
-    script = "import sys; from weightload import cli; sys.exit(cli.main(['inspect', '--tensors', sys.argv[1]]))"
+    script = "import sys; from weightload.cli.main import main; sys.exit(main(['inspect', '--tensors', sys.argv[1]]))"
     done = run_script(script, path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "\\xfc\\U0001f600" in done.stdout

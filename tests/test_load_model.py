@@ -148,9 +148,9 @@ def test_the_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """What is checked is what is loaded, should another file get the name meanwhile."""
     path = saved(Untied(), tmp_path / "m.safetensors")
     opened = []
-    opener = weightload._into.load_model.__globals__["open_files"]
+    opener = weightload.load_model.__globals__["open_files"]
     monkeypatch.setitem(
-        weightload._into.load_model.__globals__, "open_files", lambda paths: opened.append(paths) or opener(paths)
+        weightload.load_model.__globals__, "open_files", lambda paths: opened.append(paths) or opener(paths)
     )
     load_model(Untied(), path)
     assert opened == [[path]]
