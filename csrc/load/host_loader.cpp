@@ -23,6 +23,10 @@ constexpr uint64_t kHostBlockAlignment = 64;  // a cache line
 // start of a thread.
 constexpr uint64_t kLeastCachedBytes = 2 << 20;
 
+// Of a load that copies past the processor's caches: less is copied in the time that it takes to find out where that
+// may be done.
+constexpr uint64_t kLeastPastCaches = 16 << 20;
+
 // How long a mapped file that was found unchanged is taken to be so.
 constexpr auto kUnchangedFor = std::chrono::microseconds(20);
 
@@ -251,7 +255,7 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
 
 // Whether what is written there had better go past the processor's caches. Not what goes to other ranks next.
 bool HostLoader::may_pass_caches(const char* place, uint64_t size) {
-  return !shared_ && backed_pages_.has_all(place, static_cast<size_t>(size));
+  return !shared_ && total_bytes() >= kLeastPastCaches && backed_pages_.has_all(place, static_cast<size_t>(size));
 }
 
 // With a look between two windows: each may wait for the system to find memory.

@@ -46,23 +46,26 @@ std::vector<ByteRange> mappings_of_files() {
 
 }  // namespace
 
-BackedPages::BackedPages() {
+void BackedPages::look() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (looked_) return;
+  looked_ = true;
   int number;
   do {
     number = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   } while (number < 0 && errno == EINTR);
   pagemap_ = UniqueFd(number);
+  files_mappings_ = mappings_of_files();
 }
 
-bool BackedPages::is_of_file(ByteRange memory) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (!files_mappings_) files_mappings_ = mappings_of_files();
+bool BackedPages::is_of_file(ByteRange memory) const {
   const auto ends_before = [](ByteRange mapping, uint64_t address) { return mapping.end <= address; };
-  const auto next = std::lower_bound(files_mappings_->begin(), files_mappings_->end(), memory.begin, ends_before);
-  return next != files_mappings_->end() && next->begin < memory.end;
+  const auto next = std::lower_bound(files_mappings_.begin(), files_mappings_.end(), memory.begin, ends_before);
+  return next != files_mappings_.end() && next->begin < memory.end;
 }
 
 bool BackedPages::has_all(const char* begin, size_t size) {
+  look();
   if (!pagemap_ || size == 0) return false;
   const auto first = reinterpret_cast<uintptr_t>(begin);
   const ByteRange pages = pages_around({first, first + size});

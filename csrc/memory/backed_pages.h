@@ -2,7 +2,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <optional>
 #include <vector>
 
 #include "base/byte_range.h"
@@ -18,18 +17,18 @@ namespace weightload {
 // Of memory that is there when it is first asked, and of anonymous memory that comes later. Many threads.
 class BackedPages {
  public:
-  // Opens /proc/self/pagemap; without it no memory is known to be so.
-  BackedPages();
-
-  // A system call for each 2 MiB; the first time a look at all the mappings of the process.
+  // A system call for each 2 MiB; the first time a look at all the mappings of the process, about a millisecond.
+  // Without /proc no memory is known to be so.
   bool has_all(const char* begin, size_t size);
 
  private:
-  bool is_of_file(ByteRange memory);
+  void look();
+  bool is_of_file(ByteRange memory) const;
 
+  std::mutex mutex_;  // guards the three below until they are there
+  bool looked_ = false;
   UniqueFd pagemap_;
-  std::mutex mutex_;                                      // guards the one below until it is there
-  std::optional<std::vector<ByteRange>> files_mappings_;  // by address
+  std::vector<ByteRange> files_mappings_;  // by address
 };
 
 }  // namespace weightload
