@@ -164,5 +164,5 @@ def test_slow_storage_is_read_at_its_speed(speed: str, folder: Path, tmp_path: P
         for backend in ("mmap", "pread"):
             done = run_script(script, mount / "m.safetensors", backend)
             assert done.returncode == 0, done.stderr
-            # Six of 48 MiB take ten seconds at 600 kB/s; 128 KiB an answer, one at a time, would take 20.
-            assert float(done.stdout) < (45 if speed == "600 kB/s" else 30), backend
+            # Six of 48 MiB take ten seconds at 600 kB/s, all of them 84. How much is read ahead meanwhile varies.
+            assert float(done.stdout) < (70 if speed == "600 kB/s" else 30), backend
