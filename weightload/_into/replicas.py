@@ -11,7 +11,7 @@ import torch
 
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
-from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group
+from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group, world_is_one_node
 from weightload._load.device_iterator import fail_together
 from weightload._parts.shards import Dealt
 
@@ -61,6 +61,9 @@ def find_replicas(dtensors: Mapping[str, Dealt], strategy: str, load: str) -> Re
         load: what errors call it.
     """
     if strategy == "independent":
+        return None
+    kinds = {dealt.example.device.type for dealt in {id(dealt): dealt for dealt in dtensors.values()}.values()}
+    if strategy == "auto" and kinds == {"cpu"} and world_is_one_node():
         return None
     names: dict[tuple[int, int], list[str]] = {}
     meshes: dict[int, Any] = {}
