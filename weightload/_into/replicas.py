@@ -63,7 +63,7 @@ def find_replicas(dtensors: Mapping[str, Dealt], strategy: str, load: str) -> Re
     if strategy == "independent":
         return None
     kinds = {dealt.example.device.type for dealt in {id(dealt): dealt for dealt in dtensors.values()}.values()}
-    if strategy == "auto" and kinds == {"cpu"} and world_is_one_node():
+    if strategy == "auto" and kinds == {"cpu"} and torch.distributed.is_initialized() and world_is_one_node():
         return None
     names: dict[tuple[int, int], list[str]] = {}
     meshes: dict[int, Any] = {}
