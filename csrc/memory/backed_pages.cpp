@@ -1,26 +1,21 @@
 #include "memory/backed_pages.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 
 #include "base/pages.h"
+#include "memory/pagemap.h"
 
 namespace weightload {
 namespace {
 
-// In an entry of pagemap.
-constexpr uint64_t kPresent = 1ull << 63;
-constexpr uint64_t kOfFile = 1ull << 61;  // or shared
-
-bool is_private(uint64_t entry) { return (entry & (kPresent | kOfFile)) == kPresent; }
+bool is_private(uint64_t entry) { return (entry & (kPagePresent | kPageOfFile)) == kPagePresent; }
 
 // Where files are mapped in this process; everywhere, if that cannot be told.
 std::vector<ByteRange> mappings_of_files() {
@@ -50,11 +45,7 @@ void BackedPages::look() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (looked_) return;
   looked_ = true;
-  int number;
-  do {
-    number = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  } while (number < 0 && errno == EINTR);
-  pagemap_ = UniqueFd(number);
+  pagemap_ = open_pagemap();
   files_mappings_ = mappings_of_files();
 }
 

@@ -1,6 +1,5 @@
 #include "page_cache/page_tables.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 
 #include "base/pages.h"
 #include "file/fault_hook.h"
+#include "memory/pagemap.h"
 #include "page_cache/major_faults.h"
 
 namespace weightload {
@@ -21,14 +21,12 @@ constexpr uint64_t kFaultAround = 64 << 10;
 
 constexpr int kMostTries = 100;  // a sandbox may answer EINTR for ever
 
-constexpr uint64_t kPresent = 1ull << 63;  // in an entry of pagemap
-
 uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
 // From `memory` to the next multiple of `unit`, at least one byte.
 uint64_t to_next(const char* memory, uint64_t unit) { return unit - address_of(memory) % unit; }
 
-bool is_mapped(uint64_t entry) { return (entry & kPresent) != 0; }
+bool is_mapped(uint64_t entry) { return (entry & kPagePresent) != 0; }
 
 // The first of the entries from `first` on that is mapped, or is not; `count` if there is none.
 template <typename Entries>
@@ -46,13 +44,7 @@ int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
 
 }  // namespace
 
-PageTables::PageTables() {
-  int number;
-  do {
-    number = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  } while (number < 0 && errno == EINTR);
-  pagemap_ = UniqueFd(number);
-}
+PageTables::PageTables() { pagemap_ = open_pagemap(); }
 
 int PageTables::populate(char* begin, char* end) {
   return retry_interrupted(fault_hook::populate, begin, static_cast<uint64_t>(end - begin));

@@ -1,0 +1,23 @@
+#pragma once
+#include <fcntl.h>
+
+#include <cerrno>
+#include <cstdint>
+
+#include "base/unique_fd.h"
+
+namespace weightload {
+
+// /proc/self/pagemap has an entry of eight bytes for each page of the process.
+inline UniqueFd open_pagemap() {
+  int number;
+  do {
+    number = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  } while (number < 0 && errno == EINTR);
+  return UniqueFd(number);
+}
+
+inline constexpr uint64_t kPagePresent = 1ull << 63;
+inline constexpr uint64_t kPageOfFile = 1ull << 61;  // or shared
+
+}  // namespace weightload
