@@ -442,6 +442,7 @@ void HostLoader::close() noexcept {
   shared_.leave();
   counts_.end();
   page_tables_.reset();
+  backed_pages_.close();
   readers_.clear();
   blocks_.clear();
   block_cache_->close();

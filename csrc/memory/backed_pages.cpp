@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "base/pages.h"
 #include "memory/pagemap.h"
@@ -45,8 +46,16 @@ void BackedPages::look() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (looked_) return;
   looked_ = true;
-  pagemap_ = open_pagemap();
-  files_mappings_ = mappings_of_files();
+  try {
+    files_mappings_ = mappings_of_files();
+    pagemap_ = open_pagemap();
+  } catch (const std::bad_alloc&) {  // the load does without, in what memory there is
+  }
+}
+
+void BackedPages::close() noexcept {
+  pagemap_.reset();
+  files_mappings_ = {};
 }
 
 bool BackedPages::is_of_file(ByteRange memory) const {

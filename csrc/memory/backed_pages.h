@@ -21,6 +21,9 @@ class BackedPages {
   // Without /proc no memory is known to be so.
   bool has_all(const char* begin, size_t size);
 
+  // No thread asks any more: gives back what that took.
+  void close() noexcept;
+
  private:
   void look();
   bool is_of_file(ByteRange memory) const;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/can_throw.h"
 #include "base/error.h"
 #include "base/start_thread.h"
 #include "base/thread_name.h"
@@ -37,16 +38,17 @@ void OrderedPool::advance(size_t task) {
 
 bool OrderedPool::wait(size_t task, std::chrono::milliseconds patience) {
   if (is_done(task)) return true;
-  if (threads_.empty()) return work_here(task, patience);
+  if (nobody_works()) return work_here(task, patience);
   std::unique_lock<std::mutex> lock(mutex_);
   // An error counts once everything before it is done, so that the lowest one is the one that is thrown.
   const auto failed = [&] { return failure_ && failed_task_ <= task && done_.load() == failed_task_; };
   awaited_ = task;
-  progress_.wait_for(lock, patience, [&] { return is_done(task) || failed() || stopped_; });
+  progress_.wait_for(lock, patience, [&] { return is_done(task) || failed() || stopped_ || nobody_works(); });
   awaited_ = SIZE_MAX;
   if (is_done(task)) return true;
   if (failed()) std::rethrow_exception(failure_);
-  return false;
+  lock.unlock();
+  return nobody_works() && work_here(task, patience);
 }
 
 // A signal's handler, which `pause` may have called, could come back here in the middle of a task.
@@ -110,7 +112,13 @@ bool OrderedPool::may_start(size_t task) const {
 
 void OrderedPool::run() {
   name_this_thread();
+  const bool works = can_throw();
   std::unique_lock<std::mutex> lock(mutex_);
+  if (!works) {
+    ++left_;
+    progress_.notify_all();
+    return;
+  }
   while (true) {
     room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });
     if (stopped_ || failure_ || next_ == ends_.size()) return;

@@ -23,7 +23,8 @@ namespace weightload {
 //
 // One consumer thread at a time may call advance() and wait(); stop() may be called from anywhere.
 //
-// Where the system gives no thread at all, the consumer works through the tasks when it waits for them.
+// Where the system gives no thread at all, or no memory that a thread needs to begin, the consumer works through the
+// tasks when it waits for them.
 class OrderedPool {
  public:
   // `look` throws when nobody needs the task any more: the load was stopped, or an earlier task has failed. To be
@@ -63,6 +64,7 @@ class OrderedPool {
   bool work_here(size_t task, std::chrono::milliseconds patience);
   void look(size_t task) const;
   bool may_start(size_t task) const;  // with mutex_ held
+  bool nobody_works() const { return left_ == threads_.size(); }
 
   const std::vector<uint64_t> ends_;
   const uint64_t window_bytes_;
@@ -77,6 +79,7 @@ class OrderedPool {
   size_t awaited_ = SIZE_MAX;         // guarded by mutex_; what the consumer waits for, if it does
   std::atomic<bool> stopped_{false};  // written with mutex_ held, as the next
   std::atomic<size_t> failed_task_{SIZE_MAX};
+  std::atomic<size_t> left_{0};    // threads that could not work; written with mutex_ held
   std::exception_ptr failure_;     // guarded by mutex_
   std::atomic<size_t> needed_{0};  // of advance(); written by the consumer with mutex_ held
   std::atomic<size_t> done_{0};    // tasks 0 .. done_-1 are done; written with mutex_ held

@@ -160,6 +160,7 @@ TEST(handlers_from_before_are_called_as_they_were_installed) {
     Shrunk().touch();
   });
   CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+#ifndef __SANITIZE_THREAD__  // which calls handlers itself, and knows nothing of those that are left by a jump
   status = in_child([] {
     static jmp_buf out;
     static volatile int jumps = 0;
@@ -174,6 +175,7 @@ TEST(handlers_from_before_are_called_as_they_were_installed) {
     ::_exit(jumps);
   });
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+#endif
 }
 
 TEST(a_system_call_is_broken_off_where_it_was_before) {
