@@ -22,6 +22,7 @@ __all__: list[str] = [
     "Strategy",
     "TensorReader",
     "arm_fault",
+    "dense_memory",
     "disarm_fault",
     "finish",
     "from_bytes",
@@ -347,6 +348,11 @@ class TensorReader:
 def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0) -> None:
     """
     For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay.
+    """
+
+def dense_memory(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """
+    Addresses of the begin and the end of a plain tensor's memory, (0, 0) where it has no elements; None if it is not dense and contiguous, or is a wrapper.
     """
 
 def disarm_fault() -> None: ...

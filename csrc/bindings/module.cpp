@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, module) {
   weightload::register_finaliser(module);
   weightload::register_scoped_variable(module);
   weightload::register_plain_torch(module);
+  weightload::register_tensor_memory(module);
   weightload::register_tensor_reader(module);
   weightload::register_kept_memory(module);
   weightload::register_fault_hook(module);

@@ -42,6 +42,7 @@ void register_prefetch(pybind11::module_& module);
 void register_finaliser(pybind11::module_& module);
 void register_scoped_variable(pybind11::module_& module);
 void register_plain_torch(pybind11::module_& module);
+void register_tensor_memory(pybind11::module_& module);
 void register_tensor_reader(pybind11::module_& module);
 void register_kept_memory(pybind11::module_& module);
 void register_fault_hook(pybind11::module_& module);

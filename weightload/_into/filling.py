@@ -245,16 +245,16 @@ def _take(
     look: Look | None,
 ) -> None:
     """Let the load run, and put into place what could not be read there. What overlaps is held until all is read."""
-    if (
-        look is None
-        and advance is progress.unseen
-        and not matched.overlapping
-        and len(matched.direct) == len(matched.places)
-    ):
-        collections.deque(weights, maxlen=0)  # nothing is left to do for tens of thousands of them, perhaps
+    shown = advance is not progress.unseen
+    if not shown and not matched.overlapping and len(matched.direct) == len(matched.places):
+        # Nothing is left to do for tens of thousands of them, perhaps.
+        if look is None:
+            collections.deque(weights, maxlen=0)
+        else:
+            for _ in weights:
+                look()
         return
     late = set(matched.overlapping)
-    shown = advance is not progress.unseen
     for name, tensor in weights:
         if name in late:
             held[name] = tensor

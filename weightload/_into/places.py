@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from weightload import _C
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import empty, zeros
 from weightload._parts.shards import Dealt, Known, NotAShardError, Part, is_dtensor, shard_of
@@ -85,7 +86,11 @@ def look(tensor: torch.Tensor, known: Known) -> Place:
     plain = type(tensor) in PLAIN
     if not plain and is_dtensor(tensor):
         return _look_at_shard(tensor, known)
-    if not plain and (problem := _problem_of_kind(tensor)):
+    if plain:
+        memory = _C.dense_memory(tensor)
+        if memory is not None:
+            return Place(tensor, True, None, *memory)
+    elif problem := _problem_of_kind(tensor):
         return Place(tensor, False, problem, 0, 0)
     if tensor.is_meta:
         return Place(tensor, False, NO_MEMORY, 0, 0)
@@ -129,8 +134,12 @@ def _look_at_shard(whole: torch.Tensor, known: Known) -> Place:
         local, dealt = shard_of(whole, known)
     except NotAShardError as failed:
         return Place(whole, False, f"cannot be loaded into: it is a DTensor, and {failed}", 0, 0)
+    part = None if dealt.is_all else dealt.part
+    memory = _C.dense_memory(local) if type(local) in PLAIN else None
+    if memory is not None:
+        return Place(local, True, None, *memory, part, whole, dealt)
     _, direct, problem, begin, end, *_ = look(local, known)
-    return Place(local, direct, problem, begin, end, None if dealt.is_all else dealt.part, whole, dealt)
+    return Place(local, direct, problem, begin, end, part, whole, dealt)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
