@@ -23,7 +23,9 @@ ROOMS = (
 NEED_TORCH = ("device/accelerator.cpp", "device/plain_torch.cpp", "group/process_group.cpp")
 
 # Of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import everything.
-PACKAGE_ROOMS = ("_base", "", "_parts", "_checkpoint", "_group", "_load", "_into", "_api", "cli")
+PACKAGE_ROOMS = (
+    "_base", "", "_parts", "_checkpoint", "_group", "_load", "_into", "_api", "_install", "integrations", "cli",
+)  # fmt: skip
 MOST_MODULES = 12
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)/', re.M)

@@ -11,6 +11,7 @@ from weightload._base.load_stats import LoadStats  # noqa: E402
 from weightload._checkpoint.passed_over import PassedOverWarning  # noqa: E402
 from weightload._checkpoint.resolve import resolve_safetensors_files  # noqa: E402
 from weightload._group.ranks import node_group  # noqa: E402
+from weightload._install.installing import install, installed, uninstall  # noqa: E402
 from weightload._into.into import load_into  # noqa: E402
 from weightload._into.load_model import load_model  # noqa: E402
 from weightload._into.load_report import LoadReport  # noqa: E402
@@ -39,6 +40,8 @@ __all__ = [
     "ReadError",
     "WeightLoadError",
     "__version__",
+    "install",
+    "installed",
     "load",
     "load_file",
     "load_into",
@@ -48,4 +51,5 @@ __all__ = [
     "resolve_safetensors_files",
     "safe_open",
     "safetensors_weights_iterator",
+    "uninstall",
 ]

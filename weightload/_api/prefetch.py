@@ -62,8 +62,13 @@ def start_prefetch(
     device: torch.device,
     backend: str,
     threads: int | None = None,
+    *,
+    in_window: bool = False,
 ) -> PrefetchLoader:
-    """Start loading what a plan picks of an open file; see ``safe_open.prefetch``."""
+    """Start loading what a plan picks of an open file; see ``safe_open.prefetch``.
+
+    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last.
+    """
     part = file = reader.file
     if plan is not None:
         if not isinstance(plan, Mapping):
@@ -82,7 +87,7 @@ def start_prefetch(
     weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
     with settings.override(threads=threads) if threads is not None else contextlib.nullcontext():
         if device.type == "cpu":
-            with settings.override(window_bytes=total):
+            with contextlib.nullcontext() if in_window else settings.override(window_bytes=total):
                 weights = WeightIterator([part], [everything], backend=backend, read_ahead=True)
         else:
             weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=total)

@@ -1,0 +1,106 @@
+"""Puts objects in the place of others in the modules of one package: by identity, whatever they are called there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+class Swap:
+    """A swap in all modules of a package: those that are imported by now, and those that are while it is applied.
+
+    What a function of the package imports when it is called is not reached: it binds no name of a module.
+
+    Args:
+        package: its name; the modules below it count.
+        pairs: what is replaced, and by what.
+    """
+
+    def __init__(self, package: str, pairs: Iterable[tuple[object, object]]) -> None:
+        self._package = package
+        self._pairs = list(pairs)  # keeps them alive: they are known by where they are
+        self._there = {id(before): after for before, after in self._pairs}
+        self._back = {id(after): before for before, after in self._pairs}
+        self._finder = _Finder(package, self.apply_to)
+
+    def apply(self) -> list[str]:
+        """Swap. Returns what was replaced, as ``module.name``."""
+        if self._finder not in sys.meta_path:
+            sys.meta_path.insert(0, self._finder)
+        return [f"{module.__name__}.{name}" for module in self._modules() for name in _swap(module, self._there)]
+
+    def undo(self) -> None:
+        """Take it back. What somebody else has put in a swapped one's place meanwhile stays."""
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        for module in self._modules():
+            _swap(module, self._back)
+
+    def apply_to(self, module: ModuleType) -> None:
+        """Swap in a module that was imported just now."""
+        # Another thread may have taken it back meanwhile.
+        if self._finder in sys.meta_path:
+            _swap(module, self._there)
+
+    def _modules(self) -> Iterator[ModuleType]:
+        for name, module in list(sys.modules.items()):
+            if _is_below(name, self._package) and isinstance(module, ModuleType):
+                yield module
+
+
+def _is_below(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _swap(module: ModuleType, table: dict[int, object]) -> list[str]:
+    # Its dictionary: attributes of lazy modules would be imported.
+    names = vars(module)
+    found = [name for name, value in list(names.items()) if id(value) in table]
+    for name in found:
+        names[name] = table[id(names[name])]
+    return found
+
+
+class _Finder(MetaPathFinder):
+    """Leaves the finding to the others, and looks at a module when it has run."""
+
+    def __init__(self, package: str, imported: Any) -> None:
+        self._package, self._imported = package, imported
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not _is_below(name, self._package):
+            return None
+        for finder in list(sys.meta_path):
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if finder is self or find is None else find(name, path, target)
+            if spec is not None:
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, self._imported)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    """Another loader, as whom the module knows it: this one is gone before the module runs."""
+
+    def __init__(self, loader: Loader, imported: Any) -> None:
+        self._loader, self._imported = loader, imported
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None and spec.loader is self:
+            spec.loader = self._loader
+        if getattr(module, "__loader__", None) is self:
+            module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._imported(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -1,0 +1,40 @@
+"""transformers: slices of all files are asked for first, and become tensors in a pool of threads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from weightload._install.framework import Framework
+
+
+def _pairs() -> Iterable[tuple[object, object]]:
+    from transformers import core_model_loading
+
+    from weightload._install.read_ahead import Slice
+    from weightload._install.stand_ins import usable
+
+    original = core_model_loading._materialize_copy
+
+    @functools.wraps(original)
+    def materialize(tensor: Any, device: Any = None, dtype: Any = None) -> Any:
+        target = usable(device) if isinstance(tensor, Slice) and device is not None else None
+        if target is None or target.type == "cpu":
+            return original(tensor, device, dtype)
+        there: torch.Tensor = tensor.to(target)
+        return there if dtype is None else there.to(dtype)
+
+    return [(original, materialize)]
+
+
+FRAMEWORK = Framework(
+    package="transformers",
+    sites=(
+        ("transformers.modeling_utils", "safe_open"),
+        ("transformers.core_model_loading", "_materialize_copy"),
+    ),
+    pairs=_pairs,
+)
