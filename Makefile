@@ -1,6 +1,7 @@
 # make bench:   sets everything up and measures loads of a real and of synthetic checkpoints.
 # make compare: the same against every other loader, each in a folder of its own below .build/peers.
 # make test:    sets everything up and runs all tests.
+# make test-frameworks: the tests with real frameworks (about 300 MB beside torch).
 # make test-cuda: the tests of accelerators on CUDA's torch, on a simulated CUDA; needs no GPU.
 #
 # They work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
@@ -31,7 +32,7 @@ SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench compare peers test test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
+.PHONY: bench compare peers test test-frameworks test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
 
 setup: $(VENV)/built
 
@@ -50,6 +51,21 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 
 test: setup
 	$(RUN) -m pytest -q
+
+# transformers, diffusers, accelerate, PEFT and sentence-transformers in an environment of their own, which sees the
+# project's for all that they share. FRAMEWORKS names versions.
+FRAMEWORKS ?= transformers diffusers accelerate peft sentence-transformers
+WITH_FRAMEWORKS = .build/frameworks
+
+$(WITH_FRAMEWORKS)/packages: $(VENV)/packages
+	$(PYTHON) -m venv $(WITH_FRAMEWORKS)
+	$(RUN) -c 'import site; print("$(CURDIR)", *site.getsitepackages(), sep="\n")' > \
+		"$$($(WITH_FRAMEWORKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/with_the_project.pth"
+	$(WITH_FRAMEWORKS)/bin/python -m pip install -q $(FRAMEWORKS)
+	touch $@
+
+test-frameworks: setup $(WITH_FRAMEWORKS)/packages
+	WEIGHTLOAD_REQUIRE_FRAMEWORKS=1 $(WITH_FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
 
 # Runs what concerns accelerators on CUDA's own torch, without a GPU: on a simulated CUDA runtime and NCCL, in an
 # environment of its own below .build/cuda (5.5 GB). Ends with loads under CUDA_SEEDS seeds.

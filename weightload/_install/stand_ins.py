@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ from weightload.errors import WeightLoadError
 
 BACKENDS = ("mmap", "pread")
 safetensors_open = safetensors.safe_open
-safetensors_load_model = safetensors.torch.load_model
+safetensors_load_file, safetensors_load_model = safetensors.torch.load_file, safetensors.torch.load_model
 _private: contextvars.ContextVar[bool] = contextvars.ContextVar("weightload_private_memory", default=False)
 
 
@@ -101,20 +101,12 @@ def _bound(*arguments: Any, **options: Any) -> dict[str, Any] | None:
     return None if how is None else {"filename": filename, **how}
 
 
-def _serving(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a file and a device: ours where that serves both."""
-
-    @functools.wraps(original)
-    def load(filename: Any, device: Any = "cpu", **options: Any) -> Any:
-        how = served(filename, device, options)
-        if how is None:
-            return original(filename, device=device, **options)
-        return ours(filename, **how)
-
-    return load
-
-
-load_file = _serving(safetensors.torch.load_file, files.load_file)
+@functools.wraps(safetensors.torch.load_file)
+def load_file(filename: Any, device: Any = "cpu", **options: Any) -> Any:
+    how = served(filename, device, options)
+    if how is None:
+        return safetensors_load_file(filename, device=device, **options)
+    return files.load_file(filename, **how)
 
 
 @functools.wraps(safetensors.torch.load_model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
+from weightload._base.handlers import pass_on
 from weightload._install.framework import Framework
 
 
@@ -17,14 +19,24 @@ def _pairs() -> Iterable[tuple[object, object]]:
 
     original = model_loading_utils.load_state_dict
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def load_state_dict(checkpoint_file: Any, disable_mmap: bool = False, map_location: Any = "cpu") -> Any:
-        is_path = isinstance(checkpoint_file, (str, os.PathLike))
-        if not disable_mmap or not is_path or not os.fspath(checkpoint_file).endswith(".safetensors"):
-            return original(checkpoint_file, disable_mmap, map_location)
-        # It would read all of the file in one thread, and then copy each tensor out of that.
+    def load_state_dict(*arguments: Any, **options: Any) -> Any:
+        try:
+            given = signature.bind(*arguments, **options).arguments
+        except TypeError as error:  # for it to say
+            pass_on(error)
+            given = {}
+        path = given.get("checkpoint_file")
+        is_file = isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(".safetensors")
+        # From inside of an archive (dduf) it takes bytes that it has.
+        if not is_file or not given.get("disable_mmap") or given.get("dduf_entries"):
+            return original(*arguments, **options)
+        # It would read all of the file in one thread, and then copy each tensor out of that, on the CPU.
+        given |= {"disable_mmap": False} | ({"map_location": "cpu"} if "map_location" in given else {})
         with private_memory():
-            return original(checkpoint_file, disable_mmap=False, map_location="cpu")
+            return original(**given)
 
     return [(original, load_state_dict)]
 

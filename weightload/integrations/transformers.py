@@ -20,10 +20,13 @@ def _pairs() -> Iterable[tuple[object, object]]:
     original = core_model_loading._materialize_copy
 
     @functools.wraps(original)
-    def materialize(tensor: Any, device: Any = None, dtype: Any = None) -> Any:
-        target = usable(device) if isinstance(tensor, Slice) and device is not None else None
+    def materialize(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        named = dict(zip(("device", "dtype"), arguments, strict=False)) | options
+        known = len(arguments) <= 2 and named.keys() <= {"device", "dtype"}
+        device, dtype = named.get("device"), named.get("dtype")
+        target = usable(device) if known and isinstance(tensor, Slice) and device is not None else None
         if target is None or target.type == "cpu":
-            return original(tensor, device, dtype)
+            return original(tensor, *arguments, **options)
         there: torch.Tensor = tensor.to(target)
         return there if dtype is None else there.to(dtype)
 

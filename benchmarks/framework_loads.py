@@ -1,0 +1,194 @@
+"""Measures a framework's own call with weightload installed in it, against the same call without.
+
+    python benchmarks/framework_loads.py [--frameworks transformers diffusers accelerate] [--gigabytes 1.5] [--rounds 7]
+        [--states cold warm] [--folder DIR] [--json FILE]
+
+Wants the frameworks installed (`make test-frameworks` has an environment with them). A model of random bytes is saved
+by the framework itself, in shards: a Llama (`AutoModelForCausalLM.from_pretrained`), a Wan transformer
+(`WanTransformer3DModel.from_pretrained`), the Llama again by accelerate (`load_checkpoint_in_model`, into a model
+without memory). Each load is a process of its own, which has imported everything and installed weightload, or not,
+before the clock starts. With and without take turns, in another order each round, each from the same state: warm, or
+evicted and verified so. Told are seconds until the call returns, and until every page of the model was touched as well;
+what a whole start takes besides (imports); and that the bytes were the same: a sum over all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FRAMEWORKS = ("transformers", "diffusers", "accelerate")
+STATES = ("cold", "warm")
+WAYS = ("weightload", "safetensors")
+
+
+def llama_config(layers: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+
+
+def make_model(framework: str, folder: Path, gigabytes: float) -> None:
+    """Save a model of about so many bytes, of random ones."""
+    import torch
+
+    torch.manual_seed(0)
+    if framework == "diffusers":
+        from diffusers import WanTransformer3DModel
+
+        layers = max(2, round(gigabytes * 1e9 / 2 / 47.2e6))
+        model: Any = WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers, text_dim=4096
+        )
+    else:
+        from transformers import LlamaForCausalLM
+
+        layers = max(2, round((gigabytes * 1e9 / 2 - 131e6) / 45.1e6))
+        model = LlamaForCausalLM(llama_config(layers))
+    model = model.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder, max_shard_size="500MB")
+
+
+def load(framework: str, folder: Path) -> Any:
+    """The framework's own call."""
+    import torch
+
+    if framework == "diffusers":
+        from diffusers import WanTransformer3DModel
+
+        return lambda: WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    from transformers import AutoModelForCausalLM
+
+    if framework == "transformers":
+        return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    from accelerate import init_empty_weights, load_checkpoint_in_model
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    models: Any = AutoModelForCausalLM
+
+    def by_accelerate() -> Any:
+        with init_empty_weights():
+            model = models.from_config(config, dtype=torch.bfloat16)
+        load_checkpoint_in_model(model, str(folder), device_map={"": "cpu"})
+        return model
+
+    return by_accelerate
+
+
+def one(way: str, framework: str, folder: Path) -> dict[str, Any]:
+    """In a process of its own."""
+    begin = time.perf_counter()
+    import torch
+
+    call = load(framework, folder)
+    if way == "weightload":
+        import weightload
+
+        weightload.install(framework)
+    imported = time.perf_counter()
+    model = call()
+    returned = time.perf_counter()
+    held = []
+    for parameter in model.parameters():
+        # One byte of each page, as a first forward would have it.
+        flat = parameter.detach().view(-1).view(torch.uint8)
+        held.append(flat[::4096].sum(dtype=torch.int64))
+    touched = time.perf_counter()
+    digest = sum(int(p.detach().view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters())
+    return {
+        "import": imported - begin,
+        "returned": returned - imported,
+        "touched": touched - imported,
+        "digest": digest,
+        "bytes": sum(p.nbytes for p in model.parameters()),
+    }
+
+
+def measure(framework: str, folder: Path, states: list[str], rounds: int) -> list[dict[str, Any]]:
+    from machine import evict, fill_cache
+
+    files = sorted(str(path) for path in folder.glob("*.safetensors"))
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    digests = set()
+    for number in range(-1, rounds):  # the first is not counted
+        for state in states:
+            for way in random.Random(number).sample(WAYS, len(WAYS)):
+                (evict if state == "cold" else fill_cache)(files)
+                command = [sys.executable, __file__, "--one", way, "--frameworks", framework, "--folder", str(folder)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+                said = json.loads(done.stdout.splitlines()[-1])
+                digests.add(said["digest"])
+                if number >= 0:
+                    rows.setdefault((state, way), []).append(said)
+    if len(digests) != 1:
+        raise SystemExit(f"{framework}: not all loads gave the same bytes")
+    return [summary(framework, state, way, found) for (state, way), found in sorted(rows.items())]
+
+
+def summary(framework: str, state: str, way: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"framework": framework, "state": state, "way": way, "bytes": found[0]["bytes"]}
+    for what in ("import", "returned", "touched"):
+        seconds = sorted(each[what] for each in found)
+        row[what] = {"median": statistics.median(seconds), "least": seconds[0], "most": seconds[-1]}
+    return row
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    medians = {(row["state"], row["way"]): row for row in rows}
+    for row in rows:
+        ours = row["way"] == "weightload"
+        other = medians[row["state"], "safetensors"]
+        line = f"{row['framework']:13} {row['state']:5} {row['way']:12}"
+        for what in ("returned", "touched"):
+            s = row[what]
+            line += f"  {what} {s['median']:.3f} s ({s['least']:.3f} to {s['most']:.3f})"
+            if ours:
+                line += f" {other[what]['median'] / s['median']:.2f} times"
+        print(line + f"  imports {row['import']['median']:.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--gigabytes", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path(".build/framework-models"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one, options.frameworks[0], options.folder)))
+        return
+    from machine import describe
+
+    rows = []
+    for framework in options.frameworks:
+        folder = options.folder / ("wan" if framework == "diffusers" else "llama")
+        if not (folder / "config.json").exists():
+            make_model(framework, folder, options.gigabytes)
+        found = measure(framework, folder, options.states, options.rounds)
+        print_rows(found)
+        rows += found
+    if options.json:
+        options.json.write_text(json.dumps({"machine": describe([str(options.folder)]), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

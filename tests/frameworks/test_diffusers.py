@@ -1,0 +1,108 @@
+"""diffusers: a Wan transformer, in one file and in several, loaded one after the other and at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import evict
+from counting import Counted, counted_loads, require  # noqa: F401
+
+require("diffusers")
+
+from diffusers import AutoencoderKL, WanTransformer3DModel  # noqa: E402
+
+
+def wan() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
+        text_dim=64, freq_dim=64, ffn_dim=512, num_layers=6, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    wan().save_pretrained(folder, max_shard_size="3MB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    wan().save_pretrained(folder)
+    return folder
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def same(ours: Any, theirs: Any) -> None:
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.bfloat16}, {"disable_mmap": True}])
+@pytest.mark.parametrize("which", ["whole", "sharded"])
+def test_from_pretrained(request: pytest.FixtureRequest, counted: Counted, which: str, options: dict[str, Any]) -> None:
+    folder = request.getfixturevalue(which)
+    expected = WanTransformer3DModel.from_pretrained(folder, **options)
+    calls = counted("diffusers")
+    evict(files_of(folder))
+    found = WanTransformer3DModel.from_pretrained(folder, **options)
+    assert calls["load_file"] == len(files_of(folder))
+    same(found, expected)
+
+
+def test_parallel_loading(sharded: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers.models.modeling_utils as modeling
+
+    expected = WanTransformer3DModel.from_pretrained(sharded)
+    monkeypatch.setattr(modeling, "HF_ENABLE_PARALLEL_LOADING", True)
+    calls = counted("diffusers")
+    found = WanTransformer3DModel.from_pretrained(sharded)
+    assert calls["load_file"] == len(files_of(sharded)) > 2
+    same(found, expected)
+
+
+def test_without_mappings_nothing_is_mapped(whole: Path, counted: Counted) -> None:
+    calls = counted("diffusers")
+    model = WanTransformer3DModel.from_pretrained(whole, disable_mmap=True)
+    assert calls["load_file"] == 1
+    assert str(files_of(whole)[0]) not in Path("/proc/self/maps").read_text()
+    del model
+
+
+def test_a_step(whole: Path, counted: Counted) -> None:
+    def step() -> torch.Tensor:
+        model = WanTransformer3DModel.from_pretrained(whole)
+        torch.manual_seed(1)
+        out: torch.Tensor = model(
+            torch.randn(1, 16, 1, 8, 8), torch.tensor([3]), torch.randn(1, 4, 64), return_dict=False
+        )[0]
+        out.sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return out
+
+    expected = step()
+    calls = counted("diffusers")
+    assert torch.equal(step(), expected)
+    assert torch.equal(step(), expected)
+    assert calls["load_file"] == 2
+
+
+def test_another_model(tmp_path: Path, counted: Counted) -> None:
+    AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).save_pretrained(tmp_path)
+    for options in ({}, {"low_cpu_mem_usage": False}):
+        expected = AutoencoderKL.from_pretrained(tmp_path, **options)
+        calls = counted("diffusers")
+        calls.clear()
+        same(AutoencoderKL.from_pretrained(tmp_path, **options), expected)
+        assert calls["load_file"] == 1
