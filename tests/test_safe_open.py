@@ -13,10 +13,12 @@ import pytest
 import safetensors
 import torch
 from conftest import BACKENDS, entry, evict, file_bytes, open_checkpoints, run_script, write_tensors
+from safetensors import SafetensorError
 from simulated_support import raw
 
 import weightload
-from weightload import safe_open
+from weightload import load_file, safe_open
+from weightload.errors import OptionError
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +181,19 @@ def test_a_file_truncated_after_its_handle_was_opened(large: Path, tmp_path: Pat
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
-def test_bad_arguments(all_dtypes: Path) -> None:
-    with pytest.raises(ValueError, match="backend 'telepathy'"):
+@pytest.mark.parametrize("kind", [ValueError, SafetensorError, RuntimeError, OptionError])
+def test_bad_arguments(all_dtypes: Path, kind: type[Exception]) -> None:
+    """Whatever callers look for: what safetensors raises depends on whether it or torch refuses."""
+    with pytest.raises(kind, match="backend 'telepathy'"):
         safe_open(all_dtypes, backend="telepathy")  # type: ignore[arg-type]
-    for device in ("bad", 1.5, "cuda:x"):
-        with pytest.raises(ValueError, match="device"):
-            safe_open(all_dtypes, device=device)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"cannot load to cuda|no accelerator"):
-        safe_open(all_dtypes, device="cuda:0")
+    for load in (lambda device: safe_open(all_dtypes, device=device), lambda device: load_file(all_dtypes, device)):
+        for device in ("bad", 1.5, "cuda:x"):
+            with pytest.raises(kind, match="device"):
+                load(device)
+        with pytest.raises(kind, match=r"cannot load to cuda|no accelerator"):
+            load("cuda:0")
+        with pytest.raises(kind, match="cannot load to meta"):
+            load("meta")
     with safe_open(all_dtypes, "pt", torch.device("cpu")) as file:
         assert file.get_tensor("F32.vector").device == torch.device("cpu")
 

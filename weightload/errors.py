@@ -40,6 +40,7 @@ __all__ = [
     "NestingTooDeep",
     "NoSuchFileError",
     "NotARegularFile",
+    "OptionError",
     "OutOfMemoryError",
     "RankDisagreementError",
     "RankLeftError",
@@ -98,6 +99,14 @@ class OutOfMemoryError(WeightLoadError, MemoryError):
 
 class DeviceOutOfMemoryError(OutOfMemoryError, torch.OutOfMemoryError):
     """An accelerator's memory for a tensor could not be had."""
+
+
+class OptionError(WeightLoadError, ValueError, RuntimeError):
+    """A function that safetensors has, too, was given a device or a backend that it does not take.
+
+    safetensors raises a ``SafetensorError`` or, where it is torch that refuses a device, a ``RuntimeError``; so that
+    callers who look for either find it.
+    """
 
 
 class GroupError(WeightLoadError):

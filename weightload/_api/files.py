@@ -10,7 +10,8 @@ from weightload._checkpoint.selection import open_files, select_all
 from weightload._load import devices
 from weightload._load.device_iterator import bytes_of_files, load_to_device
 from weightload._load.fetch import load_all
-from weightload._load.iterator import Backend, WeightIterator, require_backend
+from weightload._load.iterator import Backend, WeightIterator
+from weightload._load.options import device_of
 
 
 def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:
@@ -24,11 +25,12 @@ def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backen
             are touched. ``"pread"``: private memory. On an accelerator memory is always private.
 
     Raises:
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError: as
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError: as
             ``safetensors_weights_iterator``.
+        OptionError: (``ValueError``, ``SafetensorError`` and ``RuntimeError``) a device that torch cannot use here, or
+            no such backend.
     """
-    target = devices.resolve(device)
-    require_backend(backend)
+    target = device_of(device, backend)
     if target.type != "cpu":
         return dict(
             load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)
@@ -46,10 +48,11 @@ def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -
     Raises:
         HeaderError: the bytes break a rule of the format; the subclass names the rule.
         TensorError: torch lacks a tensor's dtype.
-        OutOfMemoryError, ValueError: as ``safetensors_weights_iterator``.
+        OutOfMemoryError: as ``safetensors_weights_iterator``.
+        OptionError: as ``load_file``.
         TypeError: not bytes, nor anything that has bytes.
     """
-    target = devices.resolve(device)
+    target = device_of(device)
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(memoryview(data)))
     if target.type != "cpu":

@@ -17,7 +17,8 @@ from weightload._base.plain_torch import plainly
 from weightload._checkpoint.selection import open_files
 from weightload._load import devices
 from weightload._load.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
-from weightload._load.iterator import Backend, require_backend
+from weightload._load.iterator import Backend
+from weightload._load.options import device_of
 from weightload._parts.rows import about_last_dimension, box_of, is_basic, plan_rows
 from weightload._parts.shards import shape_of
 from weightload.errors import WeightLoadError
@@ -54,7 +55,8 @@ class safe_open:
     Raises:
         FileNotFoundError: the file is missing (other errors of ``open()`` likewise).
         HeaderError: the file breaks a rule of the format; the subclass names the rule.
-        ValueError: a device that torch cannot use here, or no such backend.
+        OptionError: (``ValueError``, ``SafetensorError`` and ``RuntimeError``) a device that torch cannot use here, or
+            no such backend.
     """
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
@@ -77,8 +79,7 @@ class safe_open:
     ) -> None:
         if framework not in TORCH_NAMES:
             raise ValueError(f"framework {framework!r}: a class that is derived from safe_open gives torch's tensors")
-        require_backend(backend)
-        self._device = devices.resolve(device)
+        self._device = device_of(device, backend)
         self._backend = backend
         self._on_cpu = self._device.type == "cpu"
         self._maps = backend == "mmap"
@@ -185,9 +186,9 @@ class safe_open:
 
         Raises:
             TensorError: a name that the file has not, rows that the tensor has not, or a dtype that torch has not.
-            ValueError: as for the handle.
+            OptionError: as for the handle.
         """
-        target = self._device if device is None else devices.resolve(device)
+        target = self._device if device is None else device_of(device)
         return start_prefetch(self._opened(), plan, target, self._backend, threads)
 
 

@@ -19,7 +19,8 @@ from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
 from weightload._load import devices
 from weightload._load.fetch import load_all
-from weightload._load.iterator import Backend, require_backend
+from weightload._load.iterator import Backend
+from weightload._load.options import device_of
 from weightload._parts.shards import is_dtensor
 from weightload.errors import StateDictError, located
 
@@ -55,10 +56,9 @@ def load_model(
     Raises:
         StateDictError: (a ``RuntimeError``) names differ under ``strict``, shapes differ, or a tensor of the module is
             a DTensor.
-        FileNotFoundError, HeaderError, ReadError, TensorError, ValueError: as ``load_file``.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OptionError: as ``load_file``.
     """
-    target = devices.resolve(device)
-    require_backend(backend)
+    target = device_of(device, backend)
     files = open_files([filename])
     try:
         return _load(model, files, [filename], strict, target, backend)
