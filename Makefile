@@ -2,6 +2,8 @@
 # make compare: the same against every other loader, each in a folder of its own below .build/peers.
 # make test:    sets everything up and runs all tests.
 # make test-frameworks: the tests with real frameworks (about 300 MB beside torch).
+# make test-engines: the plugins for vLLM and SGLang, and FastVideo, with the engines' own packages, in an environment of
+#               its own (.build/engines, 2 GB); needs no GPU.
 # make test-cuda: the tests of accelerators on CUDA's torch, on a simulated CUDA; needs no GPU.
 #
 # They work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
@@ -32,7 +34,7 @@ SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench compare peers test test-frameworks test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
+.PHONY: bench compare peers test test-frameworks test-engines test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
 
 setup: $(VENV)/built
 
@@ -71,6 +73,19 @@ test-frameworks: setup $(WITH_FRAMEWORKS)/packages
 # environment of its own below .build/cuda (5.5 GB). Ends with loads under CUDA_SEEDS seeds.
 test-cuda:
 	$(PYTHON) tests/simulated_cuda/run.py --seeds $(CUDA_SEEDS)
+
+ENGINES = .build/engines
+
+# Torch and weightload come from the environment of the other tests.
+test-engines: $(ENGINES)/built
+	$(ENGINES)/bin/python -m pytest -q tests/engines
+
+$(ENGINES)/built: tests/engines/packages.txt | setup
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(RUN) -c 'import sys; print("$(CURDIR)", *[path for path in sys.path if path.endswith("-packages")], sep="\n")' \
+	    >"$$($(ENGINES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	$(ENGINES)/bin/python -m pip install -q --no-deps -r tests/engines/packages.txt
+	touch $@
 
 # The script for the first minutes on a GPU, every step, with the other loaders, on the same; it measures nothing.
 gpu-check-cuda:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("weightload")
 
-FRAMEWORKS = ("transformers", "diffusers", "accelerate", "peft", "sentence_transformers")
+FRAMEWORKS = ("transformers", "diffusers", "accelerate", "peft", "sentence_transformers", "fastvideo")
 
 _lock = threading.RLock()
 # Guarded by it. Of each framework what was swapped, and how many want it: ``install`` once, each ``installed`` once.
@@ -39,7 +39,8 @@ def install(*frameworks: str) -> None:
     replaced is logged, at level INFO.
 
     Args:
-        frameworks: ``"transformers"``, ``"diffusers"``, ``"accelerate"``, ``"peft"``, ``"sentence_transformers"``.
+        frameworks: ``"transformers"``, ``"diffusers"``, ``"accelerate"``, ``"peft"``, ``"sentence_transformers"``,
+            ``"fastvideo"`` (whose ``safetensors_weights_iterator`` is replaced, too).
 
     Raises:
         ValueError: no such framework.

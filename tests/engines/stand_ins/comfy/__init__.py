@@ -1,0 +1,1 @@
+"""In ComfyUI's place, which is no package."""
