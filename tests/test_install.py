@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
+import linecache
 import logging
+import os
+import pickle
+import re
+import signal
 import sys
 import textwrap
 import threading
@@ -184,7 +190,7 @@ def test_a_version_that_reads_elsewhere_is_refused(
 ) -> None:
     before = bindings()
     add_framework(monkeypatch, ((f"{NAME}.before", "safe_open"), (f"{NAME}.{site[0]}", site[1])))
-    with pytest.raises(RuntimeError, match=rf"cannot install weightload in {NAME} .*it has no {NAME}.{'.'.join(site)}"):
+    with pytest.raises(RuntimeError, match=rf"cannot install weightload in {NAME} .*its {NAME}.{'.'.join(site)}"):
         weightload.install(NAME)
     assert bindings() == before
 
@@ -196,6 +202,117 @@ def test_one_that_is_refused_leaves_the_others(framework: Any, monkeypatch: pyte
     with pytest.raises(ModuleNotFoundError, match="no package 'not_there'"):
         weightload.install(NAME, "not_there")
     assert not is_ours(framework.safe_open)
+
+
+@pytest.mark.parametrize("call", ["install", "uninstall", "leave"])
+def test_an_interrupt_anywhere_leaves_nothing_for_good(framework: Any, call: str) -> None:
+    """Before each line of it: what comes after, it is installed when it is, and taken back when it is."""
+    before, finders = bindings(), list(sys.meta_path)
+    for moment in itertools.chain(range(60), itertools.count(60, 211)):  # the loops over modules are long
+        if call != "install":
+            weightload.install(NAME)
+        block = weightload.installed(NAME)
+        if call == "leave":
+            block.__enter__()
+            weightload.uninstall()
+        reached = interrupt_at_line(
+            moment,
+            {
+                "install": lambda: weightload.install(NAME),
+                "uninstall": lambda: weightload.uninstall(NAME),
+                "leave": lambda block=block: block.__exit__(None, None, None),  # type: ignore[misc]
+            }[call],
+        )
+        weightload.uninstall()
+        assert bindings() == before, moment
+        assert sys.meta_path == finders, moment
+        weightload.install(NAME)
+        assert is_ours(framework.safe_open), moment
+        weightload.uninstall()
+        assert bindings() == before
+        if not reached:
+            break
+    assert moment > 20
+
+
+def interrupt_at_line(number: int, call: Any) -> bool:
+    """Raise KeyboardInterrupt before the line of this number of the modules that install; whether it came so far."""
+    lines = itertools.count()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if "/_install/" not in frame.f_code.co_filename:
+            return trace
+        # No signal's handler runs between the end of a block and its `__exit__`, as this would.
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not text.startswith("with ") and next(lines) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_module_that_another_thread_is_importing(framework: Any, tmp_path: Path) -> None:
+    (tmp_path / NAME / "slow.py").write_text(
+        "import sys, threading\nsys.begun.set()\nsys.go_on.wait(60)\nfrom safetensors import safe_open\n"
+    )
+    sys.begun, sys.go_on = threading.Event(), threading.Event()  # type: ignore[attr-defined]
+    importing = threading.Thread(target=importlib.import_module, args=(f"{NAME}.slow",))
+    importing.start()
+    assert sys.begun.wait(60)  # type: ignore[attr-defined]
+    threading.Timer(0.05, sys.go_on.set).start()  # type: ignore[attr-defined]
+    weightload.install(NAME)
+    importing.join()
+    assert is_ours(sys.modules[f"{NAME}.slow"].safe_open)
+
+
+def test_others_finders_may_ask_all(framework: Any) -> None:
+    class Asking:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any = None) -> Any:
+            others = [finder for finder in sys.meta_path if finder is not Asking]
+            return next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+
+    weightload.install(NAME)
+    sys.meta_path.insert(0, Asking)  # type: ignore[arg-type]
+    try:
+        assert is_ours(importlib.import_module(f"{NAME}.later").safe_open)
+    finally:
+        sys.meta_path.remove(Asking)  # type: ignore[arg-type]
+
+
+def test_a_child_of_a_fork_may_install(framework: Any) -> None:
+    """While a thread of its parent is importing frameworks."""
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with installing._lock:
+            held.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        weightload.install(NAME)
+        os._exit(0 if is_ours(framework.safe_open) else 1)
+    leave.set()
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_stand_ins_can_be_pickled(framework: Any) -> None:
+    weightload.install(NAME)
+    for name in ("safe_open", "read_all", "load_model"):
+        assert pickle.loads(pickle.dumps(getattr(framework, name))) is getattr(framework, name)
 
 
 def test_unknown_names() -> None:
@@ -310,8 +427,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_slices(framework: Any, path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A handle, and slices of all tensors, all of which will be wanted."""
     handle = framework.safe_open(str(path), framework="pt", **options)
-    return handle, {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    for each in slices.values():
+        each.will_be_wanted()
+    return handle, slices
 
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
@@ -349,9 +470,9 @@ def test_slices(framework: Any, large: Path, backend: str, order: str, cold: boo
         assert torch.equal(found["04"], expected["04"])
 
 
-def test_the_first_slice_that_is_wanted_brings_the_others(
-    framework: Any, large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What comes ahead: a list of names each time."""
     from weightload._install import read_ahead
 
     begun: list[list[str]] = []
@@ -362,17 +483,74 @@ def test_the_first_slice_that_is_wanted_brings_the_others(
         return start(reader, plan, *arguments, **options)
 
     monkeypatch.setattr(read_ahead, "start_prefetch", watched)
+    return begun
+
+
+def test_what_will_be_wanted_comes_ahead(framework: Any, large: Path, begun: list[list[str]]) -> None:
     with weightload.installed(NAME):
         evict([large])
         handle = framework.safe_open(str(large), framework="pt")
-        slices = [handle.get_slice(f"{i:02}") for i in range(6)]
+        slices = [handle.get_slice(f"{i:02}") for i in range(12)]
+        for each in slices[:6]:
+            each.will_be_wanted()
         assert slices[0][0:1].shape == (1, 1024)
-        assert begun == []
+        assert slices[9][...].shape == (512, 1024)
+        assert begun == []  # a part, and one that nobody has announced
         assert slices[2][...].shape == (512, 1024)
         assert begun == [[f"{i:02}" for i in range(6)]]
+        for each in slices[6:]:
+            each.will_be_wanted()
+        assert slices[3][...].shape == (512, 1024)
+        assert len(begun) == 1
+        assert slices[11][...].shape == (512, 1024)
+        assert begun[1] == [f"{i:02}" for i in range(6, 12)]
         handle.__exit__(None, None, None)
         assert all(torch.equal(s[...], s[:]) for s in slices)
-        assert len(begun) == 1
+        assert len(begun) == 2
+
+
+def test_nothing_is_read_that_nobody_wants(framework: Any, large: Path, begun: list[list[str]]) -> None:
+    with weightload.installed(NAME):
+        evict([large])
+        with framework.safe_open(str(large), framework="pt") as handle:
+            slices = [handle.get_slice(f"{i:02}") for i in range(24)]
+            before = read_from_storage()
+            slices[23][...].sum()
+            assert read_from_storage() - before < 6 << 20  # what the system reads ahead is not ours
+            assert begun == []
+
+
+def read_from_storage() -> int:
+    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+
+def test_a_signal_handler_may_take_one(framework: Any, large: Path) -> None:
+    """In the moment in which its thread begins to read ahead, too."""
+    from weightload._install import read_ahead
+
+    start = read_ahead.start_prefetch
+    slices: dict[str, Any] = {}
+    taken: list[torch.Tensor] = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if not taken:
+            taken.append(torch.empty(0))
+            signal.raise_signal(signal.SIGUSR1)
+        return start(*arguments, **options)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: taken.append(slices["05"][...]))
+    try:
+        with weightload.installed(NAME), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(read_ahead, "start_prefetch", interrupted)
+            evict([large])
+            handle, found = open_slices(framework, large)
+            slices.update(found)
+            with handle:
+                assert torch.equal(slices["00"][...], slices["00"][:])
+                assert torch.equal(taken[1], slices["05"][:])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        slices.clear()
 
 
 def test_whoever_stops_stops_the_reading(framework: Any, large: Path) -> None:

@@ -91,12 +91,19 @@ def fake(folder: Path) -> torch.Tensor:
         return torch.zeros(4)
 
 
+def guarded(folder: Path) -> torch.Tensor:
+    tensor = torch.zeros(4)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor
+
+
 REFUSED: dict[str, tuple[Make, torch.dtype]] = {
     "meta": (lambda _: torch.zeros(4, device="meta"), torch.float32),
     "freed": (freed, torch.float32),
     "cut off": (cut_off, torch.float32),
     "cut off, strided": (cut_off_strided, torch.float32),
     "zeros without memory": (lambda _: torch._efficientzerotensor((4,)), torch.float32),
+    "says that its memory is not to be written to": (guarded, torch.float32),
     "expanded": (expanded, torch.float32),
     "sparse": (lambda _: torch.zeros(4).to_sparse(), torch.float32),
     "compressed": (lambda _: torch.zeros(2, 2).to_sparse_csr(), torch.float32),

@@ -1,4 +1,5 @@
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 #include <pybind11/typing.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -27,7 +28,11 @@ std::optional<std::pair<uintptr_t, uintptr_t>> dense_memory(const at::Tensor& te
   const uint64_t before = static_cast<uint64_t>(impl.storage_offset()) * impl.itemsize();
   if (impl.storage().nbytes() < before + size) return std::nullopt;
   // To be written to: of memory that is copied when somebody writes (lazy clones), the copy.
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  uintptr_t begin = 0;
+  try {
+    begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  } catch (const c10::Error&) {  // one that says so, as torch.compile makes them
+  }
   if (begin == 0) return std::nullopt;
   return std::pair<uintptr_t, uintptr_t>{begin, begin + size};
 }

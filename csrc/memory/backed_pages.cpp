@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <new>
 
 #include "base/pages.h"
@@ -21,22 +22,23 @@ bool is_private(uint64_t entry) { return (entry & (kPagePresent | kPageOfFile)) 
 // Where files are mapped in this process; everywhere, if that cannot be told.
 std::vector<ByteRange> mappings_of_files() {
   const std::vector<ByteRange> everywhere{{0, std::numeric_limits<uint64_t>::max()}};
-  std::FILE* const maps = std::fopen("/proc/self/maps", "re");
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> maps(std::fopen("/proc/self/maps", "re"), &std::fclose);
   if (!maps) return everywhere;
   std::vector<ByteRange> found;
-  char* line = nullptr;
-  size_t room = 0;
+  struct Line {
+    char* text = nullptr;
+    size_t room = 0;
+    ~Line() { std::free(text); }
+  } line;
   bool understood = false;
-  while (::getline(&line, &room, maps) > 0) {
+  while (::getline(&line.text, &line.room, maps.get()) > 0) {
     ByteRange range;
     uint64_t inode = 0;
     understood =
-        std::sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %*s %*s %" SCNu64, &range.begin, &range.end, &inode) == 3;
+        std::sscanf(line.text, "%" SCNx64 "-%" SCNx64 " %*s %*s %*s %" SCNu64, &range.begin, &range.end, &inode) == 3;
     if (!understood) break;
     if (inode != 0) found.push_back(range);
   }
-  std::free(line);
-  std::fclose(maps);
   return understood ? found : everywhere;
 }
 

@@ -177,3 +177,26 @@ def test_to_an_accelerator(llama: Path, counted: Counted, simulated: Any, monkey
     for name, tensor in found.state_dict().items():
         assert tensor.device.type == "simulated"
         assert torch.equal(tensor.cpu(), expected.state_dict()[name])
+
+
+def test_no_more_is_read_than_the_model_has(llama: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices are asked for of all tensors of the files; those of layers that a config leaves out are not read."""
+    from weightload._install import read_ahead
+
+    came: list[str] = []
+    start = read_ahead.start_prefetch
+
+    def watched(reader: Any, plan: dict[str, None], *arguments: Any, **options: Any) -> Any:
+        came.extend(plan)
+        return start(reader, plan, *arguments, **options)
+
+    monkeypatch.setattr(read_ahead, "start_prefetch", watched)
+    monkeypatch.setattr(read_ahead._C.TensorReader, "LEAST_FOR_THREADS", 1 << 20)
+    calls = counted("transformers")
+    evict(files_of(llama))
+    found = AutoModelForCausalLM.from_pretrained(llama, num_hidden_layers=3)
+    assert calls["safe_open"] >= len(files_of(llama))
+    assert set(came) <= found.state_dict().keys()
+    evict(files_of(llama))
+    AutoModelForCausalLM.from_pretrained(llama)
+    assert len(came) > 50

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from weightload._base.handlers import pass_on
@@ -22,11 +23,29 @@ logger = logging.getLogger("weightload")
 
 FRAMEWORKS = ("transformers", "diffusers", "accelerate", "peft", "sentence_transformers", "fastvideo")
 
+# Guards what is swapped, and is held while frameworks are imported. Who wants what is written down first: an interrupt
+# may come between any two lines, and the next call goes by what is written.
 _lock = threading.RLock()
-# Guarded by it. Of each framework what was swapped, and how many want it: ``install`` once, each ``installed`` once.
-_swaps: dict[str, Swap] = {}
-_blocks: collections.Counter[str] = collections.Counter()
+_swaps: dict[str, Swap] = {}  # of each framework, perhaps not all of it: a swap may be applied and undone again
 _for_good: set[str] = set()
+
+
+class _Block:
+    """A block of ``installed`` that is being run. Lives as long as its frame, whatever interrupts the end of that."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+
+_blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # the one from before may be held by a thread that is not here
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def install(*frameworks: str) -> None:
@@ -47,7 +66,11 @@ def install(*frameworks: str) -> None:
         ModuleNotFoundError: it is not there.
         RuntimeError: it is a version that reads weights in another place: nothing was replaced in any of them.
     """
-    _add(frameworks, for_good=True)
+    frameworks = _known(frameworks)
+    with _lock:
+        _prepare(frameworks)
+        _for_good.update(frameworks)
+        _settle(frameworks)
 
 
 def uninstall(*frameworks: str) -> None:
@@ -58,11 +81,10 @@ def uninstall(*frameworks: str) -> None:
     Raises:
         ValueError: no such framework.
     """
-    _require_known(frameworks)
+    frameworks = _known(frameworks) or FRAMEWORKS
+    _for_good.difference_update(frameworks)
     with _lock:
-        for name in frameworks or FRAMEWORKS:
-            _for_good.discard(name)
-            _take_back_if_unwanted(name)
+        _settle(frameworks)
 
 
 @contextlib.contextmanager
@@ -72,40 +94,48 @@ def installed(*frameworks: str) -> Iterator[None]:
     Raises:
         ValueError, ModuleNotFoundError, RuntimeError: as ``install``.
     """
-    _add(frameworks, for_good=False)
+    frameworks = _known(frameworks)
+    block = _Block(frameworks)
     try:
+        with _lock:
+            _prepare(frameworks)
+            _blocks.add(block)
+            _settle(frameworks)
         yield
     finally:
+        _blocks.discard(block)
         with _lock:
-            for name in frameworks:
-                _blocks[name] -= 1
-                _take_back_if_unwanted(name)
+            _settle(frameworks)
 
 
-def _add(names: tuple[str, ...], for_good: bool) -> None:
-    _require_known(names)
-    with _lock:
-        ready = {name: _prepared(name) for name in dict.fromkeys(names) if name not in _swaps}
-        for name, swap in ready.items():
+def _prepare(names: Iterable[str]) -> None:
+    """Before anything is replaced in any of them: all of them are there, and known."""
+    ready = {name: _prepared(name) for name in dict.fromkeys(names) if name not in _swaps}
+    _swaps.update(ready)
+
+
+def _settle(names: Iterable[str]) -> None:
+    """Have frameworks be as they are wanted; to be called with the lock held, and again after an interrupt."""
+    for name in dict.fromkeys(names):
+        swap = _swaps.get(name)
+        if swap is None:
+            continue
+        if name in _for_good or any(name in block.names for block in list(_blocks)):
             replaced = swap.apply()
-            _swaps[name] = swap
-            logger.info("weightload is installed in %s: %s", name, ", ".join(replaced))
-        for name in names:
-            if for_good:
-                _for_good.add(name)
-            else:
-                _blocks[name] += 1
+            if replaced:
+                logger.info("weightload is installed in %s: %s", name, ", ".join(replaced))
+        else:
+            swap.undo()
+            del _swaps[name]
 
 
-def _take_back_if_unwanted(name: str) -> None:
-    if name in _swaps and name not in _for_good and not _blocks[name]:
-        _swaps.pop(name).undo()
-
-
-def _require_known(names: tuple[str, ...]) -> None:
-    for name in names:
+def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The frameworks, by the names that they are imported by; those that they are installed by are known, too."""
+    found = tuple(name.replace("-", "_") for name in names)
+    for name, said in zip(found, names, strict=True):
         if name not in FRAMEWORKS:
-            raise ValueError(f"no such framework: {name!r}; must be one of {', '.join(map(repr, FRAMEWORKS))}")
+            raise ValueError(f"no such framework: {said!r}; must be one of {', '.join(map(repr, FRAMEWORKS))}")
+    return found
 
 
 def _prepared(name: str) -> Swap:
@@ -151,6 +181,6 @@ def _moved(framework: Framework, module: str, attribute: str) -> RuntimeError:
         pass_on(error)
         version = "(of unknown version)"
     return RuntimeError(
-        f"cannot install weightload in {name} {version}: it has no {module}.{attribute} that reads weights, so it "
-        "reads them elsewhere; weightload/integrations/README.md names the versions that were tried"
+        f"cannot install weightload in {name} {version}: its {module}.{attribute} is not what reads weights in the "
+        "versions that were tried (weightload/integrations/README.md), or somebody else has replaced it"
     )

@@ -1,4 +1,4 @@
-"""A handle whose slices stay lazy, and whose bytes come ahead of them once the first is asked for."""
+"""A handle whose slices stay lazy, and whose bytes come ahead of them once it is known which are wanted."""
 
 from __future__ import annotations
 
@@ -11,37 +11,30 @@ from weightload import _C
 from weightload._api.prefetch import PrefetchLoader, start_prefetch
 from weightload._api.safe_open import TensorSlice, safe_open
 from weightload._base.handlers import pass_on
-from weightload._load.fetch import fetch, find, meminfo
+from weightload._load.fetch import fetch, find
 from weightload.errors import TensorError, WeightLoadError
 
 
 class SafeOpen(safe_open):
-    """``safe_open``, for frameworks that ask for slices of many tensors and index them later.
-
-    Nothing is read until a slice is indexed. When the first one is wanted whole, those that were asked for by then
-    begin to come in the order in which they lie in the file, at most the setting ``window_bytes`` ahead of what was
-    wanted last, if they are not in the page cache. Parts of tensors are read by themselves: whoever wants parts leaves
-    the rest to others.
-    """
+    """``safe_open``, for frameworks that ask for slices of all tensors, and index those that the model has."""
 
     def __init__(self, filename: Any, **options: Any) -> None:
         super().__init__(filename, **options)
-        self._ahead = ReadAhead(self._opened(), self._device, self._backend)
+        self._ahead = ReadAhead(self._opened()) if self._on_cpu and self._maps else None
 
     def __exit__(self, *exception: object) -> None:
-        self._ahead.close()
+        if self._ahead is not None:
+            self._ahead.close()
         super().__exit__(*exception)
 
     def get_slice(self, name: str) -> Slice:
         """A tensor to be indexed, as ``safe_open.get_slice``."""
         reader = self._opened()
-        number = find(reader, name)
-        self._ahead.expect(name)
-        return Slice(reader, number, self._device, self._backend, name, self._ahead)
+        return Slice(reader, find(reader, name), self._device, self._backend, name, self._ahead)
 
 
 class Slice(TensorSlice):
-    """A tensor of a file that is read when it is indexed, or before."""
+    """A tensor of a file that is read when it is indexed, or before: see ``will_be_wanted``."""
 
     def __init__(
         self,
@@ -50,13 +43,18 @@ class Slice(TensorSlice):
         device: torch.device,
         backend: str,
         name: str,
-        ahead: ReadAhead,
+        ahead: ReadAhead | None,
     ) -> None:
         super().__init__(reader, number, device, backend)
         self._name, self._ahead = name, ahead
 
+    def will_be_wanted(self) -> None:
+        """Say that all of it will be indexed soon: its bytes may come before that. Nothing is read by this."""
+        if self._ahead is not None:
+            self._ahead.expect(self._name)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        if index is Ellipsis or (isinstance(index, slice) and index == slice(None) and self._shape):
+        if self._ahead is not None and index is Ellipsis:
             whole = self._ahead.take(self._name)
             if whole is not None:
                 return whole
@@ -72,37 +70,40 @@ class Slice(TensorSlice):
 
 
 class ReadAhead:
-    """Loads tensors of one file in the background, once the first of them is wanted. Many threads."""
+    """Loads tensors of one file in the background, of those of which it is known that they will be wanted.
 
-    def __init__(self, reader: _C.TensorReader, device: torch.device, backend: str) -> None:
-        self._reader, self._device, self._backend = reader, device, backend
-        self._lock = threading.Lock()  # guards what follows
+    Whoever takes the first begins with all that are known by then, in the order in which they lie in the file, at most
+    the setting ``window_bytes`` ahead of what is taken. What becomes known later is begun when one of it is taken. Many
+    threads; a signal's handler may call it, too.
+    """
+
+    def __init__(self, reader: _C.TensorReader) -> None:
+        self._reader = reader
+        self._lock = threading.RLock()  # guards what follows
         self._expected: dict[str, None] = {}
-        self._loader: PrefetchLoader | None = None
-        self._has_begun = device.type != "cpu"  # what goes to an accelerator is loaded one by one
+        self._coming: dict[str, PrefetchLoader] = {}
+        self._is_of_use: bool | None = None  # not known yet
 
     def expect(self, name: str) -> None:
-        """A tensor will be wanted, perhaps."""
-        if not self._has_begun:
+        """A tensor will be wanted."""
+        if self._is_of_use is not False:
             self._expected[name] = None
 
     def take(self, name: str) -> torch.Tensor | None:
         """A tensor, when it has come; None if it does not come, or was taken before."""
+        if name not in self._coming and name not in self._expected:
+            return None
         with self._lock:
-            if not self._has_begun:
-                self._has_begun = True
-                self._loader = self._begin()
-            loader = self._loader
-            if loader is None or name not in self._expected:
-                return None
-            del self._expected[name]
+            if name in self._expected:
+                self._begin()
+            loader = self._coming.pop(name, None)
+        if loader is None:
+            return None
         try:
             tensor: torch.Tensor = loader.take(name)
             return tensor
         except WeightLoadError as error:
-            # Others ask for themselves from now on. The loader has the error, which has this frame.
-            with self._lock:
-                self._loader = None
+            self._forget(loader)  # it has the error, which has this frame
             pass_on(error)
             if type(error) is WeightLoadError:  # closed meanwhile
                 return None
@@ -112,25 +113,30 @@ class ReadAhead:
 
     def close(self) -> None:
         """Stop. What was taken stays usable."""
+        self._is_of_use = False
         with self._lock:
-            self._has_begun = True
-            loader, self._loader = self._loader, None
+            loaders = list({id(loader): loader for loader in self._coming.values()}.values())
             self._expected.clear()
-        if loader is not None:
+            self._coming.clear()
+        for loader in loaders:
             loader.close()
 
-    def _begin(self) -> PrefetchLoader | None:
-        file = self._reader.file
-        if len(self._expected) < 2 or file.size < _C.TensorReader.LEAST_FOR_THREADS:
-            return None
-        if self._backend == "mmap":
-            if self._reader.is_at_hand(0, file.size):
-                return None
-        elif file.size > meminfo().get("MemAvailable", file.size):
-            return None  # each tensor is memory of its own
+    def _forget(self, failed: PrefetchLoader) -> None:
+        with self._lock:
+            for name in [name for name, loader in self._coming.items() if loader is failed]:
+                del self._coming[name]
+
+    def _begin(self) -> None:
+        """With the lock held. A signal's handler that comes in here, and takes one, reads for itself."""
+        plan, self._expected = self._expected, {}
+        if self._is_of_use is None:
+            size = self._reader.file.size
+            self._is_of_use = size >= _C.TensorReader.LEAST_FOR_THREADS and not self._reader.is_at_hand(0, size)
+        if not self._is_of_use or len(plan) < 2:
+            return
         try:
-            plan = dict.fromkeys(self._expected)
-            return start_prefetch(self._reader, plan, self._device, self._backend, in_window=True)
+            loader = start_prefetch(self._reader, dict.fromkeys(plan), torch.device("cpu"), "mmap", in_window=True)
         except TensorError as error:  # of a dtype that torch lacks: who wants that one hears of it
             pass_on(error)
-            return None
+            return
+        self._coming.update(dict.fromkeys(plan, loader))

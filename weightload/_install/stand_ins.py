@@ -40,7 +40,7 @@ def private_memory() -> Iterator[None]:
 def pairs() -> Iterable[tuple[object, object]]:
     """What of safetensors is replaced, and by what; modules, too, by whose names frameworks call its functions."""
     functions = [
-        (safetensors.safe_open, _SafeOpen),
+        (safetensors.safe_open, safe_open),
         (safetensors.torch.load_file, load_file),
         (safetensors.torch.load_model, load_model),
     ]
@@ -70,7 +70,7 @@ def usable(device: torch.device | str | int) -> torch.device | None:
         return None
 
 
-class _SafeOpen(SafeOpen):
+class safe_open(SafeOpen):
     """``safe_open``; a handle of safetensors' own where that is asked for what is not served here."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
@@ -82,9 +82,6 @@ class _SafeOpen(SafeOpen):
         bound = _bound(*arguments, **options)
         assert bound is not None, "__new__ has looked"
         super().__init__(**bound)
-
-
-_SafeOpen.__name__ = _SafeOpen.__qualname__ = "safe_open"
 
 
 def _bound(*arguments: Any, **options: Any) -> dict[str, Any] | None:
@@ -115,6 +112,10 @@ def load_model(model: Any, filename: Any, strict: bool = True, device: Any = "cp
     if how is None:
         return safetensors_load_model(model, filename, strict=strict, device=device, **options)
     return into.load_model(model, filename, strict, **how)
+
+
+# Pickled by where they are.
+load_file.__module__ = load_model.__module__ = __name__
 
 
 def _module_like(original: ModuleType, others: dict[int, Any]) -> ModuleType:

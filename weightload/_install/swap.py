@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -13,7 +16,8 @@ from typing import Any
 class Swap:
     """A swap in all modules of a package: those that are imported by now, and those that are while it is applied.
 
-    What a function of the package imports when it is called is not reached: it binds no name of a module.
+    What a function of the package imports when it is called is not reached: it binds no name of a module. Whatever
+    interrupts a call, another one ends what it began.
 
     Args:
         package: its name; the modules below it count.
@@ -31,25 +35,31 @@ class Swap:
         """Swap. Returns what was replaced, as ``module.name``."""
         if self._finder not in sys.meta_path:
             sys.meta_path.insert(0, self._finder)
-        return [f"{module.__name__}.{name}" for module in self._modules() for name in _swap(module, self._there)]
+        for name, module in self._modules():
+            if getattr(module.__spec__, "_initializing", False):
+                # Another thread began to import it before the finder was there: waits for its end.
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+        return [f"{name}.{attribute}" for name, module in self._modules() for attribute in _swap(module, self._there)]
 
     def undo(self) -> None:
         """Take it back. What somebody else has put in a swapped one's place meanwhile stays."""
-        if self._finder in sys.meta_path:
+        while self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        for module in self._modules():
+        for _, module in self._modules():
             _swap(module, self._back)
 
     def apply_to(self, module: ModuleType) -> None:
         """Swap in a module that was imported just now."""
-        # Another thread may have taken it back meanwhile.
-        if self._finder in sys.meta_path:
-            _swap(module, self._there)
+        _swap(module, self._there)
+        # Another thread may be taking it back: the finder goes first, and then it looks at all modules.
+        if self._finder not in sys.meta_path:
+            _swap(module, self._back)
 
-    def _modules(self) -> Iterator[ModuleType]:
+    def _modules(self) -> Iterator[tuple[str, ModuleType]]:
         for name, module in list(sys.modules.items()):
             if _is_below(name, self._package) and isinstance(module, ModuleType):
-                yield module
+                yield name, module
 
 
 def _is_below(module: str, package: str) -> bool:
@@ -70,16 +80,26 @@ class _Finder(MetaPathFinder):
 
     def __init__(self, package: str, imported: Any) -> None:
         self._package, self._imported = package, imported
+        self._asking = threading.local()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not _is_below(name, self._package):
+        # Somebody else's finder may ask all of them, too, and so this one again.
+        if not _is_below(name, self._package) or getattr(self._asking, "name", None) == name:
             return None
+        self._asking.name = name
+        try:
+            spec = self._found_by_others(name, path, target)
+        finally:
+            self._asking.name = None
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, self._imported)
+        return spec
+
+    def _found_by_others(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         for finder in list(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = None if finder is self or find is None else find(name, path, target)
             if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader, self._imported)
                 return spec
         return None
 

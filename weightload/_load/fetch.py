@@ -106,7 +106,9 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return whole.to(device, copy=True, memory_format=torch.contiguous_format).view(tensor.dtype)
 
 
-def no_such_tensor(reader: _C.TensorReader, name: str) -> TensorError:
+def no_such_tensor(reader: _C.TensorReader, name: object) -> TensorError | TypeError:
+    if not isinstance(name, str):
+        return TypeError(f"argument 'name': must be a str, not {type(name).__name__}")
     return located(TensorError(f"File does not contain tensor {printable(name)}"), reader.file.path, name)
 
 

@@ -29,7 +29,7 @@ def _pairs() -> Iterable[tuple[object, object]]:
             pass_on(error)
             given = {}
         path = given.get("checkpoint_file")
-        is_file = isinstance(path, (str, os.PathLike)) and os.fspath(path).endswith(".safetensors")
+        is_file = isinstance(path, (str, os.PathLike)) and str(os.fspath(path)).endswith(".safetensors")
         # From inside of an archive (dduf) it takes bytes that it has.
         if not is_file or not given.get("disable_mmap") or given.get("dduf_entries"):
             return original(*arguments, **options)

@@ -30,7 +30,18 @@ def _pairs() -> Iterable[tuple[object, object]]:
         there: torch.Tensor = tensor.to(target)
         return there if dtype is None else there.to(dtype)
 
-    return [(original, materialize)]
+    spawn = core_model_loading.spawn_materialize
+
+    @functools.wraps(spawn)
+    def spawn_materialize(thread_pool: Any, tensor: Any, *arguments: Any, **options: Any) -> Any:
+        # Asked for as a slice was every tensor of the file; of those that come here, all are indexed.
+        if isinstance(tensor, Slice) and not arguments[2:] and options.get("sharding_op") is None:
+            device = arguments[0] if arguments else options.get("device")
+            if device is None or ((target := usable(device)) is not None and target.type == "cpu"):
+                tensor.will_be_wanted()
+        return spawn(thread_pool, tensor, *arguments, **options)
+
+    return [(original, materialize), (spawn, spawn_materialize)]
 
 
 FRAMEWORK = Framework(
@@ -38,6 +49,7 @@ FRAMEWORK = Framework(
     sites=(
         ("transformers.modeling_utils", "safe_open"),
         ("transformers.core_model_loading", "_materialize_copy"),
+        ("transformers.core_model_loading", "spawn_materialize"),
     ),
     pairs=_pairs,
 )
