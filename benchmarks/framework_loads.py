@@ -63,14 +63,15 @@ def make_model(framework: str, folder: Path, gigabytes: float) -> None:
 
 
 def load(framework: str, folder: Path) -> Any:
-    """The framework's own call."""
+    """The framework's own call; what that would import is imported now, as ``install`` does."""
     import torch
 
     if framework == "diffusers":
         from diffusers import WanTransformer3DModel
 
         return lambda: WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    from transformers import AutoModelForCausalLM
+    import transformers.trainer_utils  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     if framework == "transformers":
         return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -60,6 +60,7 @@ def framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
         path.write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(installing, "FRAMEWORKS", (NAME,))
+    monkeypatch.setattr(installing, "_said", set())
     sites = ((f"{NAME}.before", "safe_open"), (f"{NAME}.before", "read_all"))
     add_framework(monkeypatch, sites)
     yield importlib.import_module(f"{NAME}.before")
@@ -140,6 +141,8 @@ def test_twice_is_once(framework: Any, caplog: pytest.LogCaptureFixture) -> None
         first = bindings()
         weightload.install(NAME, NAME)
         assert bindings() == first
+        weightload.uninstall()
+        weightload.install(NAME)
         assert len(caplog.records) == 1
         said = caplog.records[0].getMessage()
         assert f"{NAME}.before.safe_open" in said
@@ -319,6 +322,11 @@ def test_unknown_names() -> None:
     for call in (weightload.install, weightload.uninstall):
         with pytest.raises(ValueError, match="no such framework: 'tensorflow'; must be one of 'transformers'"):
             call("tensorflow")
+        with pytest.raises(TypeError, match=r"must be names \(str\), not list"):
+            call(["transformers"])
+    for call in (weightload.install, lambda: weightload.installed().__enter__()):
+        with pytest.raises(ValueError, match="no framework is named; they are 'transformers'"):
+            call()
 
 
 def test_importing_weightload_does_nothing() -> None:

@@ -28,6 +28,7 @@ FRAMEWORKS = ("transformers", "diffusers", "accelerate", "peft", "sentence_trans
 _lock = threading.RLock()
 _swaps: dict[str, Swap] = {}  # of each framework, perhaps not all of it: a swap may be applied and undone again
 _for_good: set[str] = set()
+_said: set[str] = set()
 
 
 class _Block:
@@ -55,18 +56,19 @@ def install(*frameworks: str) -> None:
     and nowhere else, safetensors' ``safe_open``, ``load_file``, ``load_model`` are replaced, also where they were bound
     to names before, and in modules that are imported later. What weightload does not serve (a device that it cannot
     load to, another framework than torch) goes to safetensors. To install what is installed changes nothing. What was
-    replaced is logged, at level INFO.
+    replaced is logged, at level INFO the first time. The frameworks are imported, as far as they read weights:
+    environment variables that they look at are to be set before.
 
     Args:
         frameworks: ``"transformers"``, ``"diffusers"``, ``"accelerate"``, ``"peft"``, ``"sentence_transformers"``,
             ``"fastvideo"`` (whose ``safetensors_weights_iterator`` is replaced, too).
 
     Raises:
-        ValueError: no such framework.
+        ValueError, TypeError: no such framework, or none is named.
         ModuleNotFoundError: it is not there.
         RuntimeError: it is a version that reads weights in another place: nothing was replaced in any of them.
     """
-    frameworks = _known(frameworks)
+    frameworks = _some(frameworks)
     with _lock:
         _prepare(frameworks)
         _for_good.update(frameworks)
@@ -92,9 +94,9 @@ def installed(*frameworks: str) -> Iterator[None]:
     """``with installed("diffusers"):``: the same for a while, of all threads of the process.
 
     Raises:
-        ValueError, ModuleNotFoundError, RuntimeError: as ``install``.
+        ValueError, TypeError, ModuleNotFoundError, RuntimeError: as ``install``.
     """
-    frameworks = _known(frameworks)
+    frameworks = _some(frameworks)
     block = _Block(frameworks)
     try:
         with _lock:
@@ -123,7 +125,10 @@ def _settle(names: Iterable[str]) -> None:
         if name in _for_good or any(name in block.names for block in list(_blocks)):
             replaced = swap.apply()
             if replaced:
-                logger.info("weightload is installed in %s: %s", name, ", ".join(replaced))
+                # At INFO once: a server may do it around each of its loads.
+                level = logging.DEBUG if name in _said else logging.INFO
+                _said.add(name)
+                logger.log(level, "weightload is installed in %s: %s", name, ", ".join(replaced))
         else:
             swap.undo()
             del _swaps[name]
@@ -131,11 +136,18 @@ def _settle(names: Iterable[str]) -> None:
 
 def _known(names: tuple[str, ...]) -> tuple[str, ...]:
     """The frameworks, by the names that they are imported by; those that they are installed by are known, too."""
-    found = tuple(name.replace("-", "_") for name in names)
-    for name, said in zip(found, names, strict=True):
-        if name not in FRAMEWORKS:
-            raise ValueError(f"no such framework: {said!r}; must be one of {', '.join(map(repr, FRAMEWORKS))}")
-    return found
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"frameworks are named one by one: must be names (str), not {type(name).__name__}")
+        if name.replace("-", "_") not in FRAMEWORKS:
+            raise ValueError(f"no such framework: {name!r}; must be one of {', '.join(map(repr, FRAMEWORKS))}")
+    return tuple(name.replace("-", "_") for name in names)
+
+
+def _some(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError(f"no framework is named; they are {', '.join(map(repr, FRAMEWORKS))}")
+    return _known(names)
 
 
 def _prepared(name: str) -> Swap:
