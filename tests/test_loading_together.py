@@ -64,6 +64,7 @@ if rank < 4:
     check(load(into), errors.StateDictError, "e", of=3)
     assert not any(into[name].to_local().any() for name in "abcd")
     check(load(duplicates="error" if rank else "first"), errors.GroupValueError, of=0)
+    check(load(group="four" if rank == 3 else None), errors.GroupValueError, "group", of=3)
     into = target((Shard(0), Shard(1)) if rank else (Shard(0), Replicate()))
     error = load(into)
     assert type(error) is errors.RankDisagreementError and "meshes and placements" in str(error), repr(error)

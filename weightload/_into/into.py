@@ -111,7 +111,11 @@ def load_into(
         go_back_to_shards(target)
         has_shards = _has_shards(target)
         if has_shards:
-            require_group(group)
+            try:
+                require_group(group)
+            except Exception:
+                together = of_meshes(_tensors(target))  # where the others are waiting, if they were given none
+                raise
             together = of_meshes(_tensors(target)) if group is None else of_group(group, first.type)
         paths = path_list(files)
         together.load = load_name(paths)
