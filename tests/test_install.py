@@ -275,6 +275,22 @@ def test_a_module_that_another_thread_is_importing(framework: Any, tmp_path: Pat
     assert is_ours(sys.modules[f"{NAME}.slow"].safe_open)
 
 
+def test_a_child_of_a_fork_while_another_thread_imports(framework: Any, tmp_path: Path) -> None:
+    (tmp_path / NAME / "slow.py").write_text("import sys\nsys.begun.set()\nsys.go_on.wait(60)\n")
+    sys.begun, sys.go_on = threading.Event(), threading.Event()  # type: ignore[attr-defined]
+    importing = threading.Thread(target=importlib.import_module, args=(f"{NAME}.slow",))
+    importing.start()
+    assert sys.begun.wait(60)  # type: ignore[attr-defined]
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        weightload.install(NAME)
+        os._exit(0 if is_ours(framework.safe_open) else 1)
+    sys.go_on.set()  # type: ignore[attr-defined]
+    importing.join()
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 def test_others_finders_may_ask_all(framework: Any) -> None:
     class Asking:
         @staticmethod

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from weightload._base.handlers import pass_on
+from weightload._install.swap import Swap, after_fork
 
 if TYPE_CHECKING:
     from weightload._install.framework import Framework
-    from weightload._install.swap import Swap
 
 logger = logging.getLogger("weightload")
 
@@ -44,6 +44,7 @@ _blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
 def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()  # the one from before may be held by a thread that is not here
+    after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -157,7 +158,6 @@ def _prepared(name: str) -> Swap:
         ModuleNotFoundError, RuntimeError: as ``install``.
     """
     from weightload._install.stand_ins import pairs
-    from weightload._install.swap import Swap
 
     framework: Framework = importlib.import_module(f"weightload.integrations.{name}").FRAMEWORK
     if importlib.util.find_spec(framework.package) is None:

@@ -12,6 +12,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+# Modules that a thread of the parent was importing when this process was forked: nobody ends that here.
+_abandoned: set[str] = set()
+
+
+def _is_being_imported(module: object) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def after_fork() -> None:
+    """To be called in a forked child."""
+    _abandoned.update(name for name, module in list(sys.modules.items()) if _is_being_imported(module))
+
 
 class Swap:
     """A swap in all modules of a package: those that are imported by now, and those that are while it is applied.
@@ -36,7 +48,7 @@ class Swap:
         if self._finder not in sys.meta_path:
             sys.meta_path.insert(0, self._finder)
         for name, module in self._modules():
-            if getattr(module.__spec__, "_initializing", False):
+            if name not in _abandoned and _is_being_imported(module):
                 # Another thread began to import it before the finder was there: waits for its end.
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)

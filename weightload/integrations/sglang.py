@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import weightload
+from weightload.integrations.in_name_order import in_name_order
 
 VARIABLE = "WEIGHTLOAD_SGLANG"
 MODULE = "sglang.srt.model_loader.weight_utils"
@@ -66,7 +67,7 @@ def weights_of(files: Sequence[str], disable_mmap: bool, drop_cache_after_load: 
             backend=backend,  # type: ignore[arg-type]
         )
         with contextlib.closing(weights):
-            yield from weights
+            yield from in_name_order(weights, batch)
         if drop_cache_after_load:
             drop_cache(batch[0])
 

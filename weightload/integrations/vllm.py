@@ -21,6 +21,7 @@ from weightload import settings
 from weightload._group.ranks import require_strategy
 from weightload._load.devices import accelerator
 from weightload._load.iterator import require_backend
+from weightload.integrations.in_name_order import in_name_order
 
 LOAD_FORMAT = "weightload"
 CALL_KEYS = ("device", "strategy", "backend")
@@ -105,9 +106,10 @@ def weights_of(
         yield from original(hf_weights_files, use_tqdm_on_load, **arguments, **more)
         return
     group = options.group()
+    files = in_order(hf_weights_files)
     with settings.override(**options.settings):
         weights = weightload.safetensors_weights_iterator(
-            in_order(hf_weights_files),
+            files,
             device=options.device,  # of an accelerator the current one, which the engine has set for this process
             group=group,
             strategy="independent" if group is None else options.strategy,
@@ -118,7 +120,7 @@ def weights_of(
         )
     _log.info("weightload reads %d files to the device %s", len(hf_weights_files), options.device)
     with contextlib.closing(weights):
-        yield from weights
+        yield from in_name_order(weights, files)
 
 
 def in_order(files: list[str]) -> list[str]:
@@ -190,7 +192,7 @@ def register() -> None:
         from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
         register_model_loader(LOAD_FORMAT)(make_loader(DefaultModelLoader))
-    except (ImportError, RuntimeError) as failed:
+    except (ImportError, RuntimeError, AttributeError) as failed:
         _log.warning("weightload does not know this version of vLLM, and adds no load format: %s", failed)
 
 
