@@ -59,10 +59,15 @@ test: setup
 FRAMEWORKS ?= transformers diffusers accelerate peft sentence-transformers
 WITH_FRAMEWORKS = .build/frameworks
 
+# An environment that sees the project, and the packages of the project's own.
+define environment
+$(PYTHON) -m venv --clear $(1)
+$(RUN) -c 'import sys; print("$(CURDIR)", *[path for path in sys.path if path.endswith("-packages")], sep="\n")' \
+    >"$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/with_the_project.pth"
+endef
+
 $(WITH_FRAMEWORKS)/packages: $(VENV)/packages
-	$(PYTHON) -m venv $(WITH_FRAMEWORKS)
-	$(RUN) -c 'import site; print("$(CURDIR)", *site.getsitepackages(), sep="\n")' > \
-		"$$($(WITH_FRAMEWORKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/with_the_project.pth"
+	$(call environment,$(WITH_FRAMEWORKS))
 	$(WITH_FRAMEWORKS)/bin/python -m pip install -q $(FRAMEWORKS)
 	touch $@
 
@@ -81,9 +86,7 @@ test-engines: $(ENGINES)/built
 	$(ENGINES)/bin/python -m pytest -q tests/engines
 
 $(ENGINES)/built: tests/engines/packages.txt | setup
-	$(PYTHON) -m venv --clear $(ENGINES)
-	$(RUN) -c 'import sys; print("$(CURDIR)", *[path for path in sys.path if path.endswith("-packages")], sep="\n")' \
-	    >"$$($(ENGINES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	$(call environment,$(ENGINES))
 	$(ENGINES)/bin/python -m pip install -q --no-deps -r tests/engines/packages.txt
 	touch $@
 

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import torch
+from engine_support import same_weights
 from fastvideo.distributed import parallel_state
 
 import weightload
@@ -31,12 +32,6 @@ def counted(files: Any, **named: Any) -> Any:
 weightload.safetensors_weights_iterator = counted  # type: ignore[assignment]
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit."""
-    one_bytes, other_bytes = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one_bytes, other_bytes)
-
-
 # FastVideo knows no loads to the CPU's ranks: where there is no GPU it names Apple's.
 parallel_state.get_local_torch_device = lambda: torch.device("cpu")
 rank, ranks, port = map(int, sys.argv[1:4])
@@ -51,8 +46,7 @@ weightload.install("fastvideo")
 same = []
 for module in modules:
     for way, wanted in zip(ways, own, strict=True):
-        ours = dict(module.safetensors_weights_iterator(files, **way))
-        same.append(ours.keys() == wanted.keys() and all(same_bits(ours[name], wanted[name]) for name in wanted))
+        same.append(same_weights(dict(module.safetensors_weights_iterator(files, **way)), wanted))
 error = ""
 if len(sys.argv) > 5:
     try:

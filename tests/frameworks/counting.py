@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import weightload
 from weightload._api import files
@@ -24,6 +26,20 @@ def require(package: str) -> Any:
     if os.environ.get("WEIGHTLOAD_REQUIRE_FRAMEWORKS") == "1":
         return __import__(package)
     return pytest.importorskip(package, exc_type=ModuleNotFoundError, reason=f"no {package} here: make test-frameworks")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The checkpoint's files."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Two models have the same tensors, bit for bit."""
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.fixture(name="counted")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict
-from counting import Counted, counted_loads, require  # noqa: F401
+from counting import Counted, counted_loads, files_of, require, same  # noqa: F401
 
 require("diffusers")
 
@@ -35,18 +35,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     wan().save_pretrained(folder)
     return folder
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def same(ours: Any, theirs: Any) -> None:
-    found, expected = ours.state_dict(), theirs.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.bfloat16}, {"disable_mmap": True}])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict
-from counting import Counted, counted_loads, require  # noqa: F401
+from counting import Counted, counted_loads, files_of, require, same  # noqa: F401
 from safetensors import SafetensorError
 
 require("transformers")
@@ -44,18 +44,6 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts of their own in the files, which are merged when they are loaded."""
     config = MixtralConfig(**SMALL | {"num_hidden_layers": 2}, num_local_experts=4)
     return saved(MixtralForCausalLM(config), tmp_path_factory.mktemp("experts"))
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def same(ours: Any, theirs: Any) -> None:
-    found, expected = ours.state_dict(), theirs.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("cold", [True, False])

@@ -135,7 +135,7 @@ class ReadAhead:
         if not self._is_of_use or len(plan) < 2:
             return
         try:
-            loader = start_prefetch(self._reader, dict.fromkeys(plan), torch.device("cpu"), "mmap", in_window=True)
+            loader = start_prefetch(self._reader, plan, torch.device("cpu"), "mmap", in_window=True)
         except TensorError as error:  # of a dtype that torch lacks: who wants that one hears of it
             pass_on(error)
             return

@@ -16,6 +16,7 @@ import torch
 
 import weightload._api.files as files
 import weightload._into.load_model as into
+from weightload._api.safe_open import TORCH_NAMES
 from weightload._base.handlers import pass_on
 from weightload._install.read_ahead import SafeOpen
 from weightload._load import devices
@@ -74,14 +75,15 @@ class safe_open(SafeOpen):
     """``safe_open``; a handle of safetensors' own where that is asked for what is not served here."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        if _bound(*arguments, **options) is None:
+        bound = _bound(*arguments, **options)
+        if bound is None:
             return safetensors_open(*arguments, **options)
-        return object.__new__(cls)
+        handle = object.__new__(cls)
+        SafeOpen.__init__(handle, **bound)
+        return handle
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        bound = _bound(*arguments, **options)
-        assert bound is not None, "__new__ has looked"
-        super().__init__(**bound)
+        """``__new__`` has done it."""
 
 
 def _bound(*arguments: Any, **options: Any) -> dict[str, Any] | None:
@@ -91,7 +93,7 @@ def _bound(*arguments: Any, **options: Any) -> dict[str, Any] | None:
         return None
     named |= options
     filename, framework = named.pop("filename", None), named.pop("framework", None)
-    if framework not in ("pt", "torch", "pytorch"):
+    if framework not in TORCH_NAMES:
         return None
     device = named.pop("device", "cpu")
     how = served(filename, "cpu" if device is None else device, named)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import weightload
+from weightload._checkpoint.selection import open_files
 
 
 def in_name_order(
@@ -17,17 +17,18 @@ def in_name_order(
     Models rely on it: a weight and its scale, which lie apart in the file as their dtypes differ, come together.
     ``files``: where a name is in several of them, ``weights`` has that of the last.
     """
-    home: dict[str, int] = {}
-    for number, file in enumerate(files):
-        with weightload.safe_open(file, "pt") as handle:
-            home.update(dict.fromkeys(handle.offset_keys(), number))
+    home = {name: number for number, file in enumerate(open_files(list(files))) for name in file.names()}
     held: dict[str, torch.Tensor] = {}
     at: int | None = None
     for name, tensor in weights:
-        if home.get(name) != at:
-            at = home.get(name)
-            yield from sorted(held.items(), key=lambda item: item[0])
-            held.clear()
+        if home[name] != at:
+            yield from _by_name(held)
+            at = home[name]
         held[name] = tensor
         del tensor
-    yield from sorted(held.items(), key=lambda item: item[0])
+    yield from _by_name(held)
+
+
+def _by_name(held: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in sorted(held):
+        yield name, held.pop(name)
