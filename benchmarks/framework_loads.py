@@ -1,15 +1,17 @@
 """Measures a framework's own call with weightload installed in it, against the same call without.
 
     python benchmarks/framework_loads.py [--frameworks transformers diffusers accelerate] [--gigabytes 1.5] [--rounds 7]
-        [--states cold warm] [--folder DIR] [--json FILE]
+        [--states cold warm] [--memories "as it comes" "touched before"] [--folder DIR] [--json FILE]
 
 Wants the frameworks installed (`make test-frameworks` has an environment with them). A model of random bytes is saved
 by the framework itself, in shards: a Llama (`AutoModelForCausalLM.from_pretrained`), a Wan transformer
 (`WanTransformer3DModel.from_pretrained`), the Llama again by accelerate (`load_checkpoint_in_model`, into a model
 without memory). Each load is a process of its own, which has imported everything and installed weightload, or not,
 before the clock starts. With and without take turns, in another order each round, each from the same state: warm, or
-evicted and verified so. Told are seconds until the call returns, and until every page of the model was touched as well;
-what a whole start takes besides (imports); and that the bytes were the same: a sum over all of them.
+evicted and verified so; memory as it comes, or touched by another process a moment before. Told are seconds until the
+call returns, and until every page of the model was touched as well; what a whole start takes besides (imports); and that
+the bytes were the same: a sum over all of them. A ratio in brackets is one that an exact rank-sum test (5 %) cannot tell
+from 1.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from first_loads import MEMORIES, against
+from machine import back_memory, describe, evict, fill_cache
 
 FRAMEWORKS = ("transformers", "diffusers", "accelerate")
 STATES = ("cold", "warm")
@@ -119,55 +124,56 @@ def one(way: str, framework: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(framework: str, folder: Path, states: list[str], rounds: int) -> list[dict[str, Any]]:
-    from machine import evict, fill_cache
-
+def start(way: str, framework: str, folder: Path, state: str, memory: str) -> dict[str, Any]:
+    """One load from this state, by a process of its own."""
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    digests = set()
-    for number in range(-1, rounds):  # the first is not counted
-        for state in states:
-            for way in random.Random(number).sample(WAYS, len(WAYS)):
-                (evict if state == "cold" else fill_cache)(files)
-                command = [sys.executable, __file__, "--one", way, "--frameworks", framework, "--folder", str(folder)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-                said = json.loads(done.stdout.splitlines()[-1])
-                digests.add(said["digest"])
-                if number >= 0:
-                    rows.setdefault((state, way), []).append(said)
-    if len(digests) != 1:
-        raise SystemExit(f"{framework}: not all loads gave the same bytes")
-    return [summary(framework, state, way, found) for (state, way), found in sorted(rows.items())]
+    (evict if state == "cold" else fill_cache)(files)
+    if memory != MEMORIES[0]:
+        back_memory(3 * sum(Path(file).stat().st_size for file in files))
+    command = [sys.executable, __file__, "--one", way, "--frameworks", framework, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def summary(framework: str, state: str, way: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"framework": framework, "state": state, "way": way, "bytes": found[0]["bytes"]}
-    for what in ("import", "returned", "touched"):
-        seconds = sorted(each[what] for each in found)
-        row[what] = {"median": statistics.median(seconds), "least": seconds[0], "most": seconds[-1]}
-    return row
+def measure(framework: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each state of the page cache and of memory: what each load told."""
+    rows = []
+    for memory in options.memories:
+        for state in options.states:
+            loads: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+            for number in range(-1, options.rounds):  # the first is not counted
+                for way in random.sample(WAYS, len(WAYS)):
+                    found = start(way, framework, folder, state, memory)
+                    if number >= 0:
+                        loads[way].append(found)
+            every = [load for found in loads.values() for load in found]
+            if len({(load["digest"], load["bytes"]) for load in every}) != 1:
+                raise SystemExit(f"{framework}: not all loads gave the same bytes")
+            rows.append({"framework": framework, "state": state, "memory": memory, "loads": loads})
+            print_row(rows[-1])
+    return rows
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    medians = {(row["state"], row["way"]): row for row in rows}
-    for row in rows:
-        ours = row["way"] == "weightload"
-        other = medians[row["state"], "safetensors"]
-        line = f"{row['framework']:13} {row['state']:5} {row['way']:12}"
-        for what in ("returned", "touched"):
-            s = row[what]
-            line += f"  {what} {s['median']:.3f} s ({s['least']:.3f} to {s['most']:.3f})"
-            if ours:
-                line += f" {other[what]['median'] / s['median']:.2f} times"
-        print(line + f"  imports {row['import']['median']:.1f} s", flush=True)
+def print_row(row: dict[str, Any]) -> None:
+    line = f"{row['framework']:13} {row['state']:5} {row['memory']:15}"
+    for what in ("returned", "touched"):
+        theirs, ours = ([load[what] for load in row["loads"][way]] for way in ("safetensors", "weightload"))
+        line += f"  {what}"
+        for found in (theirs, ours):
+            line += f" {statistics.median(found):.3f} s ({min(found):.3f} to {max(found):.3f})"
+        line += f" {against(theirs, ours)} times"
+    starts = [load["import"] for loads in row["loads"].values() for load in loads]
+    print(line + f"  imports {statistics.median(starts):.1f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES))
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path(".build/framework-models"))
@@ -177,18 +183,15 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one, options.frameworks[0], options.folder)))
         return
-    from machine import describe
-
     rows = []
     for framework in options.frameworks:
         folder = options.folder / ("wan" if framework == "diffusers" else "llama")
         if not (folder / "config.json").exists():
             make_model(framework, folder, options.gigabytes)
-        found = measure(framework, folder, options.states, options.rounds)
-        print_rows(found)
-        rows += found
+        rows += measure(framework, folder, options)
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe([str(options.folder)]), "rows": rows}, indent=1) + "\n")
+        found = {**describe([str(options.folder)]), "benchmark": "framework loads", "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

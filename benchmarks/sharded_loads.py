@@ -15,7 +15,13 @@ rank 0 alone reads all bytes once.
 
 The ranks of a plan are processes over gloo that live for all its loads. The ways take turns, in another order each
 round, each from the same state: warm, or evicted and verified so. A load takes as long as its slowest rank. Before the
-rounds each way loads once untimed, and every rank's shards are compared with the whole tensors. Bytes are told of all
+rounds each way loads once untimed, and every rank's shards are compared with the whole tensors.
+
+With `--fresh` the ranks start anew for each load, which is the first of their processes, into parameters whose memory
+nobody has touched: as a job starts. Memory is as it comes, or touched by another process a moment before (`--memories`,
+see first_loads.py). The shards of the first round are compared, after the load.
+
+Bytes are told of all
 ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
 count there, gloo's sockets may); and, cold, what storage brought in for these processes (`read_bytes`, with what the
 system read ahead).
@@ -40,11 +46,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from figures import duration, megabytes
-from first_loads import against
+from first_loads import MEMORIES, against
 from into_loads import add_parameter
 from machine import back_memory, describe, evict, fill_cache, raw_parallel_read, resident_share
 from ranks import GroupedRanks
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_by_dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -82,7 +92,7 @@ def placements(plan: str, name: str, shape: Iterable[int], rank: int) -> list[An
 
 
 def target_of(plan: str, files: list[str]) -> Target:
-    """This rank's shards, their memory touched."""
+    """This rank's shards, whose memory nobody has touched."""
     mesh = init_device_mesh("cpu", MESHES[plan])
     found: Target = {}
     for file in files:
@@ -94,7 +104,7 @@ def target_of(plan: str, files: list[str]) -> Target:
                     continue
                 dtype = part[:0].dtype if part.get_shape() else handle.get_tensor(name).dtype
                 whole = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-                local = torch.zeros(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=dtype)
+                local = torch.empty(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=dtype)
                 found[name] = local
                 if not (plan == "ep4" and is_expert(name)):
                     found[name] = DTensor.from_local(
@@ -131,10 +141,7 @@ def load_into(target: Target, files: list[str]) -> None:
 
 
 def dcp(target: Target, files: list[str]) -> None:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    load(target, storage_reader=HuggingFaceStorageReader(str(Path(files[0]).parent), thread_count=2))
+    load_by_dcp(target, storage_reader=HuggingFaceStorageReader(str(Path(files[0]).parent), thread_count=2))
 
 
 def get_slice(target: Target, files: list[str]) -> None:
@@ -171,9 +178,6 @@ def distribute(target: Target, files: list[str]) -> None:
 
 
 def rank0_broadcast(target: Target, files: list[str]) -> None:
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     model = torch.nn.Module()
     for name, shard in target.items():
         add_parameter(model, name, shard)
@@ -199,14 +203,15 @@ WAYS: dict[str, Callable[[Target, list[str]], None]] = {
 }
 
 
-def prepare(ranks: GroupedRanks, cold: bool, target: Target, files: list[str]) -> None:
-    """The same state before every load: shards empty, memory backed, files in the page cache or out of it."""
-    for name in target:
-        local(target, name).zero_()
+def prepare(ranks: GroupedRanks, cold: bool, touched: bool, files: list[str]) -> None:
+    """The same state before every load: memory backed or as it comes, files in the page cache or out of it."""
     gc.collect()
     ranks.barrier()
     if ranks.first:
-        back_memory(2 * sum(Path(file).stat().st_size for file in files))
+        if touched:
+            size = 2 * sum(Path(file).stat().st_size for file in files)
+            script = f"import machine; machine.back_memory({size})"
+            subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
         if cold:
             evict(files)
         elif resident_share(files) < 1:
@@ -252,7 +257,9 @@ def measure(
     loads: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way in random.Random(number).sample(ways, len(ways)):  # the same on all ranks
-            prepare(ranks, state == "cold", target, files)
+            for name in target:
+                local(target, name).zero_()
+            prepare(ranks, state == "cold", True, files)
             load = one_load(way, ranks, target, files)
             if number > 0:
                 loads[way].append(load)
@@ -262,11 +269,42 @@ def measure(
     return row | {"limits": {RAW: loads.pop(RAW)}, "loads": loads}
 
 
+def measure_fresh(plan: str, state: str, memory: str, options: argparse.Namespace, files: list[str]) -> dict[str, Any]:
+    """All ways in turns, by ranks that start for each load."""
+    ways = [*ways_of(plan, options), RAW]
+    loads: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    found: dict[str, Any] = {}
+    for number in range(options.rounds):
+        for way in random.sample(ways, len(ways)):
+            fresh = ["--fresh", "--ways", way, "--states", state, "--memories", memory]
+            found = start(plan, [*fresh, "--rounds", str(number)], files)
+            loads[way].append(found.pop("load"))
+    return found | {"memory": memory, "limits": {RAW: loads.pop(RAW)}, "loads": loads}
+
+
+def first_load(plan: str, options: argparse.Namespace, ranks: GroupedRanks, files: list[str]) -> dict[str, Any]:
+    """One load, the first of these processes."""
+    target = target_of(plan, files)
+    (way,), cold = options.ways, options.states == ["cold"]
+    prepare(ranks, cold, options.memories != ["as it comes"], files)
+    load = one_load(way, ranks, target, files)
+    if options.rounds == 0 and way != RAW:
+        check(way, target, files)
+    return {"plan": plan, "cold": cold, "ranks": ranks.count, "tensors": len(target), "load": load}
+
+
+def ways_of(plan: str, options: argparse.Namespace) -> list[str]:
+    """Of ranks that have different names, nobody's state is everybody's."""
+    ways = list(dict.fromkeys([OURS, *options.ways]))
+    return [way for way in ways if not (plan == "ep4" and way == SHARED)]
+
+
 def print_row(row: dict[str, Any]) -> None:
     """A table for people."""
     ours = [load["seconds"] for load in row["loads"][OURS]]
     wanted = row["loads"][OURS][0]["wanted"] / 1e6
-    print(f"{row['plan']}, {'cold' if row['cold'] else 'warm'}: {wanted:.0f} MB of shards, {row['ranks']} ranks")
+    state = f"{'cold' if row['cold'] else 'warm'}{', first load, memory ' + row['memory'] if 'memory' in row else ''}"
+    print(f"{row['plan']}, {state}: {wanted:.0f} MB of shards, {row['ranks']} ranks")
     for way, found in (row["loads"] | row["limits"]).items():
         seconds = [load["seconds"] for load in found]
         times = "" if way in (OURS, RAW) else f"{against(seconds, ours)} times"
@@ -280,28 +318,37 @@ def work(plan: str, out: Path, options: argparse.Namespace) -> None:
     files = options.model_path
     torch.set_num_threads(1)
     ranks = GroupedRanks(torch.device("cpu"), whole=True)
-    target = target_of(plan, files)
-    # Of ranks that have different names, nobody's state is everybody's.
-    ways = [way for way in options.ways if not (plan == "ep4" and way == SHARED)]
-    rows = [measure(plan, state, [*ways, RAW], options.rounds, ranks, target, files) for state in options.states]
+    found: Any
+    if options.fresh:
+        found = first_load(plan, options, ranks, files)
+    else:
+        target, ways = target_of(plan, files), [*ways_of(plan, options), RAW]
+        found = [measure(plan, state, ways, options.rounds, ranks, target, files) for state in options.states]
     if ranks.first:
-        out.write_text(json.dumps(rows))
+        out.write_text(json.dumps(found))
     ranks.close()
 
 
-def run(plan: str, options: argparse.Namespace, files: list[str]) -> list[dict[str, Any]]:
-    """Start the ranks of a plan; a row for each state."""
+def start(plan: str, flags: list[str], files: list[str]) -> Any:
+    """Start the ranks of a plan; what the first of them found."""
     with tempfile.TemporaryDirectory(prefix="sharded-loads-") as folder:
-        out = Path(folder) / "rows.json"
+        out = Path(folder) / "found.json"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(math.prod(MESHES[plan]))]
-        ways = list(dict.fromkeys([OURS, *options.ways]))
-        flags = ["--rounds", str(options.rounds), "--ways", *ways, "--states", *options.states]
         command = [sys.executable, *launch, __file__, "--work", plan, str(out), *flags, "--model-path", *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
         if done.returncode:
             sys.exit(f"{plan}: {done.stderr[-3000:]}")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())
-        return rows
+        return json.loads(out.read_text())
+
+
+def rows_of(plan: str, options: argparse.Namespace, files: list[str]) -> Iterable[dict[str, Any]]:
+    if options.fresh:
+        for memory in options.memories:
+            for state in options.states:
+                yield measure_fresh(plan, state, memory, options, files)
+        return
+    flags = ["--rounds", str(options.rounds), "--ways", *ways_of(plan, options), "--states", *options.states]
+    yield from start(plan, flags, files)
 
 
 def main() -> None:
@@ -309,8 +356,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, nargs="+")
     parser.add_argument("--plans", nargs="+", choices=sorted(MESHES), default=PLANS)
-    parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=sorted([*WAYS, RAW]), default=list(WAYS))
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--fresh", action="store_true", help="the ranks start anew for each load")
+    parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES), help="with --fresh")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
@@ -322,8 +371,8 @@ def main() -> None:
     files = [file for path in options.model_path for file in weightload.resolve_safetensors_files(path)]
     rows = []
     for plan in options.plans:
-        rows += run(plan, options, files)
-        for row in rows[-len(options.states) :]:
+        for row in rows_of(plan, options, files):
+            rows.append(row)
             print_row(row)
     if options.json:
         size = sum(Path(file).stat().st_size for file in files)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 MIB = 1 << 20
 
-SCRIPT = """
+ITERATE = """
     import sys
     import torch, weightload
     from weightload import _C, settings
@@ -41,6 +41,31 @@ SCRIPT = """
 """
 
 
+INTO = """
+    import sys
+    import torch, weightload
+    from weightload import _C
+
+    kind, path = sys.argv[1:]
+
+
+    def huge_bytes():
+        for line in open("/proc/self/smaps_rollup"):
+            if line.startswith("AnonHugePages:"):
+                return int(line.split()[1]) << 10
+
+
+    _C.set_page_costs(*{"huge": (200, 1000), "single": (5000, 1000)}[kind])
+    with weightload.safe_open(path, "pt") as file:
+        targets = {name: torch.empty(file.get_slice(name).get_shape(), dtype=torch.uint8) for name in file.keys()}
+    before = huge_bytes()
+    weightload.load_into(targets, [path])
+    grown = huge_bytes() - before
+    assert all(torch.equal(targets[name], tensor) for name, tensor in weightload.load_file(path).items())
+    print(grown)
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fresh") / "model.safetensors"
@@ -60,7 +85,7 @@ def huge_pages_are_to_be_had() -> bool:
 @pytest.mark.parametrize("kind", ["huge", "single"])
 def test_the_cheaper_pages_are_taken(checkpoint: Path, kind: str, read: str) -> None:
     evict([checkpoint])
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), kind, read, str(checkpoint)]
+    command = [sys.executable, "-c", textwrap.dedent(ITERATE), kind, read, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     huge, direct = map(int, done.stdout.split())
     if kind == "single":
@@ -69,3 +94,17 @@ def test_the_cheaper_pages_are_taken(checkpoint: Path, kind: str, read: str) -> 
     elif huge_pages_are_to_be_had():
         assert huge > 100 * MIB
     assert read != "direct" or direct > 100 * MIB
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("kind", ["huge", "single"])
+def test_targets_that_nobody_has_touched_are_in_the_cheaper_pages(checkpoint: Path, kind: str, cold: bool) -> None:
+    if cold:
+        evict([checkpoint])
+    command = [sys.executable, "-c", textwrap.dedent(INTO), kind, str(checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    huge = int(done.stdout)
+    if kind == "single":  # those that are tried, and buffers for direct reads
+        assert huge <= 60 * MIB
+    elif huge_pages_are_to_be_had():
+        assert huge > 80 * MIB

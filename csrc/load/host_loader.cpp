@@ -226,10 +226,10 @@ void HostLoader::work(size_t task, const Look& look) {
   const HostMemoryRef memory = block_memory(read.block);
   // The caller's memory is mostly in single pages.
   const bool huge = !in_place_[read.block] && memory->in_huge_pages();
-  const Destination to{*memory.get(), memory->data() + read.block_offset, huge};
+  const Destination to{*memory.get(), memory->data() + read.block_offset, huge, in_place_[read.block]};
   if (read.piece != 0) {
     const bool past_caches = may_pass_caches(to.begin, read.bytes.size());
-    if (!past_caches) fault_in(to, read.bytes.size(), look);
+    if (!past_caches) fault_in(to, to.begin, read.bytes.size(), look);
     read_strided(*readers_[read.file], read.run(), to.begin, look, past_caches);
   } else {
     read_private(*readers_[read.file], read.bytes, to, look);
@@ -244,7 +244,7 @@ void HostLoader::read_private(RangeReader& reader, ByteRange range, const Destin
   RangeReader::Attempt attempt = reader.begin(range, look, fits || bounced);
   uint64_t done = range.begin;
   if (attempt.direct && fits) {
-    fault_in(to, range.size(), look);
+    fault_in(to, to.begin, range.size(), look);
     reader.direct_within(attempt, to.begin);
   } else if (attempt.direct) {
     done = read_bounced(reader, attempt, to);
@@ -258,11 +258,18 @@ bool HostLoader::may_pass_caches(const char* place, uint64_t size) {
   return !shared_ && total_bytes() >= kLeastPastCaches && backed_pages_.has_all(place, static_cast<size_t>(size));
 }
 
-// With a look between two windows: each may wait for the system to find memory.
-void HostLoader::fault_in(const Destination& to, uint64_t size, const Look& look) {
+// With a look between two windows: each may wait for the system to find memory. A small load into the caller's memory
+// is done in the time that looking for its pages takes.
+void HostLoader::fault_in(const Destination& to, char* begin, uint64_t size, const Look& look) {
+  if (to.in_place && total_bytes() < kLeastPastCaches) return;
   for (uint64_t at = 0; at < size; at += kHugePage) {
     look();
-    to.memory.fault_in(to.begin + at, static_cast<size_t>(std::min<uint64_t>(kHugePage, size - at)));
+    const auto count = static_cast<size_t>(std::min<uint64_t>(kHugePage, size - at));
+    if (to.in_place) {
+      fresh_pages_.fault_in(begin + at, count, to.memory.data(), to.memory.size());
+    } else {
+      to.memory.fault_in(begin + at, count);
+    }
   }
 }
 
@@ -283,7 +290,7 @@ uint64_t HostLoader::read_bounced(RangeReader& reader, RangeReader::Attempt& att
     char* const image = block->data() + at % kDirectAlignment;
     if (!reader.direct(attempt, piece, image)) return at;
     const auto size = static_cast<size_t>(piece.size());
-    to.memory.fault_in(place_of(at), size);
+    fault_in(to, place_of(at), size, attempt.look);
     std::memcpy(place_of(at), image, size);
     at = piece.end;
   }
@@ -300,7 +307,7 @@ void HostLoader::read_buffered(RangeReader& reader, RangeReader::Attempt& attemp
     const uint64_t window = kHugePage - reinterpret_cast<uintptr_t>(place) % kHugePage;
     const ByteRange piece{at, attempt.cached ? std::min(range.end, at + window) : range.end};
     const bool past_caches = may_pass_caches(place, piece.size());
-    if (!past_caches) fault_in({to.memory, place, to.huge}, piece.size(), attempt.look);
+    if (!past_caches) fault_in(to, place, piece.size(), attempt.look);
     reader.buffered(attempt, piece, place, past_caches);
     at = piece.end;
   }

@@ -13,6 +13,7 @@
 #include "load/load_counts.h"
 #include "memory/backed_pages.h"
 #include "memory/block_cache.h"
+#include "memory/fresh_pages.h"
 #include "memory/host_memory.h"
 #include "page_cache/cache_filler.h"
 #include "page_cache/page_tables.h"
@@ -134,11 +135,12 @@ class HostLoader {
   struct Destination {
     HostMemory& memory;
     char* begin;
-    bool huge;  // pages; single ones make large direct reads slow
+    bool huge;      // pages; single ones make large direct reads slow
+    bool in_place;  // the caller's
   };
 
   void read_private(RangeReader& reader, ByteRange range, const Destination& to, const Look& look);
-  static void fault_in(const Destination& to, uint64_t size, const Look& look);
+  void fault_in(const Destination& to, char* begin, uint64_t size, const Look& look);
   void read_buffered(RangeReader& reader, RangeReader::Attempt& attempt, uint64_t from, const Destination& to);
   bool may_pass_caches(const char* place, uint64_t size);
   HostMemoryRef allocate(uint64_t bytes);
@@ -172,6 +174,7 @@ class HostLoader {
   ReadMode read_;
   Pace pace_;
   BackedPages backed_pages_;
+  FreshPages fresh_pages_{backed_pages_};
   LoadMappings mappings_;
   CacheFiller filler_{mappings_};
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in

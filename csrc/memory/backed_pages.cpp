@@ -19,6 +19,8 @@ namespace {
 
 bool is_private(uint64_t entry) { return (entry & (kPagePresent | kPageOfFile)) == kPagePresent; }
 
+bool is_none(uint64_t entry) { return (entry & (kPagePresent | kPageSwapped)) == 0; }
+
 // Where files are mapped in this process; everywhere, if that cannot be told.
 std::vector<ByteRange> mappings_of_files() {
   const std::vector<ByteRange> everywhere{{0, std::numeric_limits<uint64_t>::max()}};
@@ -66,7 +68,8 @@ bool BackedPages::is_of_file(ByteRange memory) const {
   return next != files_mappings_.end() && next->begin < memory.end;
 }
 
-bool BackedPages::has_all(const char* begin, size_t size) {
+template <class Predicate>
+bool BackedPages::holds_for_all(const char* begin, size_t size, Predicate predicate) {
   look();
   if (!pagemap_ || size == 0) return false;
   const auto first = reinterpret_cast<uintptr_t>(begin);
@@ -77,10 +80,14 @@ bool BackedPages::has_all(const char* begin, size_t size) {
     const size_t bytes = count * sizeof(entries[0]);
     const auto at = static_cast<off_t>(page * sizeof(entries[0]));
     if (::pread(pagemap_.get(), entries.data(), bytes, at) != static_cast<ssize_t>(bytes)) return false;
-    if (!std::all_of(entries.begin(), entries.begin() + static_cast<ptrdiff_t>(count), is_private)) return false;
+    if (!std::all_of(entries.begin(), entries.begin() + static_cast<ptrdiff_t>(count), predicate)) return false;
     page += count;
   }
   return !is_of_file(pages);
 }
+
+bool BackedPages::has_all(const char* begin, size_t size) { return holds_for_all(begin, size, is_private); }
+
+bool BackedPages::has_none(const char* begin, size_t size) { return holds_for_all(begin, size, is_none); }
 
 }  // namespace weightload

@@ -1,7 +1,6 @@
 #include "memory/block_cache.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "base/byte_range.h"
 #include "base/fork_generation.h"
@@ -49,14 +48,8 @@ class CachedBlock final : public HostMemory {
       weightload::fault_in(window, left);
       return;
     }
-    const Pages pages = cache_->prices_.choose();
-    if (pages != region_.pages) advise(window, kHugePage, pages);
-    const auto begin = std::chrono::steady_clock::now();
-    if (weightload::fault_in(window, kHugePage) == 0) {
-      cache_->prices_.record(pages, std::chrono::steady_clock::now() - begin);
-    } else {
-      cache_->can_fault_in_ = false;  // whatever it is: the read finds it, or does without
-    }
+    // Whatever it is that refuses: the read finds it, or does without.
+    if (!fault_in_cheaply(window, region_.pages, cache_->prices_)) cache_->can_fault_in_ = false;
   }
 
   std::shared_ptr<BlockCache> cache_;

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cerrno>
+#include <chrono>
 #include <string>
 
 #include "base/byte_range.h"
@@ -52,6 +53,15 @@ int fault_in(char* begin, size_t size) noexcept {
     if (::madvise(begin, size, MADV_POPULATE_WRITE) == 0) return 0;
     if (errno != EINTR || tries == kMostTries) return errno;
   }
+}
+
+bool fault_in_cheaply(char* window, Pages advised, PagePrices& prices) noexcept {
+  const Pages pages = prices.choose();
+  if (pages != advised) advise(window, kHugePage, pages);
+  const auto begin = std::chrono::steady_clock::now();
+  if (fault_in(window, kHugePage) != 0) return false;
+  prices.record(pages, std::chrono::steady_clock::now() - begin);
+  return true;
 }
 
 void unmap_huge(const HugeRegion& region) noexcept { ::munmap(region.start, region.used); }

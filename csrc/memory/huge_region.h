@@ -25,6 +25,10 @@ void advise(char* begin, size_t size, Pages pages) noexcept;
 // Brings in every page of the range, which begins and ends at pages: 0, or an errno.
 int fault_in(char* begin, size_t size) noexcept;
 
+// The same for a huge page's worth, which has been advised to be of such pages, in the cheaper ones. What that has cost
+// is recorded. Whether it could be done.
+bool fault_in_cheaply(char* window, Pages advised, PagePrices& prices) noexcept;
+
 void unmap_huge(const HugeRegion& region) noexcept;
 
 }  // namespace weightload

@@ -18,6 +18,7 @@ inline UniqueFd open_pagemap() {
 }
 
 inline constexpr uint64_t kPagePresent = 1ull << 63;
+inline constexpr uint64_t kPageSwapped = 1ull << 62;
 inline constexpr uint64_t kPageOfFile = 1ull << 61;  // or shared
 
 }  // namespace weightload

@@ -5,12 +5,17 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <initializer_list>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "base/byte_range.h"
 #include "base/pages.h"
+#include "base/unique_fd.h"
 #include "check.h"
 #include "memory/block_cache.h"
+#include "memory/fresh_pages.h"
 #include "memory/spare_memory.h"
 
 using namespace weightload;
@@ -77,6 +82,32 @@ struct Fresh {
   std::shared_ptr<BlockCache> cache;
   HostMemoryRef block;
   bool huge = false;
+};
+
+// Memory of the caller's, as torch makes it: from somewhere in a huge page to somewhere in another. Nobody has touched
+// it.
+struct Callers {
+  explicit Callers(int flags = MAP_PRIVATE | MAP_ANONYMOUS, int fd = -1) {
+    begin = static_cast<char*>(::mmap(nullptr, kSize, PROT_READ | PROT_WRITE, flags, fd, 0));
+    CHECK(begin != MAP_FAILED);
+    first = begin + round_up(reinterpret_cast<uintptr_t>(begin), kHugePage) - reinterpret_cast<uintptr_t>(begin);
+    data = first + kMiB / 2;
+  }
+  ~Callers() { ::munmap(begin, kSize); }
+  void fault_in(size_t from, size_t to) { FreshPages(backed).fault_in(data + from, to - from, data, 9 * kMiB); }
+  // Of `windows`, a huge page each from `first`.
+  bool are_there(std::initializer_list<int> windows) const {
+    for (const int window : windows) {
+      const char* const at = first + static_cast<size_t>(window) * kHugePage;
+      if (!is_there(at) || !is_there(at + kHugePage - 1)) return false;
+    }
+    return true;
+  }
+  static constexpr size_t kSize = 16 * kMiB;
+  BackedPages backed;
+  char* begin;
+  char* first;
+  char* data;
 };
 
 }  // namespace
@@ -241,4 +272,65 @@ TEST(a_bounce_buffer_is_never_of_spare_single_pages) {
   CHECK(!cache->allocate(8 * kMiB)->in_huge_pages());  // which others may well use again
   cache->close();
   spare_memory::set_limit(0);
+}
+
+TEST(a_callers_fresh_memory_is_brought_in_a_window_at_a_time) {
+  const Costs costs(kCheap, kSingle);
+  Callers memory;
+  memory.fault_in(3 * kMiB, 3 * kMiB + 1);  // in the middle of a window
+  CHECK(memory.are_there({1}) && !is_there(memory.first + 2 * kHugePage) && !is_there(memory.first));
+  CHECK(advice_at(memory.first + kHugePage) == "hg" && advice_at(memory.first + 2 * kHugePage) == "");
+  memory.fault_in(0, 9 * kMiB);
+  CHECK(memory.are_there({1, 2, 3}));
+  // Nothing that is not of the memory: before its first whole window, and after the last.
+  CHECK(!is_there(memory.data) && !is_there(memory.first + 4 * kHugePage));
+  CHECK(advice_at(memory.data) == "" && advice_at(memory.first + 4 * kHugePage) == "");
+}
+
+TEST(a_callers_fresh_memory_stays_as_it_is_where_huge_pages_are_dear) {
+  const Costs costs(kDear, kSingle);
+  Callers memory;
+  FreshPages pages(memory.backed);
+  std::vector<std::unique_ptr<Callers>> others;
+  for (int i = 0; i < 8; ++i) {
+    others.push_back(std::make_unique<Callers>());
+    pages.fault_in(others.back()->data, 9 * kMiB, others.back()->data, 9 * kMiB);
+    CHECK(others.back()->are_there({1, 2, 3}));
+  }
+  for (const int window : {1, 2, 3}) CHECK(advice_at(others.back()->first + window * kHugePage) == "");
+}
+
+TEST(a_callers_memory_that_is_there_is_left_alone) {
+  const Costs costs(kCheap, kSingle);
+  Callers memory;
+  memory.first[2 * kHugePage + kMiB] = 'x';
+  memory.fault_in(0, 9 * kMiB);
+  CHECK(memory.are_there({1, 3}) && !is_there(memory.first + 2 * kHugePage));
+  CHECK(memory.first[2 * kHugePage + kMiB] == 'x' && advice_at(memory.first + 2 * kHugePage) == "");
+  Callers small;
+  FreshPages(small.backed).fault_in(small.first, kHugePage - 1, small.first, kHugePage - 1);
+  CHECK(!is_there(small.first));
+}
+
+TEST(memory_of_files_is_not_brought_in) {
+  const Costs costs(kCheap, kSingle);
+  const UniqueFd file(::memfd_create("fresh", MFD_CLOEXEC));
+  CHECK(::ftruncate(file.get(), static_cast<off_t>(Callers::kSize)) == 0);
+  for (Callers* const memory : {new Callers(MAP_SHARED, file.get()), new Callers(MAP_PRIVATE, file.get()),
+                                new Callers(MAP_SHARED | MAP_ANONYMOUS)}) {
+    memory->fault_in(0, 9 * kMiB);
+    CHECK(advice_at(memory->first + kHugePage) == "" && !is_there(memory->first + kHugePage));
+    delete memory;
+  }
+}
+
+TEST(memory_that_cannot_be_written_to_is_not_asked_for_twice) {
+  const Costs costs(kCheap, kSingle);
+  Callers memory;
+  CHECK(::mprotect(memory.begin, Callers::kSize, PROT_READ) == 0);
+  FreshPages pages(memory.backed);
+  pages.fault_in(memory.data, 9 * kMiB, memory.data, 9 * kMiB);
+  CHECK(::mprotect(memory.begin, Callers::kSize, PROT_READ | PROT_WRITE) == 0);
+  pages.fault_in(memory.data, 9 * kMiB, memory.data, 9 * kMiB);
+  CHECK(!memory.are_there({1}) && !memory.are_there({2}));
 }
