@@ -8,10 +8,10 @@ by the framework itself, in shards: a Llama (`AutoModelForCausalLM.from_pretrain
 (`WanTransformer3DModel.from_pretrained`), the Llama again by accelerate (`load_checkpoint_in_model`, into a model
 without memory). Each load is a process of its own, which has imported everything and installed weightload, or not,
 before the clock starts. With and without take turns, in another order each round, each from the same state: warm, or
-evicted and verified so; memory as it comes, or touched by another process a moment before. Told are seconds until the
-call returns, and until every page of the model was touched as well; what a whole start takes besides (imports); and that
-the bytes were the same: a sum over all of them. A ratio in brackets is one that an exact rank-sum test (5 %) cannot tell
-from 1.
+evicted and verified so; memory as it comes, or touched by another process a moment before. Told are seconds until
+the call returns, and until every page of the model was touched as well; what a whole start takes besides (imports); and
+that the bytes were the same: a sum over all of them. A ratio in brackets is one that an exact rank-sum test (5 %)
+cannot tell from 1.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ import torch.distributed as dist
 from figures import duration, megabytes
 from first_loads import MEMORIES, against
 from into_loads import add_parameter
-from machine import back_memory, describe, evict, fill_cache, raw_parallel_read, resident_share
+from machine import describe, evict, fill_cache, raw_parallel_read, resident_share
 from ranks import GroupedRanks
 from safetensors import safe_open
 from safetensors.torch import load_file
