@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, sys, time
 import torch
-from machine import back_memory, evict, fill_cache
+from machine import back_memory_elsewhere, evict, fill_cache
 from safetensors import safe_open
 import weightload
 
@@ -42,10 +42,8 @@ if cache == "cold":
 else:
     fill_cache(files)
 if memory != "as it comes":
-    import os, subprocess
-    size = 2 * sum(map(os.path.getsize, files))
-    script = f"import machine; machine.back_memory({size})"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    import os
+    back_memory_elsewhere(2 * sum(map(os.path.getsize, files)))
 
 
 def safetensors():

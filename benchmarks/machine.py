@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -160,6 +161,12 @@ def back_memory(size: int) -> None:
         half = size // 2
         with ThreadPoolExecutor(2) as pool:  # memset releases the GIL
             list(pool.map(lambda at: ctypes.memset(start + at, 1, half), (0, half)))
+
+
+def back_memory_elsewhere(size: int) -> None:
+    """The same by another process, so that none of it stays with this one."""
+    script = f"import machine; machine.back_memory({size})"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
 
 
 def raw_parallel_read(files: Sequence[str], threads: int) -> int:

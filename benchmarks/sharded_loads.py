@@ -48,7 +48,7 @@ import torch.distributed as dist
 from figures import duration, megabytes
 from first_loads import MEMORIES, against
 from into_loads import add_parameter
-from machine import describe, evict, fill_cache, raw_parallel_read, resident_share
+from machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
 from ranks import GroupedRanks
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -209,9 +209,7 @@ def prepare(ranks: GroupedRanks, cold: bool, touched: bool, files: list[str]) ->
     ranks.barrier()
     if ranks.first:
         if touched:
-            size = 2 * sum(Path(file).stat().st_size for file in files)
-            script = f"import machine; machine.back_memory({size})"
-            subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+            back_memory_elsewhere(2 * sum(Path(file).stat().st_size for file in files))
         if cold:
             evict(files)
         elif resident_share(files) < 1:
@@ -277,7 +275,7 @@ def measure_fresh(plan: str, state: str, memory: str, options: argparse.Namespac
     for number in range(options.rounds):
         for way in random.sample(ways, len(ways)):
             fresh = ["--fresh", "--ways", way, "--states", state, "--memories", memory]
-            found = start(plan, [*fresh, "--rounds", str(number)], files)
+            found = start(plan, [*fresh, *(["--check"] if number == 0 else [])], files)
             loads[way].append(found.pop("load"))
     return found | {"memory": memory, "limits": {RAW: loads.pop(RAW)}, "loads": loads}
 
@@ -288,7 +286,7 @@ def first_load(plan: str, options: argparse.Namespace, ranks: GroupedRanks, file
     (way,), cold = options.ways, options.states == ["cold"]
     prepare(ranks, cold, options.memories != ["as it comes"], files)
     load = one_load(way, ranks, target, files)
-    if options.rounds == 0 and way != RAW:
+    if options.check and way != RAW:
         check(way, target, files)
     return {"plan": plan, "cold": cold, "ranks": ranks.count, "tensors": len(target), "load": load}
 
@@ -362,6 +360,7 @@ def main() -> None:
     parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES), help="with --fresh")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:

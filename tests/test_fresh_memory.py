@@ -14,18 +14,20 @@ from safetensors.torch import save_file
 
 MIB = 1 << 20
 
-ITERATE = """
+START = """
     import sys
     import torch, weightload
     from weightload import _C, settings
-
-    kind, read, path = sys.argv[1:]
 
 
     def huge_bytes():
         for line in open("/proc/self/smaps_rollup"):
             if line.startswith("AnonHugePages:"):
                 return int(line.split()[1]) << 10
+"""
+
+ITERATE = """
+    kind, read, path = sys.argv[1:]
 
 
     _C.set_page_costs(*{"huge": (200, 1000), "single": (5000, 1000)}[kind])
@@ -42,17 +44,7 @@ ITERATE = """
 
 
 INTO = """
-    import sys
-    import torch, weightload
-    from weightload import _C
-
     kind, path = sys.argv[1:]
-
-
-    def huge_bytes():
-        for line in open("/proc/self/smaps_rollup"):
-            if line.startswith("AnonHugePages:"):
-                return int(line.split()[1]) << 10
 
 
     _C.set_page_costs(*{"huge": (200, 1000), "single": (5000, 1000)}[kind])
@@ -85,7 +77,7 @@ def huge_pages_are_to_be_had() -> bool:
 @pytest.mark.parametrize("kind", ["huge", "single"])
 def test_the_cheaper_pages_are_taken(checkpoint: Path, kind: str, read: str) -> None:
     evict([checkpoint])
-    command = [sys.executable, "-c", textwrap.dedent(ITERATE), kind, read, str(checkpoint)]
+    command = [sys.executable, "-c", textwrap.dedent(START + ITERATE), kind, read, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     huge, direct = map(int, done.stdout.split())
     if kind == "single":
@@ -101,7 +93,7 @@ def test_the_cheaper_pages_are_taken(checkpoint: Path, kind: str, read: str) -> 
 def test_targets_that_nobody_has_touched_are_in_the_cheaper_pages(checkpoint: Path, kind: str, cold: bool) -> None:
     if cold:
         evict([checkpoint])
-    command = [sys.executable, "-c", textwrap.dedent(INTO), kind, str(checkpoint)]
+    command = [sys.executable, "-c", textwrap.dedent(START + INTO), kind, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     huge = int(done.stdout)
     if kind == "single":  # those that are tried, and buffers for direct reads
