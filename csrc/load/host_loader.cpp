@@ -262,14 +262,16 @@ bool HostLoader::may_pass_caches(const char* place, uint64_t size) {
 // is done in the time that looking for its pages takes.
 void HostLoader::fault_in(const Destination& to, char* begin, uint64_t size, const Look& look) {
   if (to.in_place && total_bytes() < kLeastPastCaches) return;
-  for (uint64_t at = 0; at < size; at += kHugePage) {
+  for (char *at = begin, *const end = begin + size; at < end;) {
     look();
-    const auto count = static_cast<size_t>(std::min<uint64_t>(kHugePage, size - at));
+    const size_t window = kHugePage - reinterpret_cast<uintptr_t>(at) % kHugePage;
+    const size_t count = std::min(window, static_cast<size_t>(end - at));
     if (to.in_place) {
-      fresh_pages_.fault_in(begin + at, count, to.memory.data(), to.memory.size());
+      fresh_pages_.fault_in(at, count, to.memory.data(), to.memory.size());
     } else {
-      to.memory.fault_in(begin + at, count);
+      to.memory.fault_in(at, count);
     }
+    at += count;
   }
 }
 

@@ -74,6 +74,7 @@ bool BackedPages::holds_for_all(const char* begin, size_t size, Predicate predic
   if (!pagemap_ || size == 0) return false;
   const auto first = reinterpret_cast<uintptr_t>(begin);
   const ByteRange pages = pages_around({first, first + size});
+  if (is_of_file(pages)) return false;
   std::array<uint64_t, kHugePage / 4096> entries;
   for (uint64_t page = pages.begin / page_bytes(), end = pages.end / page_bytes(); page < end;) {
     const auto count = static_cast<size_t>(std::min<uint64_t>(entries.size(), end - page));
@@ -83,7 +84,7 @@ bool BackedPages::holds_for_all(const char* begin, size_t size, Predicate predic
     if (!std::all_of(entries.begin(), entries.begin() + static_cast<ptrdiff_t>(count), predicate)) return false;
     page += count;
   }
-  return !is_of_file(pages);
+  return true;
 }
 
 bool BackedPages::has_all(const char* begin, size_t size) { return holds_for_all(begin, size, is_private); }

@@ -44,8 +44,8 @@ HugeRegion map_huge(uint64_t size, Pages pages) {
   return region;
 }
 
-void advise(char* begin, size_t size, Pages pages) noexcept {
-  ::madvise(begin, size, pages == Pages::huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+bool advise(char* begin, size_t size, Pages pages) noexcept {
+  return ::madvise(begin, size, pages == Pages::huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE) == 0 || errno != ENOMEM;
 }
 
 int fault_in(char* begin, size_t size) noexcept {
@@ -57,7 +57,7 @@ int fault_in(char* begin, size_t size) noexcept {
 
 bool fault_in_cheaply(char* window, Pages advised, PagePrices& prices) noexcept {
   const Pages pages = prices.choose();
-  if (pages != advised) advise(window, kHugePage, pages);
+  if (pages != advised && !advise(window, kHugePage, pages)) return false;
   const auto begin = std::chrono::steady_clock::now();
   if (fault_in(window, kHugePage) != 0) return false;
   prices.record(pages, std::chrono::steady_clock::now() - begin);

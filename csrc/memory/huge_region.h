@@ -19,8 +19,9 @@ struct HugeRegion {
 // Error{memory}.
 HugeRegion map_huge(uint64_t size, Pages pages);
 
-// Advice only: where huge pages are switched off, or always taken, the memory works all the same.
-void advise(char* begin, size_t size, Pages pages) noexcept;
+// Advice only: where huge pages are switched off, or always taken, the memory works all the same. False where it would
+// make more mappings than a process has.
+bool advise(char* begin, size_t size, Pages pages) noexcept;
 
 // Brings in every page of the range, which begins and ends at pages: 0, or an errno.
 int fault_in(char* begin, size_t size) noexcept;

@@ -334,3 +334,13 @@ TEST(memory_that_cannot_be_written_to_is_not_asked_for_twice) {
   pages.fault_in(memory.data, 9 * kMiB, memory.data, 9 * kMiB);
   CHECK(!memory.are_there({1}) && !memory.are_there({2}));
 }
+
+TEST(a_process_splits_the_mappings_of_so_many_targets) {
+  const Costs costs(kCheap, kSingle);
+  set_fresh_targets(2);
+  Callers first, second, third;
+  for (Callers* const memory : {&first, &second, &third}) memory->fault_in(0, 9 * kMiB);
+  set_fresh_targets(FreshPages::kMostTargets);
+  CHECK(first.are_there({1, 2, 3}) && second.are_there({1, 2, 3}));
+  CHECK(!is_there(third.first + kHugePage) && advice_at(third.first + kHugePage) == "");
+}
