@@ -124,14 +124,15 @@ def lines(cache: str, memory: str, seconds: dict[str, list[float]]) -> list[str]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", type=Path, required=True)
+    parser.add_argument("--model-path", type=os.path.abspath, required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--old", type=Path)
+    parser.add_argument("--old", type=os.path.abspath)
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=MEMORIES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    files = sorted(map(str, options.model_path.glob("*.safetensors")))
+    old = options.old and Path(options.old)
+    files = sorted(map(str, Path(options.model_path).glob("*.safetensors")))
     if not files:
         sys.exit(f"{options.model_path}: no safetensors files")
     size = sum(map(os.path.getsize, files))
@@ -140,12 +141,12 @@ def main() -> None:
     cells = []
     for memory in options.memories:
         for cache in options.caches:
-            seconds = measure(cache, memory, files, options.rounds, options.old)
+            seconds = measure(cache, memory, files, options.rounds, old)
             cells.append({"cache": cache, "memory": memory, "seconds": seconds})
             print("\n".join(lines(cache, memory, seconds)), flush=True)
     if options.json:
-        old = options.old and commit_of(options.old)
-        result: dict[str, Any] = {**describe(files), "bytes": size, "files": len(files), "old": old, "cells": cells}
+        result: dict[str, Any] = {**describe(files), "bytes": size, "files": len(files), "cells": cells}
+        result["old"] = old and commit_of(old)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -111,16 +111,17 @@ def words(figures: dict[str, list[float]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", type=Path, required=True)
-    parser.add_argument("--model-path", action="append", required=True)
+    parser.add_argument("--old", type=os.path.abspath, required=True)
+    parser.add_argument("--model-path", type=os.path.abspath, action="append", required=True)
     parser.add_argument("--ways", default="; ".join(WAYS), help="of these, separated by semicolons: %(default)s")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    old = Path(options.old)
     result: dict[str, Any] = {
         "environment": environment(torch.device("cpu"), []),
-        "old": commit_of(options.old),
+        "old": commit_of(old),
         "new": commit_of(HERE),
         "models": [],
     }
@@ -132,7 +133,7 @@ def main() -> None:
         rows = []
         print(f"\n{Path(model).name}: {sum(map(os.path.getsize, files)) / 1e9:.2f} GB")
         for way in options.ways.split("; "):
-            rows.append(compare(options.old, way, files, options.rounds, options.loads))
+            rows.append(compare(old, way, files, options.rounds, options.loads))
             print(f"{way:16} first {words(rows[-1]['first'])}   later {words(rows[-1]['later'])}", flush=True)
         result["models"].append({"model": Path(model).name, "rows": rows})
     if options.json:

@@ -185,7 +185,7 @@ def show(pressure: str, found: dict[str, list[tuple[float, int]]]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--model-path", type=os.path.abspath, required=True)
     parser.add_argument("--other", nargs="*", default=[], metavar="FILE", help="what the other readers read")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")

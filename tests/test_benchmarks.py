@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,9 +88,8 @@ def test_plain(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_first_loads(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "first.json"
-    printed = run(
-        ROOT / "benchmarks" / "first_loads.py", "--model-path", checkpoint, "--rounds", 1, "--old", ROOT, "--json", out
-    )  # fmt: skip
+    command = ["--model-path", os.path.relpath(checkpoint), "--rounds", 1, "--old", os.path.relpath(ROOT), "--json", out]
+    printed = run(ROOT / "benchmarks" / "first_loads.py", *command)
     assert "old" in printed
     result = json.loads(out.read_text())
     assert {"huge_pages", "page_reporting", "kernel", "commit"} <= result.keys()
@@ -100,6 +100,14 @@ def test_first_loads(checkpoint: Path, tmp_path: Path) -> None:
     for cell in result["cells"]:
         assert arms < set(cell["seconds"]) == arms | {"weightload (old)", "weightload pread (old)"}
         assert all(seconds > 0 for times in cell["seconds"].values() for seconds in times)
+
+
+def test_old_and_new(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both.json"
+    command = ["--old", os.path.relpath(ROOT), "--model-path", os.path.relpath(checkpoint), "--rounds", 1, "--loads", 1]
+    run(ROOT / "benchmarks" / "old_and_new.py", *command, "--ways", "parameters", "--json", out)
+    (model,) = json.loads(out.read_text())["models"]
+    assert [row["way"] for row in model["rows"]] == ["parameters"]
 
 
 def test_reload(checkpoint: Path, tmp_path: Path) -> None:
