@@ -9,15 +9,16 @@ by the framework itself, in shards: a Llama (`AutoModelForCausalLM.from_pretrain
 without memory). Each load is a process of its own, which has imported everything and installed weightload, or not,
 before the clock starts. With and without take turns, in another order each round, each from the same state: warm, or
 evicted and verified so; memory as it comes, or touched by another process a moment before. Told are seconds until
-the call returns, and until every page of the model was touched as well; what a whole start takes besides (imports); and
-that the bytes were the same: a sum over all of them. A ratio in brackets is one that an exact rank-sum test (5 %)
-cannot tell from 1.
+the call returns, and until every page of the model was touched as well; and that the bytes were the same: a sum over
+all of them. A ratio in brackets is one that an exact rank-sum test (5 %) cannot tell from 1. A whole start is that from
+the process's first moment to the end of a first step (one forward of a few tokens); told is the loading's share of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -95,9 +96,27 @@ def load(framework: str, folder: Path) -> Any:
     return by_accelerate
 
 
+def first_step(framework: str, model: Any) -> None:
+    """One forward of a few tokens."""
+    import torch
+
+    with torch.no_grad():
+        if framework == "diffusers":
+            pixels = torch.zeros(1, 16, 1, 8, 8, dtype=torch.bfloat16)
+            text = torch.zeros(1, 8, 4096, dtype=torch.bfloat16)
+            model(hidden_states=pixels, timestep=torch.tensor([1]), encoder_hidden_states=text)
+        else:
+            model(torch.arange(8)[None])
+
+
+def age() -> float:
+    """Seconds since this process was started, to a hundredth."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def one(way: str, framework: str, folder: Path, memory: str) -> dict[str, Any]:
     """In a process of its own."""
-    begin = time.perf_counter()
     import torch
 
     call = load(framework, folder)
@@ -105,7 +124,7 @@ def one(way: str, framework: str, folder: Path, memory: str) -> dict[str, Any]:
         import weightload
 
         weightload.install(framework)
-    imported = time.perf_counter() - begin
+    imported = age()
     if memory != MEMORIES[0]:  # now: what was touched before the imports, the host has taken back
         back_memory_elsewhere(3 * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     begin = time.perf_counter()
@@ -117,11 +136,14 @@ def one(way: str, framework: str, folder: Path, memory: str) -> dict[str, Any]:
         flat = parameter.detach().view(-1).view(torch.uint8)
         held.append(flat[::4096].sum(dtype=torch.int64))
     touched = time.perf_counter()
+    first_step(framework, model)
+    stepped = time.perf_counter()
     digest = sum(int(p.detach().view(torch.int16).sum(dtype=torch.int64)) for p in model.parameters())
     return {
         "import": imported,
         "returned": returned - begin,
         "touched": touched - begin,
+        "step": stepped - touched,
         "digest": digest,
         "bytes": sum(p.nbytes for p in model.parameters()),
     }
@@ -159,6 +181,15 @@ def measure(framework: str, folder: Path, options: argparse.Namespace) -> list[d
     return rows
 
 
+def share(loads: list[dict[str, Any]]) -> str:
+    """Of a whole start, what the load takes."""
+    whole, loading = (
+        statistics.median(sum(load[part] for part in parts) for load in loads)
+        for parts in (("import", "touched", "step"), ("touched",))
+    )
+    return f"start {whole:.2f} s, of it {loading / whole:.0%}"
+
+
 def print_row(row: dict[str, Any]) -> None:
     line = f"{row['framework']:13} {row['state']:5} {row['memory']:15}"
     for what in ("returned", "touched"):
@@ -167,8 +198,7 @@ def print_row(row: dict[str, Any]) -> None:
         for found in (theirs, ours):
             line += f" {statistics.median(found):.3f} s ({min(found):.3f} to {max(found):.3f})"
         line += f" {against(theirs, ours)} times"
-    starts = [load["import"] for loads in row["loads"].values() for load in loads]
-    print(line + f"  imports {statistics.median(starts):.1f} s", flush=True)
+    print(line, *(share(row["loads"][way]) for way in ("safetensors", "weightload")), sep="  ", flush=True)
 
 
 def main() -> None:
