@@ -11,6 +11,7 @@
 #include "base/stopwatch.h"
 #include "checkpoint/cached_reads.h"
 #include "memory/spare_memory.h"
+#include "page_cache/free_page_reporting.h"
 #include "page_cache/page_in.h"
 #include "read/strided_reads.h"
 
@@ -26,6 +27,10 @@ constexpr uint64_t kLeastCachedBytes = 2 << 20;
 // Of a load that copies past the processor's caches: less is copied in the time that it takes to find out where that
 // may be done.
 constexpr uint64_t kLeastPastCaches = 16 << 20;
+
+// Where free memory is reported to a host, huge pages of the page cache are cheap as long as they are those that somebody
+// has just freed, and then cost more than the storage. A load of less than this is over before it has learnt that.
+constexpr uint64_t kLeastToLearn = 1 << 30;
 
 // How long a mapped file that was found unchanged is taken to be so.
 constexpr auto kUnchangedFor = std::chrono::microseconds(20);
@@ -185,6 +190,7 @@ void HostLoader::start(const HostLoaderOptions& options) {
   }
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
   if (any_mapped && page_in_) page_tables_.emplace();
+  if (any_mapped && total_bytes() < kLeastToLearn && free_pages_are_reported()) filler_.prices().settle(Pages::single);
   const bool from_storage = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps_, reads_);
   if (any_private) open_readers(from_storage ? read_ : ReadMode::buffered);
 

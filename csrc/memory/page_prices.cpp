@@ -56,6 +56,7 @@ bool PagePrices::is_trial_due() const {
 
 Pages PagePrices::choose() {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (settled_) return cheaper_;
   if (is_trial_due()) begin_trial(other(cheaper_));
   if (left_to_try_ == 0) {
     if (left_to_pay_ > 0 && ++waits_ > kMostWaits) left_to_pay_ = 0;
@@ -63,6 +64,12 @@ Pages PagePrices::choose() {
   }
   --left_to_try_;
   return tried_;
+}
+
+void PagePrices::settle(Pages pages) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  settled_ = true;
+  cheaper_ = pages;
 }
 
 Pages PagePrices::choose(uint64_t bytes) { return bytes < kLeastPriced ? cheaper() : choose(); }
@@ -77,6 +84,7 @@ void PagePrices::record(Pages pages, Cost cost) {
   const int64_t decided = (pages == Pages::huge ? huge_cost : single_cost).load(std::memory_order_relaxed);
   if (decided != kMeasured) cost = Cost(decided);
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (settled_) return;
   Price& price = of(pages);
   price.latest[price.recorded++ % kRemembered] = cost;
   until_trial_ -= cost;

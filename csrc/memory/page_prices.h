@@ -36,6 +36,9 @@ class PagePrices {
   Pages choose();
   Pages choose(uint64_t bytes);
 
+  // From now on these, whatever they cost.
+  void settle(Pages pages);
+
   // What a huge page's worth has cost, or so many bytes; of a few bytes the price says nothing.
   void record(Pages pages, Cost cost);
   void record(Pages pages, Cost cost, uint64_t bytes);
@@ -75,6 +78,7 @@ class PagePrices {
 
   const double handicap_;
   mutable std::mutex mutex_;  // guards all below
+  bool settled_ = false;
   Price huge_, single_;
   Pages cheaper_ = Pages::huge;
   Pages tried_ = Pages::huge;  // in the trial that is under way, if one is

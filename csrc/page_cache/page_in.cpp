@@ -10,7 +10,6 @@
 #include "base/error.h"
 #include "base/pages.h"
 #include "page_cache/cached_runs.h"
-#include "page_cache/free_page_reporting.h"
 #include "page_cache/page_tables.h"
 #include "page_cache/residency.h"
 
@@ -83,13 +82,11 @@ bool back_pages(const File& file, ByteRange range) {
 // read in small pieces, into the page cache only.
 //
 // Where huge pages of the page cache have turned out to cost more (Note [Prices of pages]) the bytes are read as they
-// are by anyone, into the pages that the kernel's readahead takes. So they are from the first on where free memory is
-// reported to a host: what huge pages cost there shows too late, and in part as time of the storage.
+// are by anyone, into the pages that the kernel's readahead takes.
 bool page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace& pace, PagePrices& prices,
                           const Look& look) {
   const bool may_populate = pace.allows(kLeastToPopulate);
-  const bool priced = may_populate && !free_pages_are_reported();
-  const Pages pages = priced ? prices.choose(range.size()) : Pages::single;
+  const Pages pages = may_populate ? prices.choose(range.size()) : Pages::single;
   const auto begin = Clock::now();
   bool populated = true;
   bool backed = true;
@@ -116,7 +113,7 @@ bool page_in_from_storage(const File& file, char* mapping, ByteRange range, Pace
   const auto from_storage = [&](ByteRange run) { pace.in_pieces(run, look, read); };
   if (may_populate) {
     from_storage(range);
-    if (priced) prices.record(pages, populated && backed ? kNothing : Clock::now() - begin, range.size());
+    prices.record(pages, populated && backed ? kNothing : Clock::now() - begin, range.size());
   } else {
     by_residency(file, range, from_cache, from_storage);
     populated = false;

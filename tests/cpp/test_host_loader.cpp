@@ -12,6 +12,7 @@
 #include "check.h"
 #include "checkpoint.h"
 #include "file/fault_hook.h"
+#include "page_cache/free_page_reporting.h"
 #include "read/direct_file.h"
 
 using namespace weightload;
@@ -86,6 +87,19 @@ TEST(both_backends_give_the_files_bytes) {
       load_and_check(files, everything(files), options);
     }
   }
+}
+
+// Where free memory is reported to a host, and where it is not: whatever pages the cold files come in.
+TEST(cold_files_give_their_bytes) {
+  for (const bool reported : {false, true}) {
+    pretend_free_pages_are_reported(reported);
+    TemporaryFile file(0, {12 << 20, 3, 5 << 20});
+    const CheckpointFiles files{CheckpointFile::open(file.path)};
+    CHECK(::fsync(files[0]->file()->descriptor().get()) == 0);
+    CHECK(::posix_fadvise(files[0]->file()->descriptor().get(), 0, 0, POSIX_FADV_DONTNEED) == 0);
+    load_and_check(files, {{0, 1, 2}}, HostLoaderOptions{});
+  }
+  pretend_free_pages_are_reported(std::nullopt);
 }
 
 TEST(more_files_than_mappings_get_private_memory) {

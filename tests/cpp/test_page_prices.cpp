@@ -119,6 +119,12 @@ TEST(the_cheaper_pages_are_taken) {
   CHECK(bare_metal.cheaper() == Pages::huge && reporting.cheaper() == Pages::single);
 }
 
+TEST(what_is_settled_is_not_tried) {
+  PagePrices prices(1.5);
+  prices.settle(Pages::single);
+  CHECK(huge_of(prices, 1000, kCheap, kDear) == 0);
+}
+
 TEST(the_first_windows_tell) {
   PagePrices prices(1.5);
   huge_of(prices, 8, kDear, kSingle);

@@ -12,7 +12,6 @@
 #include "checkpoint.h"
 #include "memory/host_memory.h"
 #include "page_cache/cache_filler.h"
-#include "page_cache/free_page_reporting.h"
 #include "page_cache/page_in.h"
 #include "page_cache/page_tables.h"
 
@@ -122,23 +121,6 @@ TEST(paging_in_of_what_is_not_known_reads_it) {
     LoadMappings mappings;
     CacheFiller filler(mappings);
     CHECK(filler.fill(*cached.file, cached.range, /*known=*/false));
-    CHECK(cached_bytes_by_mincore(*cached.file, cached.range).value_or(cached.range.size()) == cached.range.size());
-  }
-}
-
-// Where free memory goes to a host, cold pages are read as anyone reads them: never into huge pages of a mapping.
-TEST(cold_pages_where_free_memory_is_reported) {
-  for (const bool reported : {false, true}) {
-    const Cached cached;
-    if (!cached.evict()) return;  // this file system has no cold pages
-    const HostMemoryRef memory = cached.map();
-    Pace pace;
-    for (int piece = 0; piece < 100; ++piece) pace.in_pieces({0, 64 << 20}, no_look, [](ByteRange) {});
-    PagePrices prices(1);
-    pretend_free_pages_are_reported(reported);
-    const bool mapped = page_in_from_storage(*cached.file, memory->data(), cached.range, pace, prices, no_look);
-    pretend_free_pages_are_reported(std::nullopt);
-    CHECK(mapped != reported);
     CHECK(cached_bytes_by_mincore(*cached.file, cached.range).value_or(cached.range.size()) == cached.range.size());
   }
 }
