@@ -88,7 +88,16 @@ def test_plain(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_first_loads(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "first.json"
-    command = ["--model-path", os.path.relpath(checkpoint), "--rounds", 1, "--old", os.path.relpath(ROOT), "--json", out]
+    command = [
+        "--model-path",
+        os.path.relpath(checkpoint),
+        "--rounds",
+        1,
+        "--old",
+        os.path.relpath(ROOT),
+        "--json",
+        out,
+    ]
     printed = run(ROOT / "benchmarks" / "first_loads.py", *command)
     assert "old" in printed
     result = json.loads(out.read_text())

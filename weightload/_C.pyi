@@ -29,6 +29,7 @@ __all__: list[str] = [
     "leave_interpreter",
     "measure_page_costs",
     "open_files",
+    "open_source",
     "plainly",
     "reads_since_armed",
     "refuse_threads",
@@ -72,6 +73,11 @@ class CheckpointFile:
         """
     @property
     def data_begin(self) -> int: ...
+    @property
+    def is_remote(self) -> bool:
+        """
+        whether a server has it
+        """
     @property
     def metadata(self) -> dict[str, str] | None:
         """
@@ -369,6 +375,11 @@ def leave_interpreter() -> None:
 
 def measure_page_costs() -> None: ...
 def open_files(paths: collections.abc.Sequence[bytes], threads: int) -> list[CheckpointFile]: ...
+def open_source(source: typing.Any, path: str, size: int) -> CheckpointFile:
+    """
+    What a server has, by way of an object with ask(); see bindings/remote_source.h.
+    """
+
 def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: dict[str, typing.Any]) -> typing.Any:
     """
     function(*arguments, **options), with torch as it is in a new thread: without the caller's modes.

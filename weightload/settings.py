@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from typing import Any, Literal, TypeVar, cast
 
 from weightload import _C
@@ -79,6 +79,9 @@ class Settings:
     )
     """Through the page cache, past it, or range by range whichever is better."""
 
+    requests: int = _knob(16, unit="requests", loads=f"{BOTH}, from servers", least=1)
+    """Ranges that are asked of servers at once, each by a thread that waits for it."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least, multiple = getattr(self, field.name), field.metadata["least"], field.metadata["multiple"]
@@ -110,6 +113,10 @@ class Settings:
         """Threads to start: the setting, or the default of this process now, also for files that are to be read."""
         least = LEAST_COLD_THREADS if cold else 1
         return self.threads or min(max(usable_cpus(), least), MOST_DEFAULT_THREADS)
+
+    def threads_of(self, files: Iterable[_C.CheckpointFile], cold: bool = False) -> int:
+        """The same of a load: as many as requests at once, where a server has any of it."""
+        return self.requests if any(file.is_remote for file in files) else self.thread_count(cold)
 
 
 Readers = Literal["one", "same", "apart"]

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <string>
@@ -10,6 +11,7 @@
 #include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
+#include "bindings/remote_source.h"
 #include "bindings/signals.h"
 #include "checkpoint/selected_tensors.h"
 #include "page_cache/residency.h"
@@ -76,14 +78,14 @@ std::shared_ptr<CheckpointFile> with_tensors(const CheckpointFile& file, const s
 
 // Reads everything once, to learn whether every byte can be read.
 uint64_t read_all(const CheckpointFile& file) {
-  constexpr uint64_t kMost = 1 << 20;
-  const std::unique_ptr<char[]> scratch(new char[kMost]);
-  Pace pace(Pace::kAnyNumber, kMost);
+  const uint64_t most = file.is_remote() ? 8 << 20 : 1 << 20;
+  const std::unique_ptr<char[]> scratch(new char[most]);
+  Pace pace(Pace::kAnyNumber, most);
   const ReleaseGil release;
-  pace.in_pieces({0, file.size()}, check_signals, [&](ByteRange piece) {
-    file.source().read_on(pace.allows(Pace::kReadOn));
-    file.source().read(piece.begin, scratch.get(), static_cast<size_t>(piece.size()));
-  });
+  for (uint64_t at = 0; at < file.size(); at += most) {
+    const ByteRange part{at, std::min(file.size(), at + most)};
+    file.read(part, scratch.get(), pace, check_signals);
+  }
   file.source().require_unchanged(0);
   return file.size();
 }
@@ -121,6 +123,7 @@ void register_checkpoint_file(py::module_& module) {
                                return py::reinterpret_steal<py::str>(
                                    PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
                              })
+      .def_property_readonly("is_remote", &CheckpointFile::is_remote, "whether a server has it")
       .def_property_readonly("size", &CheckpointFile::size, "bytes, header included")
       .def_property_readonly(
           "open_s", [](const CheckpointFile& file) { return in_seconds(file.open_ns()); },
@@ -163,6 +166,16 @@ void register_checkpoint_file(py::module_& module) {
         return selection_digest(CheckpointFiles(files.begin(), files.end()), selection);
       },
       py::arg("files"), py::arg("selection"), "A 64-bit digest of which tensors these are.");
+
+  module.def(
+      "open_source",
+      [](py::object source, const std::string& path, uint64_t size) {
+        const auto remote = std::make_shared<const RemoteSource>(std::move(source), path, size);
+        const ReleaseGil release;
+        return std::const_pointer_cast<CheckpointFile>(CheckpointFile::from_source(remote, check_signals));
+      },
+      py::arg("source"), py::arg("path"), py::arg("size"),
+      "What a server has, by way of an object with ask(); see bindings/remote_source.h.");
 
   // keep_alive: the file reads from the bytes object, which never moves or changes.
   module.def(

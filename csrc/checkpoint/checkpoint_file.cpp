@@ -19,7 +19,7 @@ constexpr uint64_t kFirstRead = 64 << 10;
 
 Header read_header(const ByteSource& source, std::atomic<uint64_t>& parse_ns, const Look& look) {
   std::string start(std::min(kFirstRead, source.size()), '\0');
-  source.read(0, start.data(), start.size());
+  source.read_looking(0, start.data(), start.size(), look);
   source.require_unchanged(0);
   const uint64_t length = check_header_length(start, source.size(), source.path());
   const auto parse = [&](std::string_view json) {
@@ -90,8 +90,25 @@ CheckpointFiles CheckpointFile::open_all(const std::vector<std::string>& paths, 
   return files;
 }
 
+std::shared_ptr<const CheckpointFile> CheckpointFile::from_source(std::shared_ptr<const ByteSource> source,
+                                                                  const Look& look) {
+  std::atomic<uint64_t> open_ns{0};
+  std::shared_ptr<CheckpointFile> opened;
+  {
+    Stopwatch watch(open_ns);
+    opened.reset(new CheckpointFile(std::move(source), look));
+  }
+  opened->open_ns_ = open_ns.load();
+  return opened;
+}
+
+void CheckpointFile::read(ByteRange range, char* destination, Pace& pace, const Look& look) const {
+  if (!is_remote()) return read_in_pieces(*source_, range, destination, pace, look);
+  source_->read_looking(range.begin, destination, static_cast<size_t>(range.size()), look);
+}
+
 std::shared_ptr<const CheckpointFile> CheckpointFile::from_memory(const void* data, uint64_t size) {
-  return std::shared_ptr<const CheckpointFile>(new CheckpointFile(std::make_shared<MemorySource>(data, size), no_look));
+  return from_source(std::make_shared<MemorySource>(data, size));
 }
 
 }  // namespace weightload

@@ -12,7 +12,7 @@
 
 namespace weightload {
 
-// An open safetensors file (or bytes in memory) with its validated header. Immutable, shared between loads.
+// An open safetensors file (or bytes in memory, or on a server) with its validated header. Immutable, shared between loads.
 class CheckpointFile {
  public:
   // Opens the file and reads its header. The header is read, not mapped: a file that is truncated meanwhile
@@ -27,6 +27,10 @@ class CheckpointFile {
   static std::vector<std::shared_ptr<const CheckpointFile>> open_all(const std::vector<std::string>& paths,
                                                                      unsigned threads, const Look& pause = no_look);
 
+  // Takes what is no file. Reads its header; `look` as above.
+  static std::shared_ptr<const CheckpointFile> from_source(std::shared_ptr<const ByteSource> source,
+                                                           const Look& look = no_look);
+
   // Takes bytes that the caller keeps alive and unchanged.
   static std::shared_ptr<const CheckpointFile> from_memory(const void* data, uint64_t size);
 
@@ -37,7 +41,12 @@ class CheckpointFile {
   const ByteSource& source() const { return *source_; }
   const std::string& path() const { return source_->path(); }
   uint64_t size() const { return source_->size(); }
-  const File* file() const { return file_.get(); }  // null for memory
+  const File* file() const { return file_.get(); }  // null for memory, and for what a server has
+
+  // Of memory and files in pieces; of a server in one request.
+  void read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
+
+  bool is_remote() const { return !file_ && !source_->is_memory(); }
 
   // Whether views of the file can be had: not of bytes in memory, nor where reading goes past the page cache.
   bool can_map() const { return can_map_; }

@@ -10,13 +10,21 @@
 
 namespace weightload {
 
-// Something with a fixed number of bytes that many threads may read at once: a file, or memory.
+// Something with a fixed number of bytes that many threads may read at once: a file, memory, or what a server has.
 class ByteSource {
  public:
   virtual ~ByteSource() = default;
 
   // Fills [destination, destination + count) from `offset`, or throws; never returns with fewer bytes.
   virtual void read(uint64_t offset, void* destination, size_t count) const = 0;
+
+  // The same, with a look now and then while it waits, where a wait can be broken off.
+  virtual void read_looking(uint64_t offset, void* destination, size_t count, const Look&) const {
+    read(offset, destination, count);
+  }
+
+  // Whether the bytes are in memory: reading them waits for nothing.
+  virtual bool is_memory() const { return false; }
 
   // Whether the system should read on beyond what it is asked for, from now on. Advice, of which each change is a call.
   virtual void read_on(bool wanted) const = 0;
@@ -37,7 +45,7 @@ class ByteSource {
 inline void read_in_pieces(const ByteSource& source, ByteRange range, char* destination, Pace& pace, const Look& look) {
   pace.in_pieces(range, look, [&](ByteRange piece) {
     source.read_on(pace.allows(Pace::kReadOn));
-    source.read(piece.begin, destination + (piece.begin - range.begin), static_cast<size_t>(piece.size()));
+    source.read_looking(piece.begin, destination + (piece.begin - range.begin), static_cast<size_t>(piece.size()), look);
   });
 }
 

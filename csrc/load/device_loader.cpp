@@ -120,7 +120,7 @@ void DeviceLoader::open_readers(ReadMode mode) {
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
     reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file],
-                                           pace_, filler_, mappings_);
+                                           file.file() ? pace_ : unpaced_, filler_, mappings_);
   }
 }
 

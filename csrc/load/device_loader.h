@@ -123,6 +123,7 @@ class DeviceLoader {
   uint64_t slot_bytes_ = 0;  // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
   Pace pace_;
+  Pace unpaced_{Pace::Unpaced{}};  // of what is no file
   LoadMappings mappings_;
   CacheFiller filler_{mappings_};
   std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected

@@ -147,7 +147,8 @@ void HostLoader::open_readers(ReadMode mode) {
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
     reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable,
-                                           counts_.files[task.file], pace_, filler_, mappings_);
+                                           counts_.files[task.file], file.file() ? pace_ : unpaced_, filler_,
+                                           mappings_);
   }
 }
 

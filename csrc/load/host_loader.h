@@ -173,6 +173,7 @@ class HostLoader {
   bool page_in_ = true;
   ReadMode read_;
   Pace pace_;
+  Pace unpaced_{Pace::Unpaced{}};  // of what is no file
   BackedPages backed_pages_;
   FreshPages fresh_pages_{backed_pages_};
   LoadMappings mappings_;

@@ -242,7 +242,7 @@ TensorInMemory TensorReader::read(uint32_t tensor, const std::vector<RowRange>* 
     char* to = result.data;
     const Look look = now_and_then(pause);
     for (const ByteRange& range : ranges) {
-      read_in_pieces(file_->source(), range, to, state().reading, look);
+      file_->read(range, to, state().reading, look);
       to += range.size();
     }
     file_->source().require_unchanged(ranges.front().begin);

@@ -56,6 +56,9 @@ bool RangeReader::can_be_direct() {
   return direct_works_.load(std::memory_order_relaxed);
 }
 
+// All that is read waits for nothing.
+bool RangeReader::is_in_memory() const { return file_ ? storage_ == Storage::memory : source_.is_memory(); }
+
 // A page's fault reads twice a huge page.
 bool RangeReader::may_fill() const { return storage_ != Storage::user_space && pace_.allows(kLeastToFill); }
 
@@ -63,8 +66,8 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
   Attempt attempt{range, look};
   may_be_direct = may_be_direct && can_be_direct();
   attempt.direct = mode_ == ReadMode::direct && may_be_direct;
-  attempt.cached = !file_ || storage_ == Storage::memory;
-  if (attempt.direct || attempt.cached) return attempt;
+  attempt.cached = is_in_memory();
+  if (attempt.direct || attempt.cached || !file_) return attempt;
   const std::optional<bool> cached = is_cached(*file_, range);
   attempt.cached = cached == true;
   // Not while storage is got to know in small pieces.
@@ -83,7 +86,7 @@ RangeReader::Attempt RangeReader::begin(ByteRange range, const Look& look, bool 
 
 RangeReader::Attempt RangeReader::begin_scattered(ByteRange range, const Look& look) const {
   Attempt attempt{range, look};
-  attempt.cached = !file_ || storage_ == Storage::memory || is_cached(*file_, range) == true;
+  attempt.cached = is_in_memory() || (file_ && is_cached(*file_, range) == true);
   return attempt;
 }
 

@@ -49,7 +49,7 @@ class RangeReader {
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
-  // `file` is null for bytes in memory. `memory`: where what is read directly will go. `pace`, `filler` and `mappings`
+  // `file` is null for what is no file. `memory`: where what is read directly will go. `pace`, `filler` and `mappings`
   // are the load's.
   RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
               Pace& pace, CacheFiller& filler, LoadMappings& mappings);
@@ -76,12 +76,16 @@ class RangeReader {
   // pages. False: they are to be read.
   bool copy_pieces(Attempt& attempt, ByteRange first, uint64_t stride, uint64_t count, char* destination);
 
+  // Whether each read is a request to a server.
+  bool asks_server() const { return !file_ && !source_.is_memory(); }
+
   // All bytes are there.
   void end(const Attempt& attempt);
 
  private:
   bool can_be_direct();
   bool was_direct(Attempt& attempt, ByteRange part, std::optional<uint64_t> got);
+  bool is_in_memory() const;
   bool may_fill() const;
   bool may_copy(Attempt& attempt);
 

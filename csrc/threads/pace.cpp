@@ -5,6 +5,14 @@ namespace weightload {
 Pace::Pace(unsigned readers, uint64_t most_bytes, Now now)
     : most_(most_bytes), now_(now), rule_(readers, most_bytes), piece_(rule_.piece()) {}
 
+Pace::Pace(Unpaced)
+    : most_(std::numeric_limits<uint64_t>::max()),
+      now_(&Clock::now),
+      learns_(false),
+      rule_(kAnyNumber, most_),
+      piece_(most_),
+      fast_(true) {}
+
 Pace::Turn::Turn(Pace& pace) : pace_(pace) {
   if (pace_.fast_.load(std::memory_order_relaxed)) {
     most_ = pace_.piece_.load(std::memory_order_relaxed);
@@ -31,7 +39,7 @@ Pace::Turn::~Turn() {
 
 void Pace::Turn::done(uint64_t bytes) {
   const std::chrono::nanoseconds took = pace_.now_() - begin_;
-  if (!counted_ && took <= PaceRule::kLong) return;
+  if (!counted_ && (took <= PaceRule::kLong || !pace_.learns_)) return;
   std::lock_guard<std::mutex> lock(pace_.mutex_);
   if (counted_) {
     pace_.rule_.judge(bytes, took, epoch_, full_);

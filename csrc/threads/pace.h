@@ -39,6 +39,10 @@ class Pace {
   explicit Pace(unsigned readers = kAnyNumber, uint64_t most_bytes = std::numeric_limits<uint64_t>::max(),
                 Now now = &Clock::now);
 
+  // Holds nothing back, whatever it takes: for reads that can be broken off.
+  struct Unpaced {};
+  explicit Pace(Unpaced);
+
   // Calls read(piece) for one piece of the range after the other, which comes from storage, and look() before each. If
   // read() returns a bool, false ends it: what was refused says nothing of the storage.
   template <typename Read>
@@ -110,6 +114,7 @@ class Pace {
 
   const uint64_t most_;
   const Now now_;
+  const bool learns_ = true;
 
   std::mutex mutex_;  // guards all below; the atomics are read without it
   std::condition_variable turns_;

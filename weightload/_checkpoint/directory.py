@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from weightload.errors import CheckpointError
 class Found:
     """The files of a checkpoint, by their names alone."""
 
-    files: list[Path]
-    promised: dict[str, Path] = field(default_factory=dict)
+    files: Sequence[Path | str]
+    """Paths, or addresses."""
+    promised: Mapping[str, Path | str] = field(default_factory=dict)
     """The shard of every tensor that an index names."""
     passed_over: str = ""
     """A sentence about files of the directory that are no part of it; empty where there are none."""

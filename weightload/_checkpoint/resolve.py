@@ -9,11 +9,13 @@ from pathlib import Path
 
 from weightload import _C
 from weightload._base import paths
+from weightload._base.addresses import is_address
 from weightload._base.paths import natural_key
 from weightload._checkpoint import passed_over
 from weightload._checkpoint.directory import Directory, Found
 from weightload._checkpoint.duplicates import Owners, refusal
 from weightload._checkpoint.index import is_index, is_missing, read_index, require_shards
+from weightload._checkpoint.mirror import find_remote
 from weightload._checkpoint.passed_over import PassedOverWarning
 from weightload._checkpoint.selection import open_files
 from weightload.errors import CheckpointError, located
@@ -77,11 +79,13 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
     if not isinstance(model_path, (str, bytes, os.PathLike)):
         if subfolder or variant:
             raise ValueError("subfolder and variant go with a directory, not with a list of files")
-        found = Found([Path(item) for item in paths.path_list(model_path)])
+        found = Found([item if is_address(item) else Path(item) for item in paths.path_list(model_path)])
     else:
         text = paths.as_text(model_path)
         if not text:
             raise FileNotFoundError(2, "No such file or directory", text)  # pathlib takes it for the current one
+        if is_address(text):
+            return find_remote(text, paths.as_text(subfolder) if subfolder else None, variant)
         path = Path(text)
         if subfolder:
             path = _below(path, paths.as_text(subfolder))
@@ -93,8 +97,9 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
             found = Found(index.shards, index.promised)
         else:
             found = Found([path])
-    for path in found.files:
-        _require_file(path)
+    for file in found.files:
+        if isinstance(file, Path):
+            _require_file(file)
     return found
 
 

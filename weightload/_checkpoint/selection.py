@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from weightload import _C, settings
+from weightload._base.addresses import is_address
 from weightload._base.paths import Path, as_text
 from weightload._checkpoint.duplicates import without_repeats
 from weightload._parts.chosen_parts import Shard, choose_parts
@@ -29,15 +30,29 @@ Names = Collection[str] | Callable[[str], bool]
 
 
 def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
-    """Open checkpoint files and validate their headers, in parallel.
+    """Open checkpoint files and validate their headers, in parallel; also what servers have.
 
     Raises:
         TypeError, ValueError: as ``paths.as_text``.
+        ModuleNotFoundError: an address, and the library for it is not installed.
     """
-    encoded = [os.fsencode(as_text(path)) for path in paths]
+    texts = [as_text(path) for path in paths]
+    if any(map(is_address, texts)):
+        return _open_mixed(texts)
+    encoded = list(map(os.fsencode, texts))
     # Counting the CPUs of a process takes several times as long as opening a small file.
     threads = settings.current().thread_count() if len(encoded) > 1 else 1
     return _C.open_files(encoded, threads)
+
+
+def _open_mixed(texts: list[str]) -> list[_C.CheckpointFile]:
+    from weightload._remote.source import open_addresses  # here: most never need it
+
+    remote = [text for text in texts if is_address(text)]
+    local = [text for text in texts if not is_address(text)]
+    opened = dict(zip(remote, open_addresses(remote), strict=True))
+    opened.update(zip(local, open_files(local), strict=True))
+    return [opened[text] for text in texts]
 
 
 def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:

@@ -15,6 +15,7 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from weightload import _C
+from weightload._base.addresses import is_address, name_of
 from weightload._base.handlers import pass_on
 from weightload._base.paths import Path as PathLike
 from weightload._base.plain_torch import plainly
@@ -56,14 +57,15 @@ def global_rank() -> int:
     return int(text) if text.isdigit() else 0
 
 
-def auto_strategy(device_type: str, ranks: int, nodes: int = 1) -> str:
+def auto_strategy(device_type: str, ranks: int, nodes: int = 1, remote: bool = False) -> str:
     """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale_model.py.
 
     On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
     accelerators each byte should cross the bus to the devices of a node once. A group over several nodes exists to
-    read each byte once for all of them, striped over all disks and network cards until the ring gets too long.
+    read each byte once for all of them, striped over all disks and network cards until the ring gets too long. What a
+    server has (``remote``) is in nobody's page cache: the ranks of a node ask for each byte once, too.
     """
-    if ranks == 1 or (device_type == "cpu" and nodes == 1):
+    if ranks == 1 or (device_type == "cpu" and nodes == 1 and not remote):
         return "independent"
     most = MOST_STRIPED_NODES if ranks > nodes else MOST_STRIPED_NODES_OF_ONE_RANK
     return "broadcast" if device_type != "cpu" and nodes > most else "striped"
@@ -119,7 +121,10 @@ def load_name(paths: Sequence[PathLike]) -> str:
     first = ""
     if paths:
         path = paths[0]  # which may be no path: opening it will say so
-        name = os.path.basename(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
+        if is_address(path):
+            name = name_of(str(path))
+        else:
+            name = os.path.basename(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
         first = f" (first: {name})"
     return f"load of {len(paths)} file{'s' * (len(paths) != 1)}{first}"
 
@@ -225,12 +230,14 @@ def require_group(group: object) -> None:
 
 @plainly
 def resolve_group(
-    group: ProcessGroup | None, strategy: str, device_type: str, load: str
+    group: ProcessGroup | None, strategy: str, device_type: str, load: str, remote: bool = False
 ) -> tuple[ProcessGroup | None, str]:
     """The group that shares a load, or None where this process reads everything itself; and the strategy.
 
     A group with ``"independent"``: its ranks agree on the load, since they were told to load together, and then each
     reads for itself.
+
+    ``remote``: a server has some of it.
 
     Raises:
         ValueError: a group that this process is no member of.
@@ -240,14 +247,14 @@ def resolve_group(
         return None, "independent"
     nodes = 1
     if group is None:
-        if strategy == "auto" and auto_strategy(device_type, 2) == "independent":
+        if strategy == "auto" and auto_strategy(device_type, 2, remote=remote) == "independent":
             return None, "independent"  # within a node, whatever the node
         group = node_group(load)
     else:  # whatever this rank's strategy: should the others' be another, the agreement says so
         nodes = _nodes_of(group, load)
     assert group is not None
     ranks = torch.distributed.get_world_size(group)
-    chosen = auto_strategy(device_type, ranks, nodes) if strategy == "auto" else strategy
+    chosen = auto_strategy(device_type, ranks, nodes, remote) if strategy == "auto" else strategy
     if ranks == 1 or (chosen == "independent" and not has_cpu_backend(group)):
         return None, "independent"
     return group, chosen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C
+from weightload._base.addresses import is_address
 from weightload._base.paths import Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
@@ -131,7 +132,7 @@ def load_into(
     if has_shards:
         group = None  # what is shared is between replicas
     else:
-        group, strategy = resolve_group(group, strategy, first.type, load_name(paths))
+        group, strategy = resolve_group(group, strategy, first.type, load_name(paths), any(map(is_address, paths)))
         together = of_group(group, first.type)
         together.load = load_name(paths)
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, settings
+from weightload._base.addresses import is_address
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.load_stats import LoadStats
 from weightload._base.plain_torch import empty, plainly
@@ -61,7 +62,7 @@ class DeviceWeightIterator(_C.DeviceLoader):
                 list(places),
                 sharing.core if sharing else None,
                 parts_in_order(files, selection, parts),
-                threads=now.thread_count(),
+                threads=now.threads_of(files),
                 block_bytes=now.device_block_bytes,
                 window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
                 read=getattr(_C.ReadMode, now.read_mode(readers_of(sharing is not None, apart))),
@@ -242,7 +243,8 @@ def fail_arguments_together(
     """``fail_together`` for an error of this rank's arguments, where the call would communicate were they right."""
     try:
         chosen = strategy if strategy in STRATEGIES else "auto"
-        group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths))
+        remote = any(map(is_address, paths))
+        group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths), remote)
     except Exception as failed:
         pass_on(failed)
         return  # the arguments' error comes first
@@ -258,9 +260,14 @@ def own_share(total_bytes: int, group: ProcessGroup, strategy: str) -> int:
 
 
 def bytes_of_files(paths: Sequence[Path]) -> int:
-    """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better."""
+    """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better.
+
+    Of what a server has as much as a ring may be of use for: asking would cost as much as opening it.
+    """
     total = 0
     for path in paths:
+        if is_address(path):
+            return settings.LARGEST >> 1
         with forgiven(OSError, ValueError, TypeError):
             total += os.stat(path).st_size
     return total

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightload import _C, settings
+from weightload._base.addresses import is_address
 from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
@@ -75,8 +76,8 @@ class WeightIterator(_C.HostLoader):
                 map=backend != "pread",
                 must_map=backend == "mmap",
                 read_ahead=read_ahead,
-                threads=now.thread_count(),
-                cold_threads=now.thread_count(cold=True),
+                threads=now.threads_of(files),
+                cold_threads=now.threads_of(files, cold=True),
                 window_bytes=now.window_bytes,
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
@@ -295,7 +296,7 @@ def safetensors_weights_iterator(
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
-    group, chosen = resolve_group(group, chosen, target.type, load_name(paths))
+    group, chosen = resolve_group(group, chosen, target.type, load_name(paths), any(map(is_address, paths)))
     open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
     renamed: RenamedLoad | None = None
     if rename is not None:

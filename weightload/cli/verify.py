@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     return worst
 
 
-def _compare(path: Path) -> int:
+def _compare(path: Path | str) -> int:
     """Load a file with both libraries; the number of tensors, all equal in name, dtype, shape and bytes."""
     import torch
     from safetensors.torch import load_file as reference_load_file

@@ -1,0 +1,39 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "file/byte_source.h"
+
+namespace weightload {
+
+// What a server has, by way of an object of Python's (weightload/_remote/source.py), which has
+//   ask(offset, count) -> answer    begins a request, and returns at once
+// and its answer, of which each may be called by any thread,
+//   wait(seconds) -> bool           whether it has come
+//   bytes() -> a buffer             of exactly so many bytes, of the object as it was when it was opened; or raises
+//   cancel()                        nobody wants it any more
+// Threads of the core take the GIL to ask and to wait, which lets go of it; bytes are copied without it.
+class RemoteSource final : public ByteSource {
+ public:
+  RemoteSource(pybind11::object object, std::string path, uint64_t size);
+  ~RemoteSource() override;
+
+  // Error{read} with the words of what the answer raised.
+  void read(uint64_t offset, void* destination, size_t count) const override;
+  void read_looking(uint64_t offset, void* destination, size_t count, const Look& look) const override;
+
+  void read_on(bool) const override {}
+  void require_unchanged(uint64_t) const override {}  // every answer is checked when it comes
+  const std::string& path() const override { return path_; }
+  uint64_t size() const override { return size_; }
+
+ private:
+  [[noreturn]] void fail(pybind11::error_already_set& error, uint64_t offset) const;
+
+  pybind11::object object_;
+  const std::string path_;
+  const uint64_t size_;
+};
+
+}  // namespace weightload

@@ -1,0 +1,87 @@
+"""Which of a server's files are a checkpoint: decided as for a directory, on empty files of the same names."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from weightload._base.addresses import below, folder_of, name_of, shown
+from weightload._checkpoint.directory import Directory, Found
+from weightload._checkpoint.file_names import CANONICAL_STEMS, ENDING
+from weightload._checkpoint.index import is_index, read_index
+from weightload._remote import names
+from weightload.errors import WeightLoadError, located
+
+MOST_NAME_BYTES = 255
+
+
+def find_remote(address: str, subfolder: str | None, variant: str | None) -> Found:
+    """The files of a checkpoint at an address: that of a file, of an index, or of what they are below.
+
+    Raises:
+        As ``resolve_safetensors_files``; and what the server answers, as an ``OSError`` or a ``ReadError``.
+    """
+    if subfolder:
+        if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
+            raise ValueError(f"subfolder {subfolder!r}: must be a folder below the address, without '..'")
+        address = below(address, subfolder)
+    name = name_of(address)
+    if name.endswith(ENDING):
+        return Found([address])
+    index = name if is_index(name) else None
+    folder = folder_of(address) if index else address
+    if index:
+        content = names.content(address)
+        there = {index: content} | dict.fromkeys(names.shards_in(content), b"")
+    else:
+        there = names.names_below(address, is_index, _usual_names(variant))
+    with tempfile.TemporaryDirectory(prefix="weightload-") as temporary:
+        mirror = Path(temporary)
+        with _told_of(address, folder, mirror):
+            _make(mirror, there)
+            if index:
+                listed = read_index(mirror / index)
+                found = Found(listed.shards, listed.promised)
+            else:
+                found = Directory(mirror, variant).find()
+        addresses = {path: below(folder, Path(path).relative_to(mirror).as_posix()) for path in found.files}
+        return Found(
+            list(addresses.values()),
+            {tensor: addresses[path] for tensor, path in found.promised.items()},
+            found.passed_over.replace(str(mirror), shown(folder).rstrip("/")),
+        )
+
+
+def _usual_names(variant: str | None) -> Iterator[str]:
+    """What a web server is asked for."""
+    for stem in (stem for stems in CANONICAL_STEMS for stem in stems):
+        yield f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+        yield f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def _make(folder: Path, there: dict[str, bytes]) -> None:
+    for name, content in there.items():
+        pure = PurePosixPath(name)
+        plain = name == str(pure) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
+        if not plain or any(len(part.encode("utf-8", "replace")) > MOST_NAME_BYTES for part in pure.parts):
+            continue  # no name that a file of a checkpoint has; an index with it is refused when it is read
+        path = folder / pure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _told_of(address: str, folder: str, mirror: Path) -> Iterator[None]:
+    """What is raised about the mirror's files is said of the server's."""
+
+    def said(text: object) -> str:
+        return str(text).replace(str(mirror), shown(folder).rstrip("/"))
+
+    try:
+        yield
+    except WeightLoadError as error:
+        raise located(type(error)(said(error)), said(error.filename or shown(address))) from None
+    except OSError as error:
+        raise type(error)(error.errno, said(error.strerror), said(error.filename or shown(address))) from None

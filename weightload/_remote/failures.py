@@ -1,0 +1,66 @@
+"""What the library raises, in the words and the classes of ours, without what an address may have of secrets."""
+
+from __future__ import annotations
+
+import errno
+import re
+from http import HTTPStatus
+
+from weightload.errors import ReadError, located
+
+_STATUS = re.compile(r"status code: (\d{3})")
+
+# What the sources of a connection's failure say, and we then.
+_CONNECTIONS = (
+    ("dns error", "the server's name is not known"),
+    ("connection refused", "the server refuses connections"),
+    ("certificate", "the server's certificate is not trusted"),
+    ("timed out", "the server did not answer in time"),
+    ("timeout", "the server did not answer in time"),
+    ("connection reset", "the connection was reset"),
+    ("error decoding response body", "the answer was cut off"),
+    ("incompletemessage", "the answer was cut off"),
+    ("unexpected eof", "the answer was cut off"),
+    ("connectionclosed", "the connection was closed"),
+    ("error sending request", "the server cannot be reached"),
+)
+
+
+class ChangedError(ReadError):
+    """An object is another one than when it was opened."""
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status of HTTP that an exception of the library's is about."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
+def translated(error: BaseException, where: str) -> BaseException:
+    """What is raised in place of an exception of the library's, about what is shown as ``where``."""
+    kind, status = type(error).__name__, status_of(error)
+    if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+        return FileNotFoundError(errno.ENOENT, "No such object on the server", where)
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
+        how = f" (status {status})" if status else ""
+        return PermissionError(errno.EACCES, f"The server wants other credentials{how}", where)
+    if kind == "PreconditionError" or status == HTTPStatus.PRECONDITION_FAILED:
+        return located(ReadError(f"{where}: the object was changed while it was read"), where)
+    if isinstance(error, (ReadError, OSError)) and not kind.startswith("Generic"):
+        return error
+    return located(ReadError(f"{where}: {_reason(error, status)}"), where)
+
+
+def _reason(error: BaseException, status: int | None) -> str:
+    if status is not None:
+        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"
+        return f"the server answered with status {status} ({phrase})"
+    text = str(error).lower()
+    for words, reason in _CONNECTIONS:
+        if words in text:
+            return reason
+    if "content-length" in text or "content length" in text:
+        return "the server does not say how long the object is"
+    if "credential" in text:
+        return "no credentials for it were found"
+    return f"it cannot be read ({type(error).__name__})"

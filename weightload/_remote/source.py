@@ -1,0 +1,137 @@
+"""Opens what servers have as checkpoint files: the first request brings a header, and each further one a range."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from weightload import _C
+from weightload._base.addresses import shown
+from weightload._remote.answers import Answer, InHand, require_plain
+from weightload._remote.failures import status_of, translated
+from weightload._remote.in_order import InOrder
+from weightload._remote.stores import Place, library, place_of
+from weightload._remote.transport import finish, transport
+from weightload.errors import ReadError, located
+
+# The first request: most files' whole header.
+FIRST_BYTES = 256 << 10
+LENGTH_BYTES = 8
+MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
+OPENED_AT_ONCE = 32
+# A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
+ATTEMPTS = 5
+FIRST_PAUSE = 0.1  # seconds
+
+
+class RemoteObject:
+    """One object of a server's, as it was when it was opened: its size and its tag are compared with every answer's."""
+
+    def __init__(self, place: Place, where: str, meta: Any, start: Any) -> None:
+        self.place, self.where = place, where
+        self.size: int = meta["size"]
+        self._tag, self._modified = meta["e_tag"], meta["last_modified"]
+        self.start = memoryview(start)
+
+    def ask(self, offset: int, count: int) -> Answer | InHand:
+        if offset + count <= len(self.start):
+            return InHand(self.start[offset : offset + count])
+        return Answer(transport().submit(self.fetch(offset, offset + count)))
+
+    async def fetch(self, begin: int, end: int) -> Any:
+        """The bytes of a range, as a buffer.
+
+        Raises:
+            ReadError, OSError: as ``translated``, and for an object that is another one now.
+        """
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+            try:
+                answer = await library().get_async(self.place.store, self.place.path, options=self._options(begin, end))
+            except Exception as error:  # which the library has tried again by itself, where that may help
+                raise translated(error, self.where) from None
+            self._require_same(answer, begin, end)
+            try:
+                data = await answer.bytes_async()
+            except Exception as error:
+                if attempt + 1 == ATTEMPTS:
+                    raise translated(error, self.where) from None
+                continue
+            if len(data) == end - begin:
+                return data
+        what = f"{self.where}: the server gave another number of bytes than it was asked for"
+        raise located(ReadError(what), self.where)
+
+    def _options(self, begin: int, end: int) -> dict[str, Any]:
+        options: dict[str, Any] = {"range": (begin, end)}
+        if self._tag and not self._tag.startswith("W/"):  # a weak tag never matches
+            options["if_match"] = self._tag
+        return options
+
+    def _require_same(self, answer: Any, begin: int, end: int) -> None:
+        meta = answer.meta
+        now = meta["size"], meta["e_tag"], meta["last_modified"]
+        if now != (self.size, self._tag, self._modified):
+            raise located(ReadError(f"{self.where}: the object was changed while it was read"), self.where)
+        if tuple(answer.range) != (begin, end):
+            raise located(ReadError(f"{self.where}: the server gave another range than it was asked for"), self.where)
+
+
+async def _open(address: str) -> RemoteObject | InOrder:
+    """The object, with its header in hand if that is of a size that the format allows."""
+    where = shown(address)
+    place = place_of(address)
+    options = {"range": (0, FIRST_BYTES)}
+    obstore = library()
+    try:
+        answer = await obstore.get_async(place.store, place.path, options=options)
+        meta, data = answer.meta, await answer.bytes_async()
+    except Exception as error:
+        if type(error).__name__ == "NotSupportedError":
+            return await InOrder.open(place, where)
+        if status_of(error) == 416:  # there are no bytes in this range
+            meta = await obstore.head_async(place.store, place.path)
+            if meta["size"] == 0:
+                return RemoteObject(place, where, meta, b"")
+        raise translated(error, where) from None
+    require_plain(answer, where)
+    opened = RemoteObject(place, where, meta, data)
+    if len(data) < min(FIRST_BYTES, opened.size):
+        raise located(ReadError(f"{where}: the answer was cut off"), where)
+    length = LENGTH_BYTES + int.from_bytes(opened.start[:LENGTH_BYTES], "little")
+    if len(data) < length <= min(opened.size, MOST_HEADER + LENGTH_BYTES):
+        rest = await opened.fetch(len(data), length)
+        opened.start = memoryview(b"".join((opened.start, memoryview(rest))))
+    return opened
+
+
+def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
+    """Open what servers have, and validate the headers; several at once.
+
+    Raises:
+        FileNotFoundError, PermissionError, ReadError, HeaderError: of the first that fails.
+        ModuleNotFoundError, WeightLoadError: as ``stores.place_of``.
+    """
+    library()
+
+    async def open_all() -> list[Any]:
+        few = asyncio.Semaphore(OPENED_AT_ONCE)
+
+        async def one(address: str) -> RemoteObject | InOrder:
+            async with few:
+                return await _open(address)
+
+        return await asyncio.gather(*map(one, addresses), return_exceptions=True)
+
+    files: list[_C.CheckpointFile] = []
+    for one in finish(open_all()):
+        if isinstance(one, BaseException):
+            files.clear()
+            raise one.with_traceback(None)  # without the frames of the loop's thread
+        files.append(_C.open_source(one, one.where, one.size))
+    return files
+
+
+__all__ = ["RemoteObject", "open_addresses"]

@@ -1,0 +1,86 @@
+"""The library's stores: one for a bucket, or for an address on the web."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import os
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from weightload._base.addresses import WEB, scheme_of, shown
+from weightload.errors import WeightLoadError
+
+# Environment variables that the library makes a store by: credentials, endpoints.
+PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+
+# The whole of a request may take long, as its bytes do on slow networks; nothing of it may come for so long.
+CLIENT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1day"}
+RETRIES = {
+    "max_retries": 6,
+    "retry_timeout": datetime.timedelta(seconds=60),
+    "backoff": {"init_backoff": datetime.timedelta(milliseconds=100), "max_backoff": datetime.timedelta(seconds=5)},
+}
+
+
+class Place(NamedTuple):
+    """Where something is: a store of the library's, and a path in it."""
+
+    store: Any
+    path: str
+
+
+_stores: dict[object, Any] = {}
+
+
+def library() -> Any:
+    """The ``obstore`` module.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import obstore
+        import obstore.store
+    except ModuleNotFoundError as missing:
+        what = "loading from servers wants the package obstore; run: pip install 'weightload[remote]'"
+        raise ModuleNotFoundError(what, name=missing.name) from None
+    return obstore
+
+
+def place_of(address: str) -> Place:
+    """The store and the path that an address means.
+
+    Raises:
+        ModuleNotFoundError: as ``library``.
+        WeightLoadError: no store can be made of it.
+    """
+    stores = library().store
+    scheme = scheme_of(address)
+    try:
+        if scheme in WEB:
+            return Place(_web_store(stores, address), "")
+        bucket, _, path = address.partition("://")[2].partition("/")
+        environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
+        key = scheme, bucket, environment
+        if key not in _stores:
+            plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
+            options = {**CLIENT, "allow_http": True} if plain else CLIENT
+            _stores[key] = stores.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=RETRIES)
+        return Place(_stores[key], path)
+    except Exception as error:
+        raise WeightLoadError(
+            f"{shown(address)}: {type(error).__name__}: no store can be made of this address"
+        ) from None
+
+
+def _web_store(stores: Any, address: str) -> Any:
+    """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
+    parts = urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    options: dict[str, Any] = {**CLIENT, "allow_http": parts.scheme.lower() == "http"}
+    if at:
+        options["default_headers"] = {"authorization": b"Basic " + base64.b64encode(unquote(user).encode())}
+    plain = urlunsplit((parts.scheme.lower(), host, parts.path, parts.query, ""))
+    return stores.HTTPStore.from_url(plain, client_options=options, retry_config=RETRIES)

@@ -1,0 +1,90 @@
+"""The thread that speaks to servers: an event loop of its own, on which requests wait for their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from weightload._base.handlers import pass_on
+from weightload.errors import WeightLoadError
+
+_Result = TypeVar("_Result")
+
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+class Transport:
+    """An event loop in a thread. Requests are given to it from any thread, and can be broken off at any moment."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="weightload-remote", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
+        return asyncio.run_coroutine_threadsafe(request, self._loop)
+
+    def close(self) -> None:
+        """Break off what is under way, and join the thread."""
+
+        async def end() -> None:
+            for task in asyncio.all_tasks():
+                if task is not asyncio.current_task():
+                    task.cancel()
+            self._loop.call_soon(self._loop.stop)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop)
+        self._thread.join()
+        self._loop.close()
+
+
+def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
+    """Wait in this thread for what a request brings, or raises; Ctrl-C ends the wait and the request."""
+    asked = transport().submit(request)
+    try:
+        while not asked.done():
+            try:
+                asked.exception(SECONDS_BETWEEN_LOOKS)
+            except concurrent.futures.TimeoutError as late:
+                pass_on(late)
+        return asked.result()
+    except BaseException as error:
+        asked.cancel()
+        raise error.with_traceback(None) from None  # without the frames of the loop's thread
+
+
+class _Process:
+    """What this process has of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.transport: Transport | None = None
+        self.number = os.getpid()
+
+
+_process = _Process()
+
+
+def transport() -> Transport:
+    """The process's, begun when it is first needed.
+
+    Raises:
+        WeightLoadError: this process was forked of one that has spoken to servers: the library's threads, and the
+            locks that they held, are in the parent only.
+    """
+    if _process.number != os.getpid():
+        if _process.transport is not None:
+            raise WeightLoadError(
+                "this process was forked of one that has loaded from servers, and cannot: start it another way (spawn)"
+            )
+        _process.__init__()  # type: ignore[misc]
+    with _process.lock:
+        if _process.transport is None:
+            _process.transport = Transport()
+            atexit.register(_process.transport.close)
+        return _process.transport
