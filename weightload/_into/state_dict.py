@@ -18,6 +18,9 @@ from weightload._load.renaming import Renamed
 from weightload._parts.shards import NOTHING, Dealt, Known, Part, bytes_of_part
 from weightload.errors import StateDictError, TensorError, located
 
+# Bytes of a tensor for which a request of its own is no loss: what comes in the time of one, at 1 Gbit/s.
+LEAST_REQUEST = 2 << 20
+
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
 # Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
 Here = Mapping[str, tuple[str, str, tuple[int, ...], int, int]]
@@ -140,6 +143,9 @@ def _match(
         for name, place in read.items()
         if place.direct and name not in mixed and place.tensor.dtype == TORCH_DTYPES[here[name][1]]
     }
+    # Small ones of a server's come with their neighbours, in one request.
+    asked = {name for file in files if file.is_remote for name in file.names()}
+    direct -= {name for name in direct & asked if here[name][4] - here[name][3] < LEAST_REQUEST}
 
     alive = {key for name, key in tied.items() if name in here}
     if fused:

@@ -10,6 +10,9 @@ from weightload.errors import ReadError, located
 
 _STATUS = re.compile(r"status code: (\d{3})")
 
+# Where machines of a cloud are asked for credentials, when there are no others.
+_METADATA = ("/latest/api/token", "/latest/meta-data", "/metadata/identity", "/computemetadata/")
+
 # What the sources of a connection's failure say, and we then.
 _CONNECTIONS = (
     ("dns error", "the server's name is not known"),
@@ -24,10 +27,6 @@ _CONNECTIONS = (
     ("connectionclosed", "the connection was closed"),
     ("error sending request", "the server cannot be reached"),
 )
-
-
-class ChangedError(ReadError):
-    """An object is another one than when it was opened."""
 
 
 def status_of(error: BaseException) -> int | None:
@@ -56,6 +55,8 @@ def _reason(error: BaseException, status: int | None) -> str:
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"
         return f"the server answered with status {status} ({phrase})"
     text = str(error).lower()
+    if any(path in text for path in _METADATA):
+        return "no credentials for it were found: none in the environment, and no cloud's machine answers for this one"
     for words, reason in _CONNECTIONS:
         if words in text:
             return reason

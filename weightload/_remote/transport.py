@@ -23,24 +23,39 @@ class Transport:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="weightload-remote", daemon=True)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="weightload-remote", daemon=True)
         self._thread.start()
 
     def submit(self, request: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
-        return asyncio.run_coroutine_threadsafe(request, self._loop)
+        """What it will bring; cancelled where the interpreter is exiting."""
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(request, self._loop)
+        request.close()
+        refused: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+        refused.cancel()
+        return refused
 
     def close(self) -> None:
         """Break off what is under way, and join the thread."""
-
-        async def end() -> None:
-            for task in asyncio.all_tasks():
-                if task is not asyncio.current_task():
-                    task.cancel()
-            self._loop.call_soon(self._loop.stop)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop)
+        with self._lock:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(_break_off())
         self._loop.close()
+
+
+async def _break_off() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
