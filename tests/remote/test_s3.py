@@ -10,15 +10,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
-import weightload
-import weightload.errors
+from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
 from servers import environment
 
-pytest.importorskip("obstore")
-moto_server = pytest.importorskip("moto.server")
+import weightload
+import weightload.errors
 
 BUCKET = "weights"
 
@@ -38,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint(folder: Path) -> Iterator[str]:
-    import boto3
-
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
@@ -109,7 +107,7 @@ def test_without_credentials(endpoint: str) -> None:
 
 
 def test_secrets_are_not_told(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(FileNotFoundError) as raised:
         weightload.load_file(f"{ADDRESS}/nothing.safetensors")
     assert "VERYSECRET" not in str(raised.value) + caplog.text
 
