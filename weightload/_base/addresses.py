@@ -7,7 +7,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 WEB = ("http", "https")
-SCHEMES = (*BUCKETS, *WEB)
+HUB = "hf"
+SCHEMES = (*BUCKETS, *WEB, HUB)
 
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
 

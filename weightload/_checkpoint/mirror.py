@@ -11,7 +11,7 @@ from weightload._base.addresses import below, folder_of, name_of, shown
 from weightload._checkpoint.directory import Directory, Found
 from weightload._checkpoint.file_names import CANONICAL_STEMS, ENDING
 from weightload._checkpoint.index import is_index, read_index
-from weightload._remote import names
+from weightload._remote import hub, names
 from weightload.errors import WeightLoadError, located
 
 MOST_NAME_BYTES = 255
@@ -27,6 +27,8 @@ def find_remote(address: str, subfolder: str | None, variant: str | None) -> Fou
         if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
             raise ValueError(f"subfolder {subfolder!r}: must be a folder below the address, without '..'")
         address = below(address, subfolder)
+    if hub.is_hub(address):
+        address = hub.pinned(address)
     name = name_of(address)
     if name.endswith(ENDING):
         return Found([address])

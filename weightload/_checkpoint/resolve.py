@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightload import _C
 from weightload._base import paths
-from weightload._base.addresses import is_address
+from weightload._base.addresses import below, is_address
 from weightload._base.paths import natural_key
 from weightload._checkpoint import passed_over
 from weightload._checkpoint.directory import Directory, Found
@@ -18,6 +18,7 @@ from weightload._checkpoint.index import is_index, is_missing, read_index, requi
 from weightload._checkpoint.mirror import find_remote
 from weightload._checkpoint.passed_over import PassedOverWarning
 from weightload._checkpoint.selection import open_files
+from weightload._remote.hub import cached, is_hub
 from weightload.errors import CheckpointError, located
 
 __all__ = ["check_contents", "find_files", "natural_key", "resolve_and_tell", "resolve_safetensors_files"]
@@ -84,6 +85,9 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
         text = paths.as_text(model_path)
         if not text:
             raise FileNotFoundError(2, "No such file or directory", text)  # pathlib takes it for the current one
+        if is_hub(text):
+            text = cached(text if not subfolder else below(text, paths.as_text(subfolder))) or text
+            subfolder = subfolder if is_address(text) else None
         if is_address(text):
             return find_remote(text, paths.as_text(subfolder) if subfolder else None, variant)
         path = Path(text)

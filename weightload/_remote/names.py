@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from weightload._base.addresses import WEB, below, scheme_of, shown
 from weightload._base.handlers import pass_on
 from weightload._remote.failures import status_of, translated
+from weightload._remote.hub import is_hub, names_in
 from weightload._remote.stores import library, place_of
 from weightload._remote.transport import finish
 from weightload.errors import CheckpointError, located
@@ -72,7 +73,9 @@ async def _exists(address: str) -> bool:
 
 async def _names_below(address: str, is_index: Callable[[str], bool], candidates: Iterable[str]) -> dict[str, bytes]:
     on_the_web = scheme_of(address) in WEB
-    if on_the_web:
+    if is_hub(address):
+        names = dict.fromkeys(await asyncio.to_thread(names_in, address), b"")
+    elif on_the_web:
         asked = list(candidates)
         there = await asyncio.gather(*(_exists(below(address, name)) for name in asked))
         names = dict.fromkeys((name for name, yes in zip(asked, there, strict=True) if yes), b"")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import datetime
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from weightload._base.addresses import WEB, scheme_of, shown
+from weightload._base.addresses import HUB, WEB, scheme_of, shown
+from weightload._remote.hub import url_of
 from weightload.errors import WeightLoadError
 
 # Environment variables that the library makes a store by: credentials, endpoints.
@@ -61,6 +63,8 @@ def place_of(address: str) -> Place:
     try:
         if scheme in WEB:
             return Place(_web_store(stores, address), "")
+        if scheme == HUB:
+            return Place(_web_store(stores, *url_of(address)), "")
         bucket, _, path = address.partition("://")[2].partition("/")
         environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
         key = scheme, bucket, environment
@@ -69,18 +73,22 @@ def place_of(address: str) -> Place:
             options = {**CLIENT, "allow_http": True} if plain else CLIENT
             _stores[key] = stores.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=RETRIES)
         return Place(_stores[key], path)
+    except (ModuleNotFoundError, WeightLoadError):
+        raise
     except Exception as error:
         raise WeightLoadError(
             f"{shown(address)}: {type(error).__name__}: no store can be made of this address"
         ) from None
 
 
-def _web_store(stores: Any, address: str) -> Any:
+def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Any:
     """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
     parts = urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     options: dict[str, Any] = {**CLIENT, "allow_http": parts.scheme.lower() == "http"}
     if at:
-        options["default_headers"] = {"authorization": b"Basic " + base64.b64encode(unquote(user).encode())}
+        headers = {"authorization": b"Basic " + base64.b64encode(unquote(user).encode())}
+    if headers:
+        options["default_headers"] = headers
     plain = urlunsplit((parts.scheme.lower(), host, parts.path, parts.query, ""))
     return stores.HTTPStore.from_url(plain, client_options=options, retry_config=RETRIES)

@@ -1,0 +1,98 @@
+"""Repositories of the Hugging Face hub: ``hf://org/repo[@revision][/path]``, in its local cache first."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from weightload._base.addresses import HUB, scheme_of
+from weightload._base.handlers import pass_on
+from weightload.errors import WeightLoadError
+
+
+class Repo(NamedTuple):
+    """A repository, or something in it."""
+
+    name: str
+    """``org/repo``"""
+    revision: str | None
+    path: str
+
+    def address(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{HUB}://{self.name}{at}{'/' * bool(self.path)}{self.path}"
+
+
+def is_hub(address: str) -> bool:
+    """Whether an address is one of the hub's."""
+    return scheme_of(address) == HUB
+
+
+def parse(address: str) -> Repo:
+    """The parts of an address.
+
+    Raises:
+        WeightLoadError: it names no repository.
+    """
+    organisation, _, rest = address.partition("://")[2].partition("/")
+    repository, _, path = rest.partition("/")
+    name, _, revision = repository.partition("@")
+    if not organisation or not name:
+        raise WeightLoadError(f"{address}: must be hf://organisation/repository, with @revision and a path or without")
+    return Repo(f"{organisation}/{name}", revision or None, path.strip("/"))
+
+
+def hub() -> Any:
+    """The ``huggingface_hub`` module.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as missing:
+        what = "hf:// wants the package huggingface_hub; run: pip install huggingface_hub"
+        raise ModuleNotFoundError(what, name=missing.name) from None
+    return huggingface_hub
+
+
+def cached(address: str) -> str | None:
+    """The local path of a file, or of a folder, that the hub's cache has; None if it has not."""
+    repo = parse(address)
+    if "." in os.path.basename(repo.path):
+        found = hub().try_to_load_from_cache(repo.name, repo.path, revision=repo.revision)
+        return found if isinstance(found, str) and os.path.exists(found) else None
+    try:
+        folder = hub().snapshot_download(repo.name, revision=repo.revision, local_files_only=True)
+    except Exception as failed:  # its classes differ from version to version
+        pass_on(failed)
+        return None
+    return os.path.join(folder, repo.path) if os.path.isdir(os.path.join(folder, repo.path)) else None
+
+
+def pinned(address: str) -> str:
+    """The address with the commit that its revision means now.
+
+    Raises:
+        OSError: the hub cannot be asked, or has no such repository: as ``huggingface_hub`` raises it.
+    """
+    repo = parse(address)
+    sha: str = hub().HfApi().model_info(repo.name, revision=repo.revision).sha
+    return repo._replace(revision=sha).address()
+
+
+def names_in(address: str) -> list[str]:
+    """The names of the files directly below an address. Raises as ``pinned``."""
+    repo = parse(address)
+    prefix = f"{repo.path}/" if repo.path else ""
+    files = hub().HfApi().list_repo_files(repo.name, revision=repo.revision)
+    names = [file[len(prefix) :] for file in files if file.startswith(prefix)]
+    return [name for name in names if "/" not in name]
+
+
+def url_of(address: str) -> tuple[str, dict[str, bytes]]:
+    """Where the hub has a file, and what to send along."""
+    repo = parse(address)
+    url: str = hub().hf_hub_url(repo.name, repo.path, revision=repo.revision)
+    token = hub().get_token()
+    return url, {"authorization": b"Bearer " + token.encode()} if token else {}
