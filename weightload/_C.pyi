@@ -61,6 +61,10 @@ class CheckpointFile:
         """
         Reads every byte once and returns their number.
         """
+    def read_into(self, offset: int, memory: typing_extensions.Buffer) -> None:
+        """
+        Fills a buffer with bytes from `offset` on.
+        """
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         """
         (name, dtype, shape, begin, end) by offset; begin and end count from the file's start
@@ -95,6 +99,11 @@ class CheckpointFile:
         """
     @property
     def path(self) -> str: ...
+    @property
+    def remote(self) -> typing.Any:
+        """
+        the object behind open_source(), or None
+        """
     @property
     def size(self) -> int:
         """

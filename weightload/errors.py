@@ -18,6 +18,7 @@ from weightload._base.printable import printable
 
 __all__ = [
     "CheckpointError",
+    "ChecksumError",
     "DeviceOutOfMemoryError",
     "DuplicateField",
     "DuplicateTensor",
@@ -74,6 +75,10 @@ class WeightLoadError(SafetensorError):
 
 class CheckpointError(WeightLoadError):
     """The files of a checkpoint do not fit together: a bad index, missing shards, an ambiguous directory."""
+
+
+class ChecksumError(WeightLoadError):
+    """A file has another SHA-256 than it should have: ``verify=``. What was loaded of it is not to be used."""
 
 
 class HeaderError(WeightLoadError):

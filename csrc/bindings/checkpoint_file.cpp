@@ -90,6 +90,20 @@ uint64_t read_all(const CheckpointFile& file) {
   return file.size();
 }
 
+py::object remote_object(const CheckpointFile& file) {
+  const auto* const remote = dynamic_cast<const RemoteSource*>(&file.source());
+  return remote ? remote->object() : py::none();
+}
+
+void read_into(const CheckpointFile& file, uint64_t offset, const py::buffer& memory) {
+  const py::buffer_info info = memory.request(/*writable=*/true);
+  Pace pace(Pace::kAnyNumber, 1 << 20);
+  const ReleaseGil release;
+  file.read({offset, offset + static_cast<uint64_t>(info.size * info.itemsize)}, static_cast<char*>(info.ptr), pace,
+            check_signals);
+  file.source().require_unchanged(offset);
+}
+
 // Of the header's text. All ranks that compare it run the same build of the same standard library (Murmur, in GNU's).
 uint64_t header_digest(const CheckpointFile& file) {
   std::string text(file.header().data_begin, '\0');
@@ -124,6 +138,8 @@ void register_checkpoint_file(py::module_& module) {
                                    PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
                              })
       .def_property_readonly("is_remote", &CheckpointFile::is_remote, "whether a server has it")
+      .def_property_readonly("remote", remote_object, "the object behind open_source(), or None")
+      .def("read_into", read_into, py::arg("offset"), py::arg("memory"), "Fills a buffer with bytes from `offset` on.")
       .def_property_readonly("size", &CheckpointFile::size, "bytes, header included")
       .def_property_readonly(
           "open_s", [](const CheckpointFile& file) { return in_seconds(file.open_ns()); },

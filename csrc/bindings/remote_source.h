@@ -27,6 +27,7 @@ class RemoteSource final : public ByteSource {
   void require_unchanged(uint64_t) const override {}  // every answer is checked when it comes
   const std::string& path() const override { return path_; }
   uint64_t size() const override { return size_; }
+  pybind11::object object() const { return object_; }
 
  private:
   [[noreturn]] void fail(pybind11::error_already_set& error, uint64_t offset) const;

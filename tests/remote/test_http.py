@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, Web, serving
 
 import weightload
-from weightload.errors import CheckpointError, HeaderTooSmall, HtmlPage, ReadError
+from weightload.errors import CheckpointError, ChecksumError, HeaderTooSmall, HtmlPage, ReadError
 
 SECRET = "sig=SECRET"
 
@@ -383,3 +384,35 @@ def test_without_the_library(web: Web, folder: Path) -> None:
     address = web.address(files_of(folder)[0].name)
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), address], capture_output=True, text=True)
     assert "weightload[remote]" in done.stdout
+
+
+def test_checked_on_the_way(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({str(i): torch.randn(1500, 1031) for i in range(8)}, path)
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()} *{path.name}\n")
+    for ranges in (True, False):
+        with serving(tmp_path) as web:
+            web.ranges = ranges
+            address = web.address(path.name)
+            assert len(dict(weightload.safetensors_weights_iterator([address], to_cpu=True, verify="sha256"))) == 8
+            assert sum(name.startswith(f"/{path.name}") for _, name, _ in web.asked) <= 3 + path.stat().st_size // (
+                8 << 20
+            )
+            assert dict(
+                weightload.safetensors_weights_iterator([address], to_cpu=True, verify="sha256", names={"3"})
+            ).keys() == {"3"}
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            (tmp_path / "bad.safetensors").write_bytes(data)
+            (tmp_path / "SHA256SUMS").write_text(
+                (tmp_path / "SHA256SUMS").read_text().replace(path.name, "bad.safetensors")
+            )
+            with pytest.raises(ChecksumError, match=r"bad\.safetensors"):
+                dict(
+                    weightload.safetensors_weights_iterator(
+                        [web.address("bad.safetensors")], to_cpu=True, verify="sha256"
+                    )
+                )
+            (tmp_path / "SHA256SUMS").write_text(
+                (tmp_path / "SHA256SUMS").read_text().replace("bad.safetensors", path.name)
+            )

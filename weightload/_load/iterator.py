@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -13,12 +14,14 @@ from weightload._base.addresses import is_address
 from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
+from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, require_duplicates
 from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
 from weightload._group.agreement import Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
 from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
 from weightload._load import devices, progress
+from weightload._load.checking import CheckedWeights, Checking
 from weightload._load.counting import Counting
 from weightload._load.device_iterator import (
     DeviceWeightIterator,
@@ -196,7 +199,8 @@ def safetensors_weights_iterator(
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     backend: Backend = "mmap",
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | progress.WeightsWithBar:
+    verify: Verify | None = None,
+) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -252,6 +256,10 @@ def safetensors_weights_iterator(
         backend: ``"mmap"``: copy-on-write views of the mapped file, as in safetensors. ``"pread"``: private
             memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
             accelerator memory is always private.
+        verify: check the SHA-256 of every file, all of it, while it is loaded; the verdict comes at the end of the
+            iteration, on every rank. ``"sha256"``: the digests are those of the hub's cache (the name of the blob), of
+            an ``hf://`` address, or of a file ``SHA256SUMS`` beside. A mapping: from file names to digests. Files are
+            read through the page cache. Of what ranks share of a server's each rank asks for the rest itself.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
@@ -277,6 +285,8 @@ def safetensors_weights_iterator(
         RankDisagreementError: the ranks of the group would load different files, tensors, ....
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
+        ChecksumError: ``verify``: a file has another digest; raised at the end of the iteration. CheckpointError: no
+            digest of a file is known; raised by this call.
 
     An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
     depended on what failed.
@@ -290,6 +300,8 @@ def safetensors_weights_iterator(
         require_backend(backend)
         require_duplicates(duplicates)
         require_rename(rename)
+        if verify is not None:
+            require_verify(verify)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
         target = _target(to_cpu, device)
@@ -298,39 +310,49 @@ def safetensors_weights_iterator(
         raise
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths), any(map(is_address, paths)))
     open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
+    checking = Checking(paths, verify) if verify is not None else None
+    if checking is not None:
+        open_them = checking.opening(open_them)
     renamed: RenamedLoad | None = None
     if rename is not None:
         renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
         open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights
-    if target.type == "cpu":
-        weights = load_to_host(
-            group,
-            chosen,
-            paths,
-            open_them,
-            names,
-            backend=backend,
-            places=renamed.places if renamed else (),
-            shard=shard,
-            duplicates=duplicates,
-            may_differ=rename is None,
-        )
-    else:
-        weights = load_to_device(
-            target,
-            bytes_of_files(paths),
-            paths,
-            open_them,
-            names,
-            group,
-            chosen,
-            shard=shard,
-            duplicates=duplicates,
-            may_differ=rename is None,
-        )
-    if renamed is not None:
-        weights = renamed.fuse(weights)
+    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights
+    # Who checks reads all of the files through the page cache, and what the load reads should be found there.
+    with contextlib.ExitStack() as on_failure, settings.override(**({"read": "buffered"} if checking else {})):
+        if checking is not None:
+            on_failure.callback(checking.close)
+        if target.type == "cpu":
+            weights = load_to_host(
+                group,
+                chosen,
+                paths,
+                open_them,
+                names,
+                backend=backend,
+                places=renamed.places if renamed else (),
+                shard=shard,
+                duplicates=duplicates,
+                may_differ=rename is None,
+            )
+        else:
+            weights = load_to_device(
+                target,
+                bytes_of_files(paths),
+                paths,
+                open_them,
+                names,
+                group,
+                chosen,
+                shard=shard,
+                duplicates=duplicates,
+                may_differ=rename is None,
+            )
+        if renamed is not None:
+            weights = renamed.fuse(weights)
+        if checking is not None:
+            weights = checking.watch(weights)
+        on_failure.pop_all()
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, NamedTuple
 
 from weightload._base.addresses import HUB, scheme_of
@@ -88,6 +89,16 @@ def names_in(address: str) -> list[str]:
     files = hub().HfApi().list_repo_files(repo.name, revision=repo.revision)
     names = [file[len(prefix) :] for file in files if file.startswith(prefix)]
     return [name for name in names if "/" not in name]
+
+
+def digest_of(address: str) -> str | None:
+    """The SHA-256 that the hub says a file has, without asking for the file; None of a small one.
+
+    Raises as ``pinned``.
+    """
+    url, _ = url_of(address)
+    tag: str | None = hub().get_hf_file_metadata(url).etag
+    return tag if tag and re.fullmatch(r"[0-9a-f]{64}", tag) else None
 
 
 def url_of(address: str) -> tuple[str, dict[str, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from weightload._remote.answers import Answer, require_plain
@@ -24,6 +25,8 @@ class InOrder:
         self.place, self.where = place, where
         self.size: int = meta["size"]
         self._same = meta["size"], meta["e_tag"], meta["last_modified"]
+        self.start = b""
+        self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
         self._turn = asyncio.Lock()
         self._stream: Any = None
         self._kept: list[tuple[int, memoryview]] = []  # chunks that lie one behind the other
@@ -58,6 +61,8 @@ class InOrder:
                 low, high = max(begin, at), min(end, at + len(chunk))
                 if low < high:
                     data[low - begin : high - begin] = chunk[low - at : high - at]
+            if self.tap is not None:
+                self.tap(begin, data)
             return data
 
     def _first_kept(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from weightload import _C
@@ -33,6 +33,7 @@ class RemoteObject:
         self.size: int = meta["size"]
         self._tag, self._modified = meta["e_tag"], meta["last_modified"]
         self.start = memoryview(start)
+        self.tap: Callable[[int, Any], None] | None = None  # told of all that comes
 
     def ask(self, offset: int, count: int) -> Answer | InHand:
         if offset + count <= len(self.start):
@@ -60,6 +61,8 @@ class RemoteObject:
                     raise translated(error, self.where) from None
                 continue
             if len(data) == end - begin:
+                if self.tap is not None:
+                    self.tap(begin, data)
                 return data
         what = f"{self.where}: the server gave another number of bytes than it was asked for"
         raise located(ReadError(what), self.where)

@@ -1,0 +1,167 @@
+"""verify=: the SHA-256 of whole files, while they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import simulated_accelerator
+import torch
+from safetensors.torch import load_file, save_file
+
+import weightload
+from weightload import errors
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = []
+    for number in range(3):
+        path = tmp_path / f"model-0000{number + 1}-of-00003.safetensors"
+        save_file({f"{number}.{i}": torch.randn(1200, 1001) for i in range(4)}, path)
+        paths.append(path)
+    return paths
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_sums(files: list[Path]) -> None:
+    lines = [f"{digest(path)}  {path.name}\n" for path in files]
+    (files[0].parent / "SHA256SUMS").write_text("".join(lines))
+
+
+def damage(path: Path) -> None:
+    """One bit of the last tensor."""
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def load(files: list[Path], verify: object = "sha256", **options: object) -> dict[str, torch.Tensor]:
+    options.setdefault("to_cpu", True)
+    return dict(weightload.safetensors_weights_iterator(files, verify=verify, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_right_files_load(files: list[Path], backend: str) -> None:
+    write_sums(files)
+    got = load(files, backend=backend)
+    for path in files:
+        for name, tensor in load_file(path).items():
+            assert torch.equal(got[name], tensor)
+    assert load(files, {path.name: digest(path).upper() for path in files}).keys() == got.keys()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weightload-sha256"]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_bit_is_noticed(files: list[Path], number: int) -> None:
+    write_sums(files)
+    right = digest(files[number])
+    damage(files[number])
+    with pytest.raises(errors.ChecksumError) as raised:
+        load(files)
+    assert raised.value.filename == str(files[number])
+    assert right in str(raised.value)
+    assert digest(files[number]) in str(raised.value)
+
+
+def test_also_where_no_tensor_of_it_is_wanted(files: list[Path]) -> None:
+    write_sums(files)
+    damage(files[2])
+    with pytest.raises(errors.ChecksumError):
+        load(files, names={"0.1"})
+
+
+def test_the_hubs_cache_says_it(files: list[Path], tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / digest(files[0])
+    blob.parent.mkdir()
+    files[0].rename(blob)
+    link = tmp_path / "snapshot" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    assert load([link])
+    damage(blob)
+    with pytest.raises(errors.ChecksumError):
+        load([link])
+
+
+def test_what_is_not_known_is_refused(files: list[Path]) -> None:
+    write_sums(files[:2])
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        load(files)
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        load(files, {files[0].name: digest(files[0])})
+    with pytest.raises(ValueError, match="sha256"):
+        load(files, "md5")
+    with pytest.raises(ValueError, match="64 hexadecimal"):
+        load(files, {files[0].name: "abc"})
+    with pytest.raises(TypeError):
+        load(files, 5)
+
+
+def test_leaving_early(files: list[Path]) -> None:
+    write_sums(files)
+    damage(files[2])
+    weights = weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256")
+    next(weights)
+    weights.close()
+    with weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256") as weights:
+        next(weights)
+    assert not [thread for thread in threading.enumerate() if thread.name == "weightload-sha256"]
+
+
+def test_with_other_names(files: list[Path]) -> None:
+    write_sums(files)
+    assert "new.0.0" in load(files, rename=lambda name: f"new.{name}")
+    damage(files[1])
+    with pytest.raises(errors.ChecksumError):
+        load(files, rename=lambda name: f"new.{name}")
+
+
+@pytest.mark.simulated
+def test_to_an_accelerator(files: list[Path]) -> None:
+    simulated_accelerator.load()
+    device = "privateuseone:0"
+    write_sums(files)
+    assert load(files, to_cpu=False, device=device)
+    damage(files[0])
+    with pytest.raises(errors.ChecksumError):
+        load(files, to_cpu=False, device=device)
+
+
+RANKS = """
+    import sys, weightload
+    import torch.distributed as dist
+    from weightload import errors
+    dist.init_process_group("gloo")
+    try:
+        dict(weightload.safetensors_weights_iterator(
+            sys.argv[1:], device="cpu", group=dist.group.WORLD, strategy="striped", verify="sha256"
+        ))
+    except errors.ChecksumError:
+        print("noticed")
+    dist.destroy_process_group()
+"""
+
+
+def test_every_rank_notices(files: list[Path], tmp_path: Path) -> None:
+    write_sums(files)
+    damage(files[1])
+    script = tmp_path / "ranks.py"
+    script.write_text(textwrap.dedent(RANKS))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), *map(str, files)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.stdout.count("noticed") == 2, done.stdout + done.stderr[-3000:]

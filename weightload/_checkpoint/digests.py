@@ -1,0 +1,94 @@
+"""Which SHA-256 a file of a checkpoint should have: by who calls, or by what lies beside the file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from weightload._base.addresses import below, folder_of, is_address, name_of, shown
+from weightload._base.handlers import pass_on
+from weightload.errors import CheckpointError, located
+
+Verify = str | Mapping[str, str]
+"""``"sha256"``: the digests are found; or a digest, as 64 hexadecimal digits, for each file's name."""
+
+SUMS = "SHA256SUMS"
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
+
+
+def require_verify(verify: object) -> None:
+    """Raise for what is no ``Verify``.
+
+    Raises:
+        ValueError: another word than "sha256", or a digest that is none.
+        TypeError: neither a word nor a mapping.
+    """
+    if isinstance(verify, str):
+        if verify != "sha256":
+            raise ValueError(f"verify={verify!r}: must be 'sha256', or a mapping from file names to digests")
+    elif isinstance(verify, Mapping):
+        for name, digest in verify.items():
+            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+                raise ValueError(f"verify: {name!r} must have a SHA-256, as 64 hexadecimal digits, not {digest!r}")
+    else:
+        raise TypeError(f"verify must be 'sha256' or a mapping, not {type(verify).__name__}")
+
+
+def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
+    """The digest of each file, in small letters.
+
+    Found are, in this order: the name of the blob that a file of the hub's cache is a link to; what the hub says of a
+    file at an ``hf://`` address; a line of a file ``SHA256SUMS`` in the file's folder.
+
+    Raises:
+        CheckpointError: of a file none is known.
+        OSError: what says it cannot be read.
+    """
+    sums: dict[str, dict[str, str]] = {}
+    found = []
+    for path in paths:
+        name = name_of(path) if is_address(path) else os.path.basename(path)
+        given = verify.get(name) if isinstance(verify, Mapping) else _found(path, name, sums)
+        if given is None:
+            where = shown(path) if is_address(path) else path
+            what = "verify= has no SHA-256 of it"
+            if verify == "sha256":
+                what = f"no SHA-256 of it is known, by the hub or by a {SUMS} beside it"
+            raise located(CheckpointError(f"{where}: {what}"), where)
+        found.append(given.lower())
+    return found
+
+
+def _found(path: str, name: str, sums: dict[str, dict[str, str]]) -> str | None:
+    if is_address(path):
+        from weightload._remote import hub
+
+        of_hub = hub.digest_of(path) if hub.is_hub(path) else None
+        if of_hub:
+            return of_hub
+    else:
+        blob = os.path.basename(os.path.realpath(path))
+        if os.path.islink(path) and _DIGEST.fullmatch(blob):
+            return blob
+    folder = folder_of(path) if is_address(path) else os.path.dirname(path)
+    if folder not in sums:
+        sums[folder] = _read_sums(folder)
+    return sums[folder].get(name)
+
+
+def _read_sums(folder: str) -> dict[str, str]:
+    try:
+        if is_address(folder):
+            from weightload._remote import names
+
+            text = names.content(below(folder, SUMS)).decode("utf-8", "replace")
+        else:
+            with open(os.path.join(folder, SUMS), encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read()
+    except FileNotFoundError as missing:
+        pass_on(missing)
+        return {}
+    lines = (_LINE.fullmatch(line.strip()) for line in text.splitlines())
+    return {line[2].removeprefix("./"): line[1] for line in lines if line}
