@@ -130,13 +130,16 @@ def test_with_other_names(files: list[Path]) -> None:
 
 @pytest.mark.simulated
 def test_to_an_accelerator(files: list[Path]) -> None:
-    simulated_accelerator.load()
-    device = "privateuseone:0"
+    native = simulated_accelerator.load()
     write_sums(files)
-    assert load(files, to_cpu=False, device=device)
-    damage(files[0])
-    with pytest.raises(errors.ChecksumError):
-        load(files, to_cpu=False, device=device)
+    native.set_available(True)
+    try:
+        assert load(files, to_cpu=False, device="simulated:0")
+        damage(files[0])
+        with pytest.raises(errors.ChecksumError):
+            load(files, to_cpu=False, device="simulated:0")
+    finally:
+        native.set_available(False)
 
 
 RANKS = """
