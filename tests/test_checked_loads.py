@@ -168,3 +168,18 @@ def test_every_rank_notices(files: list[Path], tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     assert done.stdout.count("noticed") == 2, done.stdout + done.stderr[-3000:]
+
+
+def test_the_command(files: list[Path]) -> None:
+    def verify() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "weightload", "verify", "--sha256", str(files[0].parent)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert "no SHA-256" in verify().stdout
+    write_sums(files)
+    done = verify()
+    assert (done.returncode, done.stdout.count("its SHA-256 is right")) == (0, 3)
+    damage(files[1])
+    done = verify()
+    assert (done.returncode, done.stdout.count("its SHA-256 is right")) == (1, 2)
+    assert digest(files[1]) in done.stdout

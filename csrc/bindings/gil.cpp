@@ -38,6 +38,7 @@ constexpr std::chrono::milliseconds kLook{5};
 struct State {
   std::atomic<bool> ending{false};
   std::atomic<bool> abandoned{false};  // the interpreter goes although threads are in the core
+  bool awaited = true;                 // the exit hook still waits for who is inside; guarded by the mutex
   std::atomic<int> inside{0};
   std::thread::id hook;  // the thread that is in leave_interpreter()
   PyObject* error = nullptr;
@@ -57,6 +58,7 @@ State& state() {
   if (current->generation != fork_generation()) {
     auto* const fresh = new State;
     fresh->ending = current->ending.load();
+    fresh->awaited = current->awaited;
     fresh->error = current->error;
     current = fresh;
   }
@@ -137,7 +139,12 @@ Inside::~Inside() {
 }
 
 ReleaseGil::ReleaseGil(AtExit at_exit) : inside_(at_exit) {
-  const bool keeps = interpreter_is_ending() && state().hook != std::this_thread::get_id();
+  bool keeps = false;
+  if (interpreter_is_ending() && state().hook != std::this_thread::get_id()) {
+    // inside_ has been counted: the hook has seen that, or has stopped looking.
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    keeps = !state().awaited;
+  }
   if (at_exit == AtExit::raise) note_visit(state());
   thread_ = keeps ? nullptr : PyEval_SaveThread();
 }
@@ -172,6 +179,7 @@ void leave_interpreter() {
   {
     std::unique_lock<std::mutex> lock(all.mutex);
     all.abandoned = !all.left.wait_for(lock, kPatience, [&] { return all.inside.load() == 0; });
+    all.awaited = false;
   }
   if (!all.abandoned) close_all(live);
   group_registry::abandon();  // what closing has left to be said to other ranks

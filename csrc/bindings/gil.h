@@ -39,8 +39,8 @@ class Inside {
   std::atomic<int>& count_;  // where it was counted: Python code in a call may fork, and the child counts anew
 };
 
-// Lets go of the GIL until its end; in place of pybind11's, everywhere. Calls that go on while the interpreter is
-// ending keep it, in any thread but the hook's.
+// Lets go of the GIL until its end; in place of pybind11's, everywhere. Calls that go on when the exit hook has stopped
+// waiting for them keep it, in any thread but the hook's: before that they must not, as what they join may want it.
 class ReleaseGil {
  public:
   explicit ReleaseGil(AtExit at_exit = AtExit::raise);

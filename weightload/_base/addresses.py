@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
+
+from weightload._base.handlers import pass_on
 
 BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+CONTAINERS_OF_ACCOUNTS = ("abfs", "abfss")  # container@account.dfs.core.windows.net
 WEB = ("http", "https")
 HUB = "hf"
 SCHEMES = (*BUCKETS, *WEB, HUB)
@@ -24,29 +27,51 @@ def scheme_of(address: str) -> str:
 
 
 def shown(address: str) -> str:
-    """The address without what may be secret: a user's name and password, and the query, which may be a signature."""
-    if scheme_of(address) not in WEB:
-        return address
-    parts = urlsplit(address)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """The address without what may be secret: a user's name and password, and the query, which may be a signature.
+
+    Of an object's key with a question mark only what is before it.
+    """
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    if scheme.lower() in WEB:
+        path = path.partition("#")[0]
+        if ":" in host.rpartition("@")[2].rpartition("]")[2] and not re.search(r":[0-9]*$", host):
+            return f"{scheme}://..."  # no port: a password with a slash, say
+    if scheme.lower() not in CONTAINERS_OF_ACCOUNTS:
+        host = host.rpartition("@")[2]
+    return f"{scheme}://{host}{slash}{path}"
+
+
+def split(address: str) -> SplitResult:
+    """The parts of an address on the web.
+
+    Raises:
+        ValueError: it is none; without what may be secret in it.
+    """
+    try:
+        return urlsplit(address)
+    except ValueError as failed:
+        pass_on(failed)
+    raise ValueError(f"{shown(address)}: this is no address")
 
 
 def name_of(address: str) -> str:
     """What comes last of its path."""
-    return shown(address).rstrip("/").rpartition("/")[2]
+    name = shown(address).rstrip("/").rpartition("/")[2]
+    return unquote(name) if scheme_of(address) in WEB else name
 
 
 def below(address: str, name: str) -> str:
     """The address of a name below one. On the web its query goes along: a signature may be that of a folder."""
     if scheme_of(address) not in WEB:
         return f"{address.rstrip('/')}/{name}"
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+    parts = split(address)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
 def folder_of(address: str) -> str:
     """The address of what an address is in."""
     if scheme_of(address) not in WEB:
         return address.rpartition("/")[0]
-    parts = urlsplit(address)
+    parts = split(address)
     return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from weightload import _C
+from weightload._base.addresses import is_address
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.printable import printable
 from weightload._checkpoint.index import is_index, shards_of_tensors
@@ -104,7 +105,7 @@ def refusal(name: str, first: str, second: str) -> DuplicateTensor:
     """The error for a name that two files have."""
     place = f"{printable(second)}: tensor `{printable(name)}`"
     with forgiven(OSError):
-        if os.path.samefile(first, second):
+        if first == second or os.path.samefile(first, second):
             what = f"{place} is there twice, as this file is listed twice, the first time as {printable(first)}"
             return located(DuplicateTensor(what), second, name)
     what = (
@@ -113,6 +114,21 @@ def refusal(name: str, first: str, second: str) -> DuplicateTensor:
         'give the files to the iterator or to load_into with duplicates="last"'
     )
     return located(DuplicateTensor(what), second, name)
+
+
+_remembered: dict[str, dict[str, str]] = {}
+MOST_REMEMBERED = 16
+
+
+def remember(folder: str, owners: dict[str, str]) -> None:
+    """What an index on a server has said: the file of each tensor, by the folder's and the files' addresses as shown.
+
+    The credentials that it was read with are not known any more when a load asks.
+    """
+    _remembered.pop(folder, None)
+    _remembered[folder] = owners
+    while len(_remembered) > MOST_REMEMBERED:
+        del _remembered[next(iter(_remembered))]
 
 
 class Owners:
@@ -153,6 +169,8 @@ class Owners:
     def _key(self, file: int) -> str:
         """A path by which an index's words and the load's are compared: the file itself may be a link, as in a hub's
         cache, whose snapshots have the index."""
+        if is_address(self._paths[file]):
+            return self._paths[file]
         if file not in self._keys:
             folder, name = os.path.split(self._paths[file])
             self._keys[file] = os.path.join(os.path.realpath(folder), name)
@@ -166,6 +184,11 @@ class Owners:
 
 def _read(folder: str, theirs: bool) -> Iterator[tuple[dict[str, str], set[str]]]:
     """Of every index in the folder the path of each tensor's shard, and all these paths."""
+    if is_address(f"{folder}/"):
+        owners = _remembered.get(folder)
+        if owners is not None:
+            yield owners, set(owners.values())
+        return
     try:
         names = sorted(name for name in os.listdir(folder) if is_index(name) and not name.startswith("."))
     except OSError as failed:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from weightload._base.addresses import below, folder_of, name_of, shown
+from weightload._base.handlers import forgiven
 from weightload._checkpoint.directory import Directory, Found
+from weightload._checkpoint.duplicates import remember
 from weightload._checkpoint.file_names import CANONICAL_STEMS, ENDING
 from weightload._checkpoint.index import is_index, read_index
 from weightload._remote import hub, names
@@ -36,7 +38,7 @@ def find_remote(address: str, subfolder: str | None, variant: str | None) -> Fou
     folder = folder_of(address) if index else address
     if index:
         content = names.content(address)
-        there = {index: content} | dict.fromkeys(names.shards_in(content), b"")
+        there = dict.fromkeys(names.shards_in(content), b"") | {index: content}
     else:
         there = names.names_below(address, is_index, _usual_names(variant))
     with tempfile.TemporaryDirectory(prefix="weightload-") as temporary:
@@ -49,6 +51,8 @@ def find_remote(address: str, subfolder: str | None, variant: str | None) -> Fou
             else:
                 found = Directory(mirror, variant).find()
         addresses = {path: below(folder, Path(path).relative_to(mirror).as_posix()) for path in found.files}
+        if found.promised:
+            remember(shown(folder), {tensor: shown(addresses[path]) for tensor, path in found.promised.items()})
         return Found(
             list(addresses.values()),
             {tensor: addresses[path] for tensor, path in found.promised.items()},
@@ -67,11 +71,12 @@ def _make(folder: Path, there: dict[str, bytes]) -> None:
     for name, content in there.items():
         pure = PurePosixPath(name)
         plain = name == str(pure) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
-        if not plain or any(len(part.encode("utf-8", "replace")) > MOST_NAME_BYTES for part in pure.parts):
+        if not plain or len(name.encode("utf-8", "replace")) > MOST_NAME_BYTES:
             continue  # no name that a file of a checkpoint has; an index with it is refused when it is read
         path = folder / pure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with forgiven(OSError, UnicodeError):  # names that one folder cannot have together
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 @contextlib.contextmanager

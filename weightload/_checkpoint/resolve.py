@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightload import _C
 from weightload._base import paths
-from weightload._base.addresses import below, is_address
+from weightload._base.addresses import below, is_address, shown
 from weightload._base.paths import natural_key
 from weightload._checkpoint import passed_over
 from weightload._checkpoint.directory import Directory, Found
@@ -154,6 +154,10 @@ def _check_promises(found: Found, names_of_files: list[list[str]]) -> None:
     for name, path in found.promised.items():
         if name not in have[path]:
             elsewhere = next((other for other, names in have.items() if name in names), None)
-            where = f"it is in {elsewhere}" if elsewhere else "no shard has it"
-            what = f"{path}: tensor `{name}` is not in this shard, as the index says; {where}"
-            raise located(CheckpointError(what), str(path), name)
+            where = f"it is in {_shown(elsewhere)}" if elsewhere else "no shard has it"
+            what = f"{_shown(path)}: tensor `{name}` is not in this shard, as the index says; {where}"
+            raise located(CheckpointError(what), _shown(path), name)
+
+
+def _shown(path: Path | str) -> str:
+    return shown(path) if isinstance(path, str) and is_address(path) else str(path)

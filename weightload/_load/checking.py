@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
@@ -79,24 +80,17 @@ class Checker:
                 self._stopped.set()
 
     def _check(self, file: _C.CheckpointFile, expected: str, tap: Tap | None) -> None:
-        digest = hashlib.sha256()
-        memory = bytearray(min(PIECE, max(file.size, 1)))
-        at = 0
-        while at < file.size:
-            if self._stopped.is_set():
-                return
-            piece = tap.take(at) if tap is not None else None
-            if piece is None and tap is not None and not self._over.is_set():
+        def arrived(at: int) -> memoryview | None:
+            while not self._stopped.is_set():
+                over = self._over.is_set()  # before: what comes last may come between the two
+                piece = tap.take(at) if tap is not None else None
+                if piece is not None or tap is None or over:
+                    return piece
                 tap.wait()
-                continue
-            if piece is None:
-                piece = memoryview(memory)[: min(PIECE, file.size - at)]
-                file.read_into(at, piece)
-            digest.update(piece)
-            at += len(piece)
-        if digest.hexdigest() != expected:
-            what = f"{file.path}: its SHA-256 is {digest.hexdigest()}, and should be {expected}"
-            raise located(ChecksumError(what), file.path)
+            raise _StoppedError
+
+        with contextlib.suppress(_StoppedError):
+            check(file, expected, arrived)
 
 
 class Checking:
@@ -126,6 +120,37 @@ class Checking:
         """There is no load."""
         if self._checker is not None:
             self._checker.close()
+
+
+class _StoppedError(Exception):
+    """Nobody wants the verdict any more."""
+
+
+def check(
+    file: _C.CheckpointFile, expected: str, arrived: Callable[[int], memoryview | None] = lambda at: None
+) -> None:
+    """Hash a file.
+
+    Args:
+        expected: the digest in hexadecimal digits.
+        arrived: bytes from an offset on that somebody has read already, if there are any.
+
+    Raises:
+        ChecksumError: it has another digest. ReadError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    memory = bytearray(min(PIECE, max(file.size, 1)))
+    at = 0
+    while at < file.size:
+        piece = arrived(at)
+        if piece is None:
+            piece = memoryview(memory)[: min(PIECE, file.size - at)]
+            file.read_into(at, piece)
+        digest.update(piece)
+        at += len(piece)
+    if digest.hexdigest() != expected:
+        what = f"{file.path}: its SHA-256 is {digest.hexdigest()}, and should be {expected}"
+        raise located(ChecksumError(what), file.path)
 
 
 class Tap:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 from typing import Any
 
+from weightload._base.handlers import pass_on
 from weightload.errors import ReadError, located
+
+
+# A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
+ATTEMPTS = 5
+FIRST_PAUSE = 0.1  # seconds
 
 
 class Answer:
@@ -16,19 +22,19 @@ class Answer:
 
     def wait(self, seconds: float) -> bool:
         """Whether it has come, or failed."""
-        try:
-            self._future.exception(seconds)
-        except concurrent.futures.TimeoutError:
-            return self._future.done()
-        except concurrent.futures.CancelledError:
-            return True
-        return True
+        if not self._future.done():
+            try:
+                self._future.exception(seconds)
+            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as not_yet:
+                pass_on(not_yet)
+        return self._future.done()
 
     def bytes(self) -> Any:
         try:
             return self._future.result()
-        except concurrent.futures.CancelledError:
-            raise ReadError("the interpreter is exiting") from None
+        except concurrent.futures.CancelledError as cancelled:
+            pass_on(cancelled)
+            raise ReadError("the request was broken off") from None
 
     def cancel(self) -> None:
         self._future.cancel()

@@ -6,7 +6,7 @@ import errno
 import re
 from http import HTTPStatus
 
-from weightload.errors import ReadError, located
+from weightload.errors import ReadError, WeightLoadError, located
 
 _STATUS = re.compile(r"status code: (\d{3})")
 
@@ -45,7 +45,7 @@ def translated(error: BaseException, where: str) -> BaseException:
         return PermissionError(errno.EACCES, f"The server wants other credentials{how}", where)
     if kind == "PreconditionError" or status == HTTPStatus.PRECONDITION_FAILED:
         return located(ReadError(f"{where}: the object was changed while it was read"), where)
-    if isinstance(error, (ReadError, OSError)) and not kind.startswith("Generic"):
+    if isinstance(error, WeightLoadError):
         return error
     return located(ReadError(f"{where}: {_reason(error, status)}"), where)
 

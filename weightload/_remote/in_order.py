@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from weightload._remote.answers import Answer, require_plain
+from weightload._remote.answers import ATTEMPTS, FIRST_PAUSE, Answer, require_plain
 from weightload._remote.failures import translated
 from weightload._remote.stores import Place, library
 from weightload._remote.transport import transport
@@ -16,6 +16,24 @@ CHUNK = 1 << 20  # bytes that are taken from the connection at a time
 # What was passed over on the way to a later range is kept for who asks for it next: threads that read in order do not
 # ask in order.
 MOST_KEPT = 256 << 20
+
+
+class Chunk:
+    """Bytes that have come, and how many of them have not been given out yet."""
+
+    def __init__(self, begin: int, data: Any) -> None:
+        self.begin, self.data = begin, memoryview(data)
+        self.end = begin + len(self.data)
+        self.left = len(self.data)
+
+    def give(self, begin: int, data: bytearray) -> int:
+        """Copy what there is of a range that begins at ``begin``; the number of bytes."""
+        low, high = max(begin, self.begin), min(begin + len(data), self.end)
+        if low >= high:
+            return 0
+        data[low - begin : high - begin] = self.data[low - self.begin : high - self.begin]
+        self.left -= high - low
+        return high - low
 
 
 class InOrder:
@@ -29,13 +47,12 @@ class InOrder:
         self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
         self._turn = asyncio.Lock()
         self._stream: Any = None
-        self._kept: list[tuple[int, memoryview]] = []  # chunks that lie one behind the other
+        self._kept: list[Chunk] = []  # one behind the other, the last ends at _position; some in between may be gone
         self._position = 0  # where the stream is
 
     @classmethod
     async def open(cls, place: Place, where: str) -> InOrder:
         answer = await cls._begin(place, where)
-        require_plain(answer, where)
         opened = cls(place, where, answer.meta)
         opened._stream = answer.stream(min_chunk_size=CHUNK)
         return opened
@@ -43,30 +60,57 @@ class InOrder:
     @staticmethod
     async def _begin(place: Place, where: str) -> Any:
         try:
-            return await library().get_async(place.store, place.path)
+            answer = await library().get_async(place.store, place.path)
         except Exception as error:
             raise translated(error, where) from None
+        require_plain(answer, where)
+        return answer
 
     def ask(self, offset: int, count: int) -> Answer:
         return Answer(transport().submit(self._fetch(offset, offset + count)))
 
     async def _fetch(self, begin: int, end: int) -> bytearray:
+        """A range; a stream that breaks off is begun again, a few times."""
         async with self._turn:
-            if self._stream is None or begin < self._first_kept():
-                await self._begin_again()
-            while self._position < end:
-                await self._read_on()
-            data = bytearray(end - begin)
-            for at, chunk in self._kept:
-                low, high = max(begin, at), min(end, at + len(chunk))
-                if low < high:
-                    data[low - begin : high - begin] = chunk[low - at : high - at]
-            if self.tap is not None:
-                self.tap(begin, data)
-            return data
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+                try:
+                    data = await self._read(begin, end)
+                except BaseException as error:  # also when nobody wants it any more: what was on its way is lost
+                    self._stream = None
+                    self._kept.clear()
+                    broken = isinstance(error, BrokenOffError)
+                    if not broken or attempt + 1 == ATTEMPTS:
+                        raise
+                    continue
+                if self.tap is not None:
+                    self.tap(begin, data)
+                return data
+        raise AssertionError
 
-    def _first_kept(self) -> int:
-        return self._kept[0][0] if self._kept else self._position
+    async def _read(self, begin: int, end: int) -> bytearray:
+        data = bytearray(end - begin)
+        got = sum(chunk.give(begin, data) for chunk in self._kept)
+        if self._stream is None or got < min(self._position, end) - begin:
+            await self._begin_again()
+            got = 0
+        while self._position < end:
+            chunk = Chunk(self._position, await self._next())
+            self._position = chunk.end
+            got += chunk.give(begin, data)
+            self._kept.append(chunk)
+            self._let_go(begin)
+        self._kept = [chunk for chunk in self._kept if chunk.left > 0]
+        if got != len(data):
+            raise located(ReadError(f"{self.where}: the server gave another number of bytes than it said"), self.where)
+        return data
+
+    def _let_go(self, begin: int) -> None:
+        """Of what nobody has asked for, and of what has been given out."""
+        self._kept = [chunk for chunk in self._kept if chunk.left > 0]
+        while self._kept and self._position - self._kept[0].begin > MOST_KEPT and self._kept[0].end <= begin:
+            self._kept.pop(0)
 
     async def _begin_again(self) -> None:
         answer = await self._begin(self.place, self.where)
@@ -76,16 +120,15 @@ class InOrder:
         self._stream, self._position = answer.stream(min_chunk_size=CHUNK), 0
         self._kept.clear()
 
-    async def _read_on(self) -> None:
+    async def _next(self) -> Any:
         try:
-            chunk = memoryview(await anext(self._stream))
+            return await anext(self._stream)
         except StopAsyncIteration:
-            self._stream = None
-            raise located(ReadError(f"{self.where}: the answer was cut off"), self.where) from None
+            raise located(BrokenOffError(f"{self.where}: the answer was cut off"), self.where) from None
         except Exception as error:
-            self._stream = None
-            raise translated(error, self.where) from None
-        self._kept.append((self._position, chunk))
-        self._position += len(chunk)
-        while self._position - self._kept[0][0] > MOST_KEPT:
-            self._kept.pop(0)
+            reason = translated(error, self.where)
+            raise located(BrokenOffError(str(reason)), self.where) from None
+
+
+class BrokenOffError(ReadError):
+    """A stream has ended too early, or failed."""

@@ -43,7 +43,7 @@ def shards_in(index: bytes) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         pass_on(problem)
         return []
-    return list(dict.fromkeys(name for name in given if isinstance(name, str)))
+    return list(dict.fromkeys(name for name in given if isinstance(name, str)))[:MOST_NAMES]
 
 
 async def _content(address: str) -> bytes:
@@ -60,14 +60,20 @@ async def _content(address: str) -> bytes:
     return data
 
 
-async def _exists(address: str) -> bool:
+async def _exists(address: str) -> bool | BaseException:
+    """Whether it is there, or why that cannot be told: stores may say "forbidden" of what is not there."""
     where, place = shown(address), place_of(address)
     try:
-        await library().head_async(place.store, place.path)
+        await library().get_async(place.store, place.path, options={"range": (0, 1)})  # some answer no HEAD
     except Exception as error:
-        if isinstance(error, FileNotFoundError) or status_of(error) == 404:
+        failed = translated(error, where)
+        if isinstance(failed, FileNotFoundError):
             return False
-        raise translated(error, where) from None
+        if isinstance(failed, PermissionError):
+            return failed
+        if type(error).__name__ == "NotSupportedError" or status_of(error) == 416:
+            return True  # it knows no ranges; it is empty
+        raise failed from None
     return True
 
 
@@ -78,7 +84,10 @@ async def _names_below(address: str, is_index: Callable[[str], bool], candidates
     elif on_the_web:
         asked = list(candidates)
         there = await asyncio.gather(*(_exists(below(address, name)) for name in asked))
-        names = dict.fromkeys((name for name, yes in zip(asked, there, strict=True) if yes), b"")
+        names = dict.fromkeys((name for name, yes in zip(asked, there, strict=True) if yes is True), b"")
+        refused = [answer for answer in there if isinstance(answer, BaseException)]
+        if refused and not names:
+            raise refused[0]
     else:
         names = dict.fromkeys(await _listed(address), b"")
     for name in [name for name in names if is_index(name)]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from weightload import _C
 from weightload._base.addresses import shown
-from weightload._remote.answers import Answer, InHand, require_plain
+from weightload._remote.answers import ATTEMPTS, FIRST_PAUSE, Answer, InHand, require_plain
 from weightload._remote.failures import status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
-from weightload._remote.transport import finish, transport
+from weightload._remote.transport import bare, finish, transport
 from weightload.errors import ReadError, located
 
 # The first request: most files' whole header.
@@ -20,9 +21,6 @@ FIRST_BYTES = 256 << 10
 LENGTH_BYTES = 8
 MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
 OPENED_AT_ONCE = 32
-# A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
-ATTEMPTS = 5
-FIRST_PAUSE = 0.1  # seconds
 
 
 class RemoteObject:
@@ -53,6 +51,7 @@ class RemoteObject:
                 answer = await library().get_async(self.place.store, self.place.path, options=self._options(begin, end))
             except Exception as error:  # which the library has tried again by itself, where that may help
                 raise translated(error, self.where) from None
+            require_plain(answer, self.where)
             self._require_same(answer, begin, end)
             try:
                 data = await answer.bytes_async()
@@ -94,10 +93,8 @@ async def _open(address: str) -> RemoteObject | InOrder:
     except Exception as error:
         if type(error).__name__ == "NotSupportedError":
             return await InOrder.open(place, where)
-        if status_of(error) == 416:  # there are no bytes in this range
-            meta = await obstore.head_async(place.store, place.path)
-            if meta["size"] == 0:
-                return RemoteObject(place, where, meta, b"")
+        if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there are no bytes in it
+            return await _open_empty(place, where)
         raise translated(error, where) from None
     require_plain(answer, where)
     opened = RemoteObject(place, where, meta, data)
@@ -108,6 +105,16 @@ async def _open(address: str) -> RemoteObject | InOrder:
         rest = await opened.fetch(len(data), length)
         opened.start = memoryview(b"".join((opened.start, memoryview(rest))))
     return opened
+
+
+async def _open_empty(place: Place, where: str) -> RemoteObject:
+    try:
+        meta = await library().head_async(place.store, place.path)
+    except Exception as error:
+        raise translated(error, where) from None
+    if meta["size"] != 0:
+        raise located(ReadError(f"{where}: the server gives none of its {meta['size']} bytes"), where)
+    return RemoteObject(place, where, meta, b"")
 
 
 def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
@@ -132,7 +139,7 @@ def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
     for one in finish(open_all()):
         if isinstance(one, BaseException):
             files.clear()
-            raise one.with_traceback(None)  # without the frames of the loop's thread
+            raise bare(one)
         files.append(_C.open_source(one, one.where, one.size))
     return files
 

@@ -7,9 +7,9 @@ import datetime
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlunsplit
 
-from weightload._base.addresses import HUB, WEB, scheme_of, shown
+from weightload._base.addresses import HUB, WEB, scheme_of, shown, split
 from weightload._remote.hub import url_of
 from weightload.errors import WeightLoadError
 
@@ -76,14 +76,13 @@ def place_of(address: str) -> Place:
     except (ModuleNotFoundError, WeightLoadError):
         raise
     except Exception as error:
-        raise WeightLoadError(
-            f"{shown(address)}: {type(error).__name__}: no store can be made of this address"
-        ) from None
+        failed = type(error).__name__
+    raise WeightLoadError(f"{shown(address)}: no store can be made of this address ({failed})")
 
 
 def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Any:
     """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
-    parts = urlsplit(address)
+    parts = split(address)
     user, at, host = parts.netloc.rpartition("@")
     options: dict[str, Any] = {**CLIENT, "allow_http": parts.scheme.lower() == "http"}
     if at:

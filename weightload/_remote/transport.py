@@ -60,17 +60,31 @@ async def _break_off() -> None:
 
 def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
     """Wait in this thread for what a request brings, or raises; Ctrl-C ends the wait and the request."""
-    asked = transport().submit(request)
+    try:
+        here = transport()
+    except BaseException:
+        request.close()
+        raise
+    asked = here.submit(request)
     try:
         while not asked.done():
             try:
                 asked.exception(SECONDS_BETWEEN_LOOKS)
-            except concurrent.futures.TimeoutError as late:
+            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as late:
                 pass_on(late)
-        return asked.result()
-    except BaseException as error:
+        failed = None if asked.cancelled() else asked.exception()
+    except BaseException:
         asked.cancel()
-        raise error.with_traceback(None) from None  # without the frames of the loop's thread
+        raise
+    if failed is not None:
+        raise bare(failed)
+    return asked.result()
+
+
+def bare(error: BaseException) -> BaseException:
+    """Without the frames of the loop's thread, and without the library's exception, which has the whole address."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 class _Process:

@@ -9,8 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from weightload._api.files import load_file
+from weightload._checkpoint.digests import expected_digests
 from weightload._checkpoint.resolve import check_contents, find_files
 from weightload._checkpoint.selection import open_files
+from weightload._load.checking import check
 from weightload.cli.common import (
     BROKEN,
     OK,
@@ -38,6 +40,11 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="load with safetensors too, and compare every tensor bit for bit",
     )
+    command.add_argument(
+        "--sha256",
+        action="store_true",
+        help="compare each file's SHA-256 with what the hub, or a SHA256SUMS beside the file, says",
+    )
     add_checkpoint(command)
     command.set_defaults(run=run)
 
@@ -50,10 +57,14 @@ def run(options: argparse.Namespace) -> int:
     for path in found.files:
         try:
             (file,) = open_files([path])
-            done = f"{len(file)} tensors, {bytes_in_words(file.read_all())} read"
+            if options.sha256:
+                check(file, *expected_digests([str(path)], "sha256"))  # which reads every byte
+                done = f"{len(file)} tensors, {bytes_in_words(file.size)} read, its SHA-256 is right"
+            else:
+                done = f"{len(file)} tensors, {bytes_in_words(file.read_all())} read"
             if options.parity:
                 done += f", {_compare(path)} tensors equal to safetensors'"
-            say(f"ok   {path}: {done}")
+            say(f"ok   {file.path}: {done}")
         except (SafetensorError, OSError) as error:
             say(f"BAD  {error}")
             worst = max(worst, UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN)

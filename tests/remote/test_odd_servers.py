@@ -1,0 +1,280 @@
+"""Servers, addresses and moments that are not as one would wish: no wrong byte, no secret told, no hang."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from servers import Handler, serving
+
+import weightload
+from weightload._remote import in_order
+from weightload.errors import CheckpointError, DuplicateTensor, HeaderTooSmall, ReadError, WeightLoadError
+
+SECRET = "sig=SECRET"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "served" / "model.safetensors"
+    path.parent.mkdir()
+    bits = torch.Generator().manual_seed(21)
+    save_file({name: torch.randn(1500, 1031, generator=bits) for name in "abcd"}, path)
+    return path
+
+
+def test_a_long_read_of_a_server_without_ranges(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_order, "MOST_KEPT", 1 << 20)
+    want = load_file(model)
+    with serving(model.parent) as web:
+        web.ranges = False
+        with weightload.safe_open(web.address(model.name), "pt") as handle:
+            for name in ("b", "d", "a", "a", "c"):  # backwards, too
+                assert torch.equal(handle.get_tensor(name), want[name])
+
+
+def test_after_a_request_that_was_broken_off(model: Path) -> None:
+    want = load_file(model)
+    stalls = threading.Event()
+    with serving(model.parent) as web:
+        web.ranges = False
+
+        def stall(handler: Handler) -> bool:
+            data = model.read_bytes()
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            half = (9 << 20) + 900_000
+            handler.wfile.write(data[:half])
+            handler.wfile.flush()
+            if not stalls.is_set():
+                stalls.set()
+                web.released.wait(30)
+            handler.wfile.write(data[half:])
+            return True
+
+        web.before = stall
+        web.tags = False
+
+        class Alarm(Exception):
+            pass
+
+        def ring(number: int, frame: FrameType | None) -> None:
+            raise Alarm
+
+        before = signal.signal(signal.SIGALRM, ring)
+        try:
+            with weightload.safe_open(web.address(model.name), "pt") as handle:
+                signal.setitimer(signal.ITIMER_REAL, 1)
+                with pytest.raises(Alarm):
+                    handle.get_tensor("b")
+                web.released.set()
+                for name in "bcda":
+                    assert torch.equal(handle.get_tensor(name), want[name])
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, KeyError])
+def test_what_a_signal_handler_raises_comes_out(model: Path, kind: type[Exception]) -> None:
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise kind("my alarm")
+
+    with serving(model.parent) as web:
+        web.before = lambda handler: not handler.headers.get("Range", "").startswith("bytes=0-") and web.released.wait()
+        before = signal.signal(signal.SIGALRM, ring)
+        try:
+            with weightload.safe_open(web.address(model.name), "pt") as handle:
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+                with pytest.raises(kind, match="my alarm"):
+                    handle.get_tensor("c")
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+def test_packed_later(model: Path) -> None:
+    with serving(model.parent) as web:
+
+        def pack(handler: Handler) -> bool:
+            asked = handler.headers.get("Range", "")
+            if asked.startswith("bytes=0-"):
+                return False
+            begin, end = map(int, asked.removeprefix("bytes=").split("-"))
+            data = model.read_bytes()
+            handler.reply(
+                206, b"\x1f" * (end + 1 - begin),
+                {"Content-Encoding": "gzip", "ETag": f'"{abs(hash(data))}"', "Content-Range": f"bytes {begin}-{end}/{len(data)}"},
+            )  # fmt: skip
+            return True
+
+        web.before = pack
+        with pytest.raises(ReadError, match="gzip"):
+            weightload.load_file(web.address(model.name))
+
+
+def chain(error: BaseException) -> str:
+    """All that a logger could find."""
+    texts = []
+    while error is not None:
+        texts += [str(error), repr(error.args), str(getattr(error, "filename", ""))]
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 416])
+def test_secrets_stay_out_of_all_that_is_raised(model: Path, status: int) -> None:
+    with serving(model.parent) as web:
+        web.before = lambda handler: handler.reply(status) is None
+        address = f"http://user:PASSWORD@{web.url[7:]}/{model.name}?{SECRET}"
+        for call in (weightload.load_file, weightload.resolve_safetensors_files, lambda a: weightload.safe_open(a, "pt")):
+            if call is weightload.resolve_safetensors_files:
+                address_of = address.replace(model.name, "folder")
+            else:
+                address_of = address
+            with pytest.raises((OSError, WeightLoadError)) as raised:
+                call(address_of)
+            told = chain(raised.value)
+            assert "SECRET" not in told
+            assert "PASSWORD" not in told
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://user:PASSWORD@ho\u2100st/x.safetensors",
+        "http://user:PASSWORD@[bad/x.safetensors",
+        "http://user:PASS/WORDPASSWORD@host.invalid/x.safetensors",
+        "s3://AKIAKEY:PASSWORD@bucket/x.safetensors?X-Amz-Signature=PASSWORD",
+    ],
+)
+def test_addresses_that_are_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises((OSError, ValueError, WeightLoadError)) as raised:
+        weightload.load_file(address)
+    assert "PASSWORD" not in chain(raised.value)
+
+
+def test_a_promise_that_is_not_kept(model: Path) -> None:
+    (model.parent / "model-1.safetensors").write_bytes(model.read_bytes())
+    index = {"a": "model.safetensors", "nowhere": "model-1.safetensors"}
+    (model.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with serving(model.parent) as web, pytest.raises(CheckpointError, match="no shard has it") as raised:
+        weightload.resolve_safetensors_files(f"http://user:PASSWORD@{web.url[7:]}/?{SECRET}")
+    assert "SECRET" not in chain(raised.value)
+    assert "PASSWORD" not in chain(raised.value)
+
+
+@pytest.mark.parametrize("name", ["m#1.safetensors", "m%201.safetensors", "m?1.safetensors", "ä ö.safetensors"])
+def test_names_with_signs_of_addresses(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with serving(tmp_path) as web:
+        (address,) = weightload.resolve_safetensors_files(f"{web.url}/?{SECRET}")
+        assert weightload.load_file(address)["a"].sum() == 3
+        assert all(SECRET in path for _, path, _ in web.asked)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["%2e%2e/other.safetensors"], ["..\\other.safetensors"], ["..%2fother.safetensors"], ["\ud800.safetensors"],
+        ["a/" * 1500 + "x.safetensors"], ["a/" * 3000 + "x.safetensors"], ["."], ["model.safetensors.index.json"],
+        ["m.safetensors", "m.safetensors/x.safetensors"], ["/etc/x.safetensors"], ["\0.safetensors"],
+    ],
+)  # fmt: skip
+def test_indexes_of_an_enemy(tmp_path: Path, names: list[str]) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    save_file({"a": torch.ones(3)}, tmp_path / "other.safetensors")
+    weight_map = {str(number): name for number, name in enumerate(names)}
+    (served / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with serving(tmp_path) as web:
+        with pytest.raises((OSError, WeightLoadError)) as raised:
+            weightload.load_file(weightload.resolve_safetensors_files(f"{web.url}/served")[0])
+        assert not isinstance(raised.value, (FileExistsError, IsADirectoryError))
+        assert not any(path == "/other.safetensors" for _, path, _ in web.asked)
+
+
+def test_an_index_decides_between_files(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"a": torch.full((3,), 4.0)}, tmp_path / "two.safetensors")
+    index = {"a": "two.safetensors", "b": "one.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with serving(tmp_path) as web:
+        files = weightload.resolve_safetensors_files(f"{web.url}/?{SECRET}")
+        got = dict(weightload.safetensors_weights_iterator(files, to_cpu=True))
+        assert got["a"].sum() == 12
+        twice = [web.address("one.safetensors")] * 2
+        with pytest.raises(DuplicateTensor, match="listed twice"):
+            dict(weightload.safetensors_weights_iterator(twice, to_cpu=True))
+
+
+def test_forbidden_may_mean_missing(model: Path) -> None:
+    with serving(model.parent) as web:
+        web.before = lambda handler: "index" in handler.path and handler.reply(403) is None
+        assert weightload.resolve_safetensors_files(web.url) == [web.address(model.name)]
+        web.before = lambda handler: handler.command == "HEAD" and handler.reply(405) is None
+        assert weightload.resolve_safetensors_files(web.url) == [web.address(model.name)]
+
+
+def test_a_stream_that_is_lost_while_nobody_reads(model: Path) -> None:
+    want = load_file(model)
+    with serving(model.parent) as web:
+        web.ranges = False
+        times: list[int] = []
+
+        def drop(handler: Handler) -> bool:
+            data = model.read_bytes()
+            times.append(1)
+            cut = len(data) // 2 if len(times) < 3 else len(data)
+            handler.reply(200, data[:cut], length=len(data))
+            return True
+
+        web.before = drop
+        with weightload.safe_open(web.address(model.name), "pt") as handle:
+            assert torch.equal(handle.get_tensor("d"), want["d"])
+
+
+def test_an_empty_object_whose_head_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with serving(tmp_path) as web:
+        with pytest.raises(HeaderTooSmall):
+            weightload.load_file(web.address("empty.safetensors"))
+        web.before = lambda handler: handler.command == "HEAD" and handler.reply(403) is None
+        with pytest.raises(PermissionError) as raised:
+            weightload.load_file(f"{web.address('empty.safetensors')}?{SECRET}")
+        assert "SECRET" not in chain(raised.value)
+
+
+def test_the_exit_while_a_daemon_thread_waits_for_a_server(model: Path) -> None:
+    script = """
+        import sys, threading, time, weightload
+        handle = weightload.safe_open(sys.argv[1], "pt")
+        began = threading.Event()
+
+        def get():
+            began.set()
+            handle.get_tensor("a")
+
+        threading.Thread(target=get, daemon=True).start()
+        began.wait()
+        time.sleep(float(sys.argv[2]))
+    """
+    with serving(model.parent) as web:
+        web.before = lambda handler: not handler.headers.get("Range", "").startswith("bytes=0-") and web.released.wait()
+        command = [sys.executable, "-c", textwrap.dedent(script), web.address(model.name)]
+        children = [subprocess.Popen([*command, str(number / 20)]) for number in range(6)]
+        children += [subprocess.Popen([*command, str(0.3 + number / 100)]) for number in range(6)]
+        for child in children:
+            assert child.wait(60) == 0
