@@ -52,7 +52,9 @@ def find_remote(address: str, subfolder: str | None, variant: str | None) -> Fou
                 found = Directory(mirror, variant).find()
         addresses = {path: below(folder, Path(path).relative_to(mirror).as_posix()) for path in found.files}
         if found.promised:
-            remember(shown(folder), {tensor: shown(addresses[path]) for tensor, path in found.promised.items()})
+            remember(
+                shown(folder).rstrip("/"), {tensor: shown(addresses[path]) for tensor, path in found.promised.items()}
+            )
         return Found(
             list(addresses.values()),
             {tensor: addresses[path] for tensor, path in found.promised.items()},

@@ -8,7 +8,6 @@ from typing import Any
 from weightload._base.handlers import pass_on
 from weightload.errors import ReadError, located
 
-
 # A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
 ATTEMPTS = 5
 FIRST_PAUSE = 0.1  # seconds

@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
         try:
             (file,) = open_files([path])
             if options.sha256:
-                check(file, *expected_digests([str(path)], "sha256"))  # which reads every byte
+                (expected,) = expected_digests([str(path)], "sha256")
+                check(file, expected)  # which reads every byte
                 done = f"{len(file)} tensors, {bytes_in_words(file.size)} read, its SHA-256 is right"
             else:
                 done = f"{len(file)} tensors, {bytes_in_words(file.read_all())} read"
