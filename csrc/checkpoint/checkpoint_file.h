@@ -12,7 +12,8 @@
 
 namespace weightload {
 
-// An open safetensors file (or bytes in memory, or on a server) with its validated header. Immutable, shared between loads.
+// An open safetensors file (or bytes in memory, or on a server) with its validated header. Immutable, shared between
+// loads.
 class CheckpointFile {
  public:
   // Opens the file and reads its header. The header is read, not mapped: a file that is truncated meanwhile

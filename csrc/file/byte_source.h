@@ -45,7 +45,8 @@ class ByteSource {
 inline void read_in_pieces(const ByteSource& source, ByteRange range, char* destination, Pace& pace, const Look& look) {
   pace.in_pieces(range, look, [&](ByteRange piece) {
     source.read_on(pace.allows(Pace::kReadOn));
-    source.read_looking(piece.begin, destination + (piece.begin - range.begin), static_cast<size_t>(piece.size()), look);
+    source.read_looking(piece.begin, destination + (piece.begin - range.begin), static_cast<size_t>(piece.size()),
+                        look);
   });
 }
 

@@ -28,8 +28,9 @@ constexpr uint64_t kLeastCachedBytes = 2 << 20;
 // may be done.
 constexpr uint64_t kLeastPastCaches = 16 << 20;
 
-// Where free memory is reported to a host, huge pages of the page cache are cheap as long as they are those that somebody
-// has just freed, and then cost more than the storage. A load of less than this is over before it has learnt that.
+// Where free memory is reported to a host, huge pages of the page cache are cheap as long as they are those that
+// somebody has just freed, and then cost more than the storage. A load of less than this is over before it has learnt
+// that.
 constexpr uint64_t kLeastToLearn = 1 << 30;
 
 // How long a mapped file that was found unchanged is taken to be so.
@@ -146,9 +147,9 @@ void HostLoader::open_readers(ReadMode mode) {
     auto& reader = readers_[task.file];
     if (reader || layout_.blocks[task.block].mapped) continue;
     const CheckpointFile& file = *selected_.files()[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable,
-                                           counts_.files[task.file], file.file() ? pace_ : unpaced_, filler_,
-                                           mappings_);
+    reader =
+        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable, counts_.files[task.file],
+                                      file.file() ? pace_ : unpaced_, filler_, mappings_);
   }
 }
 

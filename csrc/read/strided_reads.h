@@ -14,8 +14,8 @@ namespace weightload {
 // copying 8 KiB does, so pieces that lie closer together are read with what is between them, into a buffer that stays
 // in the processor's cache, unless that would more than double what is read. A request to storage costs about as much
 // as 16 KiB from it do: pieces that lie closer together come into the page cache with what is between them, which is
-// mostly what another rank of the machine needs there, too. A request to a server costs about as much as 2 MiB do: pieces
-// that lie closer together come with what is between them, however much that is.
+// mostly what another rank of the machine needs there, too. A request to a server costs about as much as 2 MiB do:
+// pieces that lie closer together come with what is between them, however much that is.
 void read_strided(RangeReader& reader, const StridedRun& run, char* destination, const Look& look,
                   bool past_caches = false);
 
