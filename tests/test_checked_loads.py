@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -183,3 +184,44 @@ def test_the_command(files: list[Path]) -> None:
     done = verify()
     assert (done.returncode, done.stdout.count("its SHA-256 is right")) == (1, 2)
     assert digest(files[1]) in done.stdout
+
+
+def hashing() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "weightload-sha256"]
+
+
+def test_the_verdict_is_given_again(files: list[Path]) -> None:
+    weights = weightload.safetensors_weights_iterator(
+        files, to_cpu=True, verify=dict.fromkeys(map(name, files), "0" * 64)
+    )
+    for _ in range(2):
+        with pytest.raises(errors.ChecksumError):
+            list(weights)
+    weights = weightload.safetensors_weights_iterator(files, to_cpu=True, verify={name(p): digest(p) for p in files})
+    next(weights)
+    weights.close()
+    with pytest.raises(errors.WeightLoadError, match="before its files were checked"):
+        list(weights)
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def test_a_loop_that_is_left_stops_the_hashing(files: list[Path]) -> None:
+    write_sums(files)
+    for _ in weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256"):
+        break
+    gc.collect()
+    assert not hashing()
+
+
+def test_sums_that_are_none(files: list[Path]) -> None:
+    sums = files[0].parent / "SHA256SUMS"
+    os.mkfifo(sums)
+    with pytest.raises(errors.CheckpointError, match="not a regular file"):
+        load(files)
+    sums.unlink()
+    sums.write_text(f"{'0' * 64}  {files[0].name}\n{'1' * 64}  {files[0].name}\n")
+    with pytest.raises(errors.CheckpointError, match="two digests"):
+        load(files)

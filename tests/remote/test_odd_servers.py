@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -17,8 +18,16 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, serving
 
 import weightload
+from weightload._load import checking
 from weightload._remote import in_order
-from weightload.errors import CheckpointError, DuplicateTensor, HeaderTooSmall, ReadError, WeightLoadError
+from weightload.errors import (
+    CheckpointError,
+    ChecksumError,
+    DuplicateTensor,
+    HeaderTooSmall,
+    ReadError,
+    WeightLoadError,
+)
 
 SECRET = "sig=SECRET"
 
@@ -283,3 +292,52 @@ def test_the_exit_while_a_daemon_thread_waits_for_a_server(model: Path) -> None:
         children += [subprocess.Popen([*command, str(0.3 + number / 100)]) for number in range(6)]
         for child in children:
             assert child.wait(60) == 0
+
+
+@pytest.mark.parametrize("room", [512 << 20, 0])
+@pytest.mark.parametrize("names", [None, {"c"}])
+def test_a_verdict_is_on_the_bytes_that_were_loaded(
+    model: Path, names: set[str] | None, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer is damaged on the way, as no tag shows; asked again, the server is right."""
+    monkeypatch.setattr(checking.Budget, "MOST", room)
+    data = model.read_bytes()
+    right = hashlib.sha256(data).hexdigest()
+    with serving(model.parent) as web:
+        damaged: list[str] = []
+
+        def damage(handler: Handler) -> bool:
+            begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+            at = len(data) // 2 + 1000  # in c
+            if damaged or not begin <= at <= end < len(data):
+                return False
+            damaged.append(handler.path)
+            body = bytearray(data[begin : end + 1])
+            body[at - begin] ^= 1
+            tag = {"ETag": f'"{abs(hash(data))}"', "Content-Range": f"bytes {begin}-{end}/{len(data)}"}
+            handler.reply(206, bytes(body), tag)
+            return True
+
+        for broken in (False, True):
+            web.before = damage if broken else lambda handler: False
+            weights = weightload.safetensors_weights_iterator(
+                [web.address(model.name)], to_cpu=True, names=names, verify={model.name: right}
+            )
+            if broken:
+                with pytest.raises(ChecksumError):
+                    dict(weights)
+                assert damaged
+            else:
+                dict(weights)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ftp://u:PASSWORD@host/x.safetensors", "hf://u:PASSWORD@x/y?sig=PASSWORD", Path("http://u:PASSWORD@h/x")],
+)
+def test_what_is_no_address(address: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for call in (weightload.load_file, weightload.resolve_safetensors_files):
+        with pytest.raises((OSError, ValueError, WeightLoadError)) as raised:
+            call(address)
+        assert "PASSWORD" not in chain(raised.value)

@@ -11,6 +11,7 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 
 from weightload import _C
 from weightload._api.prefetch import PrefetchLoader, start_prefetch
+from weightload._base.addresses import is_address
 from weightload._base.dtypes import torch_shape
 from weightload._base.paths import Path, as_text
 from weightload._base.plain_torch import plainly
@@ -62,6 +63,8 @@ class safe_open:
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         framework = arguments[1] if len(arguments) > 1 else options.get("framework", "pt")
         if cls is safe_open and framework not in TORCH_NAMES:
+            if is_address(arguments[0] if arguments else options.get("filename")):
+                raise ValueError(f"framework {framework!r}: what a server has is read as torch's tensors only ('pt')")
             if arguments:
                 return safetensors_open(as_text(arguments[0]), *arguments[1:], **options)
             if "filename" in options:

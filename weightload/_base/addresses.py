@@ -13,12 +13,29 @@ WEB = ("http", "https")
 HUB = "hf"
 SCHEMES = (*BUCKETS, *WEB, HUB)
 
+_LIKE_ONE = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):(//?)")
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
 
 
 def is_address(path: object) -> bool:
     """Whether a path is an address of something that a server has."""
     return isinstance(path, str) and _ADDRESS.match(path) is not None
+
+
+def require_known(text: str) -> None:
+    """Refuse what looks like an address and is none that can be read.
+
+    Raises:
+        ValueError: another scheme; or pathlib has taken a slash of it.
+    """
+    found = _LIKE_ONE.match(text)
+    if found is None or _ADDRESS.match(text):
+        return
+    scheme = found[1]
+    if found[2] == "//":
+        raise ValueError(f"{scheme}://...: addresses are read that begin with {', '.join(SCHEMES)}")
+    if scheme.lower() in SCHEMES:
+        raise ValueError(f"{scheme}:/...: a slash is missing, as pathlib leaves it; pass an address as str")
 
 
 def scheme_of(address: str) -> str:
@@ -37,7 +54,7 @@ def shown(address: str) -> str:
         path = path.partition("#")[0]
         if ":" in host.rpartition("@")[2].rpartition("]")[2] and not re.search(r":[0-9]*$", host):
             return f"{scheme}://..."  # no port: a password with a slash, say
-    if scheme.lower() not in CONTAINERS_OF_ACCOUNTS:
+    if scheme.lower() not in CONTAINERS_OF_ACCOUNTS:  # (hf:// has its @ behind the first slash)
         host = host.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{path}"
 

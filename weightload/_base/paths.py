@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from weightload._base.addresses import require_known
 from weightload._base.handlers import pass_on
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -33,6 +34,7 @@ def as_text(path: Path) -> str:
         raise FileNotFoundError(errno.ENOENT, "the path is empty", text)
     if "\0" in text:
         raise ValueError(f"embedded null byte in path {_shown(text)}")
+    require_known(text)
     return text
 
 

@@ -100,7 +100,7 @@ def shards_of_tensors(path: Path) -> dict[str, Path]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    text = _bytes_of(path)
+    text = bytes_of_regular_file(path)
     _recognise_other_files(text, path)
     try:
         # The hook sees every object of the file, and duplicates before a dict swallows them.
@@ -125,7 +125,7 @@ def _recognise_other_files(text: bytes, path: Path) -> None:
         raise _refuse(path, "is an HTML or XML page, not the file itself; download it again")
 
 
-def _bytes_of(path: Path) -> bytes:
+def bytes_of_regular_file(path: Path) -> bytes:
     """The bytes of a regular file of bounded size, of one state of it: an index is as hostile as a header."""
     _require_regular(path, path.stat())  # opening a device may do something, and a FIFO waits for a writer
     descriptor = _open(path)

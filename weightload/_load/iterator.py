@@ -257,9 +257,10 @@ def safetensors_weights_iterator(
             memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
             accelerator memory is always private.
         verify: check the SHA-256 of every file, all of it, while it is loaded; the verdict comes at the end of the
-            iteration, on every rank. ``"sha256"``: the digests are those of the hub's cache (the name of the blob), of
-            an ``hf://`` address, or of a file ``SHA256SUMS`` beside. A mapping: from file names to digests. Files are
-            read through the page cache. Of what ranks share of a server's each rank asks for the rest itself.
+            iteration. Every rank checks all files, by the digests that it was given itself; ranks that share what a
+            server has cannot. ``"sha256"``: the digests are those of the hub's cache (the name of the blob), of an
+            ``hf://`` address, or of a file ``SHA256SUMS`` beside. A mapping: from file names (without folders) to
+            digests. Files are read through the page cache.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
@@ -310,7 +311,8 @@ def safetensors_weights_iterator(
         raise
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths), any(map(is_address, paths)))
     open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
-    checking = Checking(paths, verify) if verify is not None else None
+    shared = group is not None and chosen != "independent"
+    checking = Checking(paths, verify, shared) if verify is not None else None
     if checking is not None:
         open_them = checking.opening(open_them)
     renamed: RenamedLoad | None = None

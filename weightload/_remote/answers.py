@@ -8,6 +8,7 @@ from typing import Any
 from weightload._base.handlers import pass_on
 from weightload.errors import ReadError, located
 
+FIRST_BYTES = 256 << 10  # of the first request: most files' whole header
 # A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
 ATTEMPTS = 5
 FIRST_PAUSE = 0.1  # seconds

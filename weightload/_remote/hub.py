@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from weightload._base.addresses import HUB, scheme_of
+from weightload._base.addresses import HUB, scheme_of, shown
 from weightload._base.handlers import pass_on
-from weightload.errors import WeightLoadError
+from weightload.errors import ReadError, WeightLoadError, located
 
 
 class Repo(NamedTuple):
@@ -39,7 +41,9 @@ def parse(address: str) -> Repo:
     repository, _, path = rest.partition("/")
     name, _, revision = repository.partition("@")
     if not organisation or not name:
-        raise WeightLoadError(f"{address}: must be hf://organisation/repository, with @revision and a path or without")
+        raise WeightLoadError(
+            f"{shown(address)}: must be hf://organisation/repository, with @revision and a path or without"
+        )
     return Repo(f"{organisation}/{name}", revision or None, path.strip("/"))
 
 
@@ -55,6 +59,24 @@ def hub() -> Any:
         what = "hf:// wants the package huggingface_hub; run: pip install huggingface_hub"
         raise ModuleNotFoundError(what, name=missing.name) from None
     return huggingface_hub
+
+
+def _asked(address: str, ask: Callable[[], Any]) -> Any:
+    """An answer of the hub's, whose own exceptions may have all of an address in them."""
+    where = shown(address)
+    try:
+        return ask()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        pass_on(error)
+        kind = type(error).__name__
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    if kind == "GatedRepoError" or status in (401, 403):
+        raise PermissionError(errno.EACCES, "The hub wants other credentials, or has no such repository", where)
+    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError") or status == 404:
+        raise FileNotFoundError(errno.ENOENT, "The hub has no such repository, revision or file", where)
+    raise located(ReadError(f"{where}: the hub cannot be asked ({kind})"), where)
 
 
 def cached(address: str) -> str | None:
@@ -75,10 +97,11 @@ def pinned(address: str) -> str:
     """The address with the commit that its revision means now.
 
     Raises:
-        OSError: the hub cannot be asked, or has no such repository: as ``huggingface_hub`` raises it.
+        FileNotFoundError: the hub has no such repository, or revision. PermissionError: it wants other credentials.
+        ReadError: it cannot be asked.
     """
     repo = parse(address)
-    sha: str = hub().HfApi().model_info(repo.name, revision=repo.revision).sha
+    sha: str = _asked(address, lambda: hub().HfApi().model_info(repo.name, revision=repo.revision).sha)
     return repo._replace(revision=sha).address()
 
 
@@ -86,7 +109,7 @@ def names_in(address: str) -> list[str]:
     """The names of the files directly below an address. Raises as ``pinned``."""
     repo = parse(address)
     prefix = f"{repo.path}/" if repo.path else ""
-    files = hub().HfApi().list_repo_files(repo.name, revision=repo.revision)
+    files = _asked(address, lambda: hub().HfApi().list_repo_files(repo.name, revision=repo.revision))
     names = [file[len(prefix) :] for file in files if file.startswith(prefix)]
     return [name for name in names if "/" not in name]
 
@@ -97,7 +120,7 @@ def digest_of(address: str) -> str | None:
     Raises as ``pinned``.
     """
     url, _ = url_of(address)
-    tag: str | None = hub().get_hf_file_metadata(url).etag
+    tag: str | None = _asked(address, lambda: hub().get_hf_file_metadata(url).etag)
     return tag if tag and re.fullmatch(r"[0-9a-f]{64}", tag) else None
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from weightload._remote.answers import ATTEMPTS, FIRST_PAUSE, Answer, require_plain
+from weightload._remote.answers import ATTEMPTS, FIRST_BYTES, FIRST_PAUSE, Answer, InHand, require_plain
 from weightload._remote.failures import translated
 from weightload._remote.stores import Place, library
 from weightload._remote.transport import transport
@@ -43,7 +43,7 @@ class InOrder:
         self.place, self.where = place, where
         self.size: int = meta["size"]
         self._same = meta["size"], meta["e_tag"], meta["last_modified"]
-        self.start = b""
+        self.start = memoryview(b"")
         self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
         self._turn = asyncio.Lock()
         self._stream: Any = None
@@ -55,6 +55,7 @@ class InOrder:
         answer = await cls._begin(place, where)
         opened = cls(place, where, answer.meta)
         opened._stream = answer.stream(min_chunk_size=CHUNK)
+        opened.start = memoryview(await opened._fetch(0, min(FIRST_BYTES, opened.size)))
         return opened
 
     @staticmethod
@@ -66,7 +67,9 @@ class InOrder:
         require_plain(answer, where)
         return answer
 
-    def ask(self, offset: int, count: int) -> Answer:
+    def ask(self, offset: int, count: int) -> Answer | InHand:
+        if offset + count <= len(self.start):
+            return InHand(self.start[offset : offset + count])
         return Answer(transport().submit(self._fetch(offset, offset + count)))
 
     async def _fetch(self, begin: int, end: int) -> bytearray:

@@ -9,15 +9,13 @@ from typing import Any
 
 from weightload import _C
 from weightload._base.addresses import shown
-from weightload._remote.answers import ATTEMPTS, FIRST_PAUSE, Answer, InHand, require_plain
+from weightload._remote.answers import ATTEMPTS, FIRST_BYTES, FIRST_PAUSE, Answer, InHand, require_plain
 from weightload._remote.failures import status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
 from weightload._remote.transport import bare, finish, transport
 from weightload.errors import ReadError, located
 
-# The first request: most files' whole header.
-FIRST_BYTES = 256 << 10
 LENGTH_BYTES = 8
 MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
 OPENED_AT_ONCE = 32

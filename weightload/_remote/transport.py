@@ -72,7 +72,7 @@ def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
                 asked.exception(SECONDS_BETWEEN_LOOKS)
             except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as late:
                 pass_on(late)
-        failed = None if asked.cancelled() else asked.exception()
+        failed = WeightLoadError("the interpreter is exiting") if asked.cancelled() else asked.exception()
     except BaseException:
         asked.cancel()
         raise

@@ -18,7 +18,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 OK, BROKEN, USAGE, UNUSABLE, UNPRINTED, STOPPED = 0, 1, 2, 3, 4, 130
 
 EPILOG = """\
-PATH is a safetensors file, an index (*.safetensors.index.json) or a directory.
+PATH is a safetensors file, an index (*.safetensors.index.json) or a directory, or the
+address of one on a server (s3://, gs://, az://, https://, hf://).
 
 exit codes:
   0    all is well

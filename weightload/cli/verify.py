@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from weightload._api.files import load_file
+from weightload._base.addresses import is_address, shown
 from weightload._checkpoint.digests import expected_digests
 from weightload._checkpoint.resolve import check_contents, find_files
 from weightload._checkpoint.selection import open_files
@@ -79,6 +80,8 @@ def _compare(path: Path | str) -> int:
     import torch
     from safetensors.torch import load_file as reference_load_file
 
+    if is_address(path):
+        raise WeightLoadError(f"{shown(str(path))}: --parity compares local files only")
     reference = reference_load_file(path)
     ours = load_file(path)
     if set(ours) != set(reference):
