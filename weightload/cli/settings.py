@@ -74,6 +74,8 @@ def shown(name: str, value: int | str) -> str:
         return value
     if name == "threads":
         return str(value) if value else "0 (the CPUs of the process)"
+    if not name.endswith("bytes"):
+        return str(value)
     for unit, size in UNITS:
         if value and value % size == 0:
             return f"{value // size} {unit}"
