@@ -10,7 +10,7 @@ import torch
 
 from weightload import _C
 from weightload._base.load_stats import LoadStats, joined
-from weightload._base.uncopied import Uncopied
+from weightload._base.uncopied import StandsForALoad
 from weightload._group.ranks import RECORD_BYTES
 from weightload._parts.shards import Parts, bytes_of_part
 
@@ -39,7 +39,7 @@ class OneLoad(Protocol):
         """What it has done so far."""
 
 
-class SharedAndOwn(Uncopied):
+class SharedAndOwn(StandsForALoad):
     """Two loads of one selection, as one: ``(name, tensor)`` in its order; otherwise as either of them.
 
     Args:
@@ -56,9 +56,6 @@ class SharedAndOwn(Uncopied):
         self.agreement_seconds = shared.agreement_seconds
         self.total_bytes = shared.total_bytes + own.total_bytes
 
-    def __iter__(self) -> SharedAndOwn:
-        return self
-
     def __next__(self) -> tuple[str, torch.Tensor]:
         with self._lock:
             try:
@@ -73,12 +70,6 @@ class SharedAndOwn(Uncopied):
 
     def __len__(self) -> int:
         return len(self._is_shared)
-
-    def __enter__(self) -> SharedAndOwn:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop both, also while another thread waits for one of them."""

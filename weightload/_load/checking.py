@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightload import _C
 from weightload._base.cpus import usable_cpus
-from weightload._base.uncopied import Uncopied
+from weightload._base.uncopied import StandsForALoad
 from weightload._checkpoint.digests import Verify, expected_digests
 from weightload.errors import ChecksumError, WeightLoadError, located
 
@@ -279,7 +279,7 @@ class Tap:
             self._chunks.clear()
 
 
-class CheckedWeights(Uncopied):
+class CheckedWeights(StandsForALoad):
     """A load's items, and at their end the verdict on the files; otherwise as the load itself."""
 
     __del__ = _C.finish  # close(): a loop that was left early stops the hashing, too
@@ -288,9 +288,6 @@ class CheckedWeights(Uncopied):
         self._weights, self._checker = weights, checker
         self.agreement_seconds = self._weights.agreement_seconds
         self.total_bytes = self._weights.total_bytes
-
-    def __iter__(self) -> CheckedWeights:
-        return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         try:
@@ -305,12 +302,6 @@ class CheckedWeights(Uncopied):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-    def __enter__(self) -> CheckedWeights:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the load and the hashing."""

@@ -13,7 +13,7 @@ from weightload import _C
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._base.uncopied import Uncopied
+from weightload._base.uncopied import StandsForALoad
 from weightload._checkpoint.selection import Names, predicate, select_all
 from weightload._load import devices
 from weightload._load.renaming import Rename, Renamed, ask, rename_files
@@ -203,7 +203,7 @@ def _follow(made: FusedTensor, stream: torch.Stream) -> None:
     made.stream = stream
 
 
-class FusedWeights(Uncopied):
+class FusedWeights(StandsForALoad):
     """A load's items, but for those that are pieces of one tensor: that comes once, in the place of its last piece.
 
     Otherwise as the load itself.
@@ -217,9 +217,6 @@ class FusedWeights(Uncopied):
         self.total_bytes = weights.total_bytes
         tensors = {id(made): made for made, _ in pieces.values()}
         self._count = len(weights) - len(pieces) + len(tensors)
-
-    def __iter__(self) -> FusedWeights:
-        return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         while True:
@@ -243,12 +240,6 @@ class FusedWeights(Uncopied):
 
     def __len__(self) -> int:
         return self._count
-
-    def __enter__(self) -> FusedWeights:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the load, also one that another thread waits in."""

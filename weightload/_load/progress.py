@@ -11,7 +11,7 @@ from weightload import _C
 from weightload._base import terminal
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
-from weightload._base.uncopied import Uncopied
+from weightload._base.uncopied import StandsForALoad
 from weightload._group.ranks import global_rank
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Load(Protocol):
         """What it has done so far."""
 
 
-class WeightsWithBar(Uncopied):
+class WeightsWithBar(StandsForALoad):
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
     Args:
@@ -109,9 +109,6 @@ class WeightsWithBar(Uncopied):
         self.total_bytes = weights.total_bytes
         self._bar = _bar(weights.total_bytes, always)
 
-    def __iter__(self) -> WeightsWithBar:
-        return self
-
     def __next__(self) -> tuple[str, torch.Tensor]:
         try:
             name, tensor = next(self._weights)
@@ -123,12 +120,6 @@ class WeightsWithBar(Uncopied):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-    def __enter__(self) -> WeightsWithBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the load, also one that another thread waits in, and take the bar away."""
