@@ -207,6 +207,24 @@ def test_what_may_be_tried_again_is(web: Web, folder: Path, fault: str) -> None:
     require_same(weightload.load_file(web.address(path.name)), load_file(path))
 
 
+def test_an_opening_that_is_cut_off_is_tried_again(web: Web, folder: Path) -> None:
+    path = files_of(folder)[1]
+    data = path.read_bytes()
+    cut: list[str] = []
+
+    def cut_off(handler: Handler) -> bool:
+        if cut or not handler.headers.get("Range", "").startswith("bytes=0-"):
+            return False
+        cut.append(handler.path)
+        headers = {"Content-Range": f"bytes 0-{(256 << 10) - 1}/{len(data)}", "ETag": f'"{abs(hash(data))}"'}
+        handler.reply(206, data[:1000], headers, length=256 << 10)
+        return True
+
+    web.before = cut_off
+    require_same(weightload.load_file(web.address(path.name)), load_file(path))
+    assert cut
+
+
 @pytest.mark.parametrize("fault", ["cut off", "another range", "416"])
 def test_wrong_answers_are_errors(web: Web, folder: Path, fault: str) -> None:
     web.before = once(fault)  # type: ignore[assignment]

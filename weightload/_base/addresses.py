@@ -22,6 +22,11 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and _ADDRESS.match(path) is not None
 
 
+def is_hub(path: object) -> bool:
+    """Whether it is an address of the hub's."""
+    return isinstance(path, str) and is_address(path) and scheme_of(path) == HUB
+
+
 def require_known(text: str) -> None:
     """Refuse what looks like an address and is none that can be read.
 
@@ -46,8 +51,10 @@ def scheme_of(address: str) -> str:
 def shown(address: str) -> str:
     """The address without what may be secret: a user's name and password, and the query, which may be a signature.
 
-    Of an object's key with a question mark only what is before it.
+    Of an object's key with a question mark only what is before it. A path is shown as it is.
     """
+    if not is_address(address):
+        return address
     scheme, _, rest = address.partition("://")
     host, slash, path = rest.partition("?")[0].partition("/")
     if scheme.lower() in WEB:

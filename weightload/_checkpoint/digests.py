@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightload._base.addresses import below, folder_of, is_address, name_of, shown
+from weightload._base.addresses import below, folder_of, is_address, is_hub, name_of, shown
 from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
 from weightload._checkpoint.index import bytes_of_regular_file
@@ -53,9 +53,9 @@ def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
     found = []
     for path in paths:
         name = name_of(path) if is_address(path) else os.path.basename(path)
-        given = verify.get(name) if isinstance(verify, Mapping) else _found(_in_cache(path), name, sums)
+        given = verify.get(name) if isinstance(verify, Mapping) else _found(path, name, sums)
         if given is None:
-            where = shown(path) if is_address(path) else path
+            where = shown(path)
             what = f"verify= has no SHA-256 of it, by the name {printable(name)}"
             if verify == "sha256":
                 what = f"no SHA-256 of it is known, by the hub or by a {SUMS} beside it"
@@ -64,18 +64,13 @@ def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
     return found
 
 
-def _in_cache(path: str) -> str:
-    """The file of the hub's cache that an address means, if it has it: that is loaded, and its blob has the digest."""
-    from weightload._remote import hub
-
-    return (is_address(path) and hub.is_hub(path) and hub.cached(path)) or path
-
-
 def _found(path: str, name: str, sums: dict[str, dict[str, str]]) -> str | None:
-    if is_address(path):
+    if is_hub(path):
         from weightload._remote import hub
 
-        of_hub = hub.digest_of(path) if hub.is_hub(path) else None
+        path = hub.local(path)  # which is what is loaded
+    if is_address(path):
+        of_hub = hub.digest_of(path) if is_hub(path) else None
         if of_hub:
             return of_hub
     else:
@@ -102,6 +97,6 @@ def _read_sums(folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in (_LINE.fullmatch(line.strip()) for line in text.splitlines()):
         if line and found.setdefault(line[2].removeprefix("./"), line[1]).lower() != line[1].lower():
-            where = shown(folder) if is_address(folder) else folder
+            where = shown(folder)
             raise located(CheckpointError(f"{where}/{SUMS}: two digests for {printable(line[2])}"), where)
     return found

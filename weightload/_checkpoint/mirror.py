@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from weightload._base.addresses import below, folder_of, name_of, shown
+from weightload._base.addresses import below, folder_of, is_hub, name_of, shown
 from weightload._base.handlers import forgiven
 from weightload._checkpoint.directory import Directory, Found
 from weightload._checkpoint.duplicates import remember
@@ -19,17 +19,16 @@ from weightload.errors import WeightLoadError, located
 MOST_NAME_BYTES = 255
 
 
-def find_remote(address: str, subfolder: str | None, variant: str | None) -> Found:
+in_cache = hub.local
+
+
+def find_remote(address: str, variant: str | None) -> Found:
     """The files of a checkpoint at an address: that of a file, of an index, or of what they are below.
 
     Raises:
         As ``resolve_safetensors_files``; and what the server answers, as an ``OSError`` or a ``ReadError``.
     """
-    if subfolder:
-        if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
-            raise ValueError(f"subfolder {subfolder!r}: must be a folder below the address, without '..'")
-        address = below(address, subfolder)
-    if hub.is_hub(address):
+    if is_hub(address):
         address = hub.pinned(address)
     name = name_of(address)
     if name.endswith(ENDING):

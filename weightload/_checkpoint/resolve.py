@@ -15,10 +15,8 @@ from weightload._checkpoint import passed_over
 from weightload._checkpoint.directory import Directory, Found
 from weightload._checkpoint.duplicates import Owners, refusal
 from weightload._checkpoint.index import is_index, is_missing, read_index, require_shards
-from weightload._checkpoint.mirror import find_remote
 from weightload._checkpoint.passed_over import PassedOverWarning
 from weightload._checkpoint.selection import open_files
-from weightload._remote.hub import cached, is_hub
 from weightload.errors import CheckpointError, located
 
 __all__ = ["check_contents", "find_files", "natural_key", "resolve_and_tell", "resolve_safetensors_files"]
@@ -85,14 +83,18 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
         text = paths.as_text(model_path)
         if not text:
             raise FileNotFoundError(2, "No such file or directory", text)  # pathlib takes it for the current one
-        if is_hub(text):
-            text = cached(text if not subfolder else below(text, paths.as_text(subfolder))) or text
-            subfolder = subfolder if is_address(text) else None
+        inside = paths.as_text(subfolder) if subfolder else ""
+        _require_inside(inside)
         if is_address(text):
-            return find_remote(text, paths.as_text(subfolder) if subfolder else None, variant)
+            from weightload._checkpoint.mirror import find_remote, in_cache  # here: most never need it
+
+            address = below(text, inside) if inside else text
+            text, inside = in_cache(address), ""
+            if is_address(text):
+                return find_remote(text, variant)
         path = Path(text)
-        if subfolder:
-            path = _below(path, paths.as_text(subfolder))
+        if inside:
+            path = _below(path, inside)
         if path.is_dir():
             found = Directory(path, variant).find()
         elif is_index(path.name):
@@ -107,11 +109,14 @@ def find_files(model_path: paths.Paths, subfolder: paths.Path | None = None, var
     return found
 
 
-def _below(folder: Path, subfolder: str) -> Path:
+def _require_inside(subfolder: str) -> None:
     if os.path.isabs(subfolder):
         raise ValueError(f"subfolder {subfolder!r}: must be a folder below the directory, not an absolute path")
     if ".." in Path(subfolder).parts:
         raise ValueError(f"subfolder {subfolder!r}: must be a folder below the directory, without '..'")
+
+
+def _below(folder: Path, subfolder: str) -> Path:
     path = folder / subfolder
     if folder.is_dir() and is_missing(path):
         about = passed_over.about_folder(str(folder))
@@ -154,10 +159,6 @@ def _check_promises(found: Found, names_of_files: list[list[str]]) -> None:
     for name, path in found.promised.items():
         if name not in have[path]:
             elsewhere = next((other for other, names in have.items() if name in names), None)
-            where = f"it is in {_shown(elsewhere)}" if elsewhere else "no shard has it"
-            what = f"{_shown(path)}: tensor `{name}` is not in this shard, as the index says; {where}"
-            raise located(CheckpointError(what), _shown(path), name)
-
-
-def _shown(path: Path | str) -> str:
-    return shown(path) if isinstance(path, str) and is_address(path) else str(path)
+            where = f"it is in {shown(str(elsewhere))}" if elsewhere else "no shard has it"
+            what = f"{shown(str(path))}: tensor `{name}` is not in this shard, as the index says; {where}"
+            raise located(CheckpointError(what), shown(str(path)), name)

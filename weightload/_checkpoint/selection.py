@@ -46,10 +46,10 @@ def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
 
 
 def _open_mixed(texts: list[str]) -> list[_C.CheckpointFile]:
-    from weightload._remote.hub import cached, is_hub  # here: most never need it
+    from weightload._remote.hub import local as in_cache  # here: most never need it
     from weightload._remote.source import open_addresses
 
-    texts = [(is_hub(text) and cached(text)) or text for text in texts]  # what the hub's cache has is a file
+    texts = list(map(in_cache, texts))
     remote = [text for text in texts if is_address(text)]
     local = [text for text in texts if not is_address(text)]
     opened = dict(zip(remote, open_addresses(remote), strict=True))

@@ -1,12 +1,15 @@
-"""What a request brings, as the core's threads wait for it: see csrc/bindings/remote_source.h."""
+"""What a request brings: as the core's threads wait for it, and what must be so of every answer."""
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from weightload._base.handlers import pass_on
-from weightload.errors import ReadError, located
+from weightload._remote.failures import CHANGED, read_error
+from weightload.errors import ReadError
 
 FIRST_BYTES = 256 << 10  # of the first request: most files' whole header
 # A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
@@ -56,9 +59,40 @@ class InHand:
         pass
 
 
+class BrokenOffError(ReadError):
+    """A body has ended too early, or failed: another try may bring it."""
+
+
+def broken_off(where: str, what: str) -> BrokenOffError:
+    error = BrokenOffError(f"{where}: {what}")
+    error.filename = where
+    return error
+
+
+async def tried_again(attempt: Callable[[], Awaitable[Any]]) -> Any:
+    """What an attempt brings; one that is broken off is made again, a few times."""
+    for number in range(ATTEMPTS - 1):
+        try:
+            return await attempt()
+        except BrokenOffError:
+            await asyncio.sleep(FIRST_PAUSE * 2**number)
+    return await attempt()
+
+
+def identity(meta: Any) -> tuple[object, ...]:
+    """What is the same of all answers about one object."""
+    return meta["size"], meta["e_tag"], meta["last_modified"]
+
+
+def require_same(answer: Any, same: tuple[object, ...], where: str) -> None:
+    """Refuse an answer about another object than the one with this ``identity``."""
+    if identity(answer.meta) != same:
+        raise read_error(where, CHANGED)
+
+
 def require_plain(answer: Any, where: str) -> None:
     """Refuse what the server has packed on the way: its ranges are not those of the file."""
     packed = dict(answer.attributes).get("Content-Encoding")
     if packed and packed != "identity":
-        what = f"{where}: the server packs it on the way (Content-Encoding: {packed}), so no range of it can be read"
-        raise located(ReadError(what), where)
+        what = f"the server packs it on the way (Content-Encoding: {packed}), so no range of it can be read"
+        raise read_error(where, what)

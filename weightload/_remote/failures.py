@@ -8,6 +8,9 @@ from http import HTTPStatus
 
 from weightload.errors import ReadError, WeightLoadError, located
 
+CHANGED = "the object was changed while it was read"
+CUT_OFF = "the answer was cut off"
+
 _STATUS = re.compile(r"status code: (\d{3})")
 
 # Where machines of a cloud are asked for credentials, when there are no others.
@@ -21,12 +24,17 @@ _CONNECTIONS = (
     ("timed out", "the server did not answer in time"),
     ("timeout", "the server did not answer in time"),
     ("connection reset", "the connection was reset"),
-    ("error decoding response body", "the answer was cut off"),
-    ("incompletemessage", "the answer was cut off"),
-    ("unexpected eof", "the answer was cut off"),
+    ("error decoding response body", CUT_OFF),
+    ("incompletemessage", CUT_OFF),
+    ("unexpected eof", CUT_OFF),
     ("connectionclosed", "the connection was closed"),
     ("error sending request", "the server cannot be reached"),
 )
+
+
+def read_error(where: str, what: str) -> ReadError:
+    """The error about what is shown as ``where``."""
+    return located(ReadError(f"{where}: {what}"), where)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -44,13 +52,15 @@ def translated(error: BaseException, where: str) -> BaseException:
         how = f" (status {status})" if status else ""
         return PermissionError(errno.EACCES, f"The server wants other credentials{how}", where)
     if kind == "PreconditionError" or status == HTTPStatus.PRECONDITION_FAILED:
-        return located(ReadError(f"{where}: the object was changed while it was read"), where)
+        return read_error(where, CHANGED)
     if isinstance(error, WeightLoadError):
         return error
-    return located(ReadError(f"{where}: {_reason(error, status)}"), where)
+    return read_error(where, reason_of(error))
 
 
-def _reason(error: BaseException, status: int | None) -> str:
+def reason_of(error: BaseException) -> str:
+    """What an exception of the library's is about, in our words."""
+    status = status_of(error)
     if status is not None:
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"
         return f"the server answered with status {status} ({phrase})"

@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from weightload._base.addresses import HUB, scheme_of, shown
+from weightload._base.addresses import HUB, is_hub, shown
 from weightload._base.handlers import pass_on
-from weightload.errors import ReadError, WeightLoadError, located
+from weightload._remote.failures import read_error
+from weightload._remote.optional import optional
+from weightload.errors import WeightLoadError
 
 
 class Repo(NamedTuple):
@@ -24,11 +26,6 @@ class Repo(NamedTuple):
     def address(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
         return f"{HUB}://{self.name}{at}{'/' * bool(self.path)}{self.path}"
-
-
-def is_hub(address: str) -> bool:
-    """Whether an address is one of the hub's."""
-    return scheme_of(address) == HUB
 
 
 def parse(address: str) -> Repo:
@@ -53,12 +50,7 @@ def hub() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as missing:
-        what = "hf:// wants the package huggingface_hub; run: pip install huggingface_hub"
-        raise ModuleNotFoundError(what, name=missing.name) from None
-    return huggingface_hub
+    return optional("huggingface_hub", "hf://", "huggingface_hub")
 
 
 def _asked(address: str, ask: Callable[[], Any]) -> Any:
@@ -76,7 +68,7 @@ def _asked(address: str, ask: Callable[[], Any]) -> Any:
         raise PermissionError(errno.EACCES, "The hub wants other credentials, or has no such repository", where)
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError") or status == 404:
         raise FileNotFoundError(errno.ENOENT, "The hub has no such repository, revision or file", where)
-    raise located(ReadError(f"{where}: the hub cannot be asked ({kind})"), where)
+    raise read_error(where, f"the hub cannot be asked ({kind})")
 
 
 def cached(address: str) -> str | None:
@@ -91,6 +83,11 @@ def cached(address: str) -> str | None:
         pass_on(failed)
         return None
     return os.path.join(folder, repo.path) if os.path.isdir(os.path.join(folder, repo.path)) else None
+
+
+def local(path: str) -> str:
+    """The local path of what the hub's cache has of an address; all else as it is."""
+    return (cached(path) if is_hub(path) else None) or path
 
 
 def pinned(address: str) -> str:

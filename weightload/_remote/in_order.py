@@ -6,11 +6,19 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from weightload._remote.answers import ATTEMPTS, FIRST_BYTES, FIRST_PAUSE, Answer, InHand, require_plain
-from weightload._remote.failures import translated
+from weightload._remote.answers import (
+    FIRST_BYTES,
+    Answer,
+    InHand,
+    broken_off,
+    identity,
+    require_plain,
+    require_same,
+    tried_again,
+)
+from weightload._remote.failures import CUT_OFF, read_error, reason_of, translated
 from weightload._remote.stores import Place, library
 from weightload._remote.transport import transport
-from weightload.errors import ReadError, located
 
 CHUNK = 1 << 20  # bytes that are taken from the connection at a time
 # What was passed over on the way to a later range is kept for who asks for it next: threads that read in order do not
@@ -42,7 +50,7 @@ class InOrder:
     def __init__(self, place: Place, where: str, meta: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._same = meta["size"], meta["e_tag"], meta["last_modified"]
+        self._same = identity(meta)
         self.start = memoryview(b"")
         self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
         self._turn = asyncio.Lock()
@@ -75,22 +83,19 @@ class InOrder:
     async def _fetch(self, begin: int, end: int) -> bytearray:
         """A range; a stream that breaks off is begun again, a few times."""
         async with self._turn:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
-                try:
-                    data = await self._read(begin, end)
-                except BaseException as error:  # also when nobody wants it any more: what was on its way is lost
-                    self._stream = None
-                    self._kept.clear()
-                    broken = isinstance(error, BrokenOffError)
-                    if not broken or attempt + 1 == ATTEMPTS:
-                        raise
-                    continue
-                if self.tap is not None:
-                    self.tap(begin, data)
-                return data
-        raise AssertionError
+            data: bytearray = await tried_again(lambda: self._read_anew(begin, end))
+        if self.tap is not None:
+            self.tap(begin, data)
+        return data
+
+    async def _read_anew(self, begin: int, end: int) -> bytearray:
+        """A range, after a failure of a new stream."""
+        try:
+            return await self._read(begin, end)
+        except BaseException:  # also when nobody wants it any more: what was on its way is lost
+            self._stream = None
+            self._kept.clear()
+            raise
 
     async def _read(self, begin: int, end: int) -> bytearray:
         data = bytearray(end - begin)
@@ -106,7 +111,7 @@ class InOrder:
             self._let_go(begin)
         self._kept = [chunk for chunk in self._kept if chunk.left > 0]
         if got != len(data):
-            raise located(ReadError(f"{self.where}: the server gave another number of bytes than it said"), self.where)
+            raise read_error(self.where, "the server gave another number of bytes than it said")
         return data
 
     def _let_go(self, begin: int) -> None:
@@ -117,9 +122,7 @@ class InOrder:
 
     async def _begin_again(self) -> None:
         answer = await self._begin(self.place, self.where)
-        meta = answer.meta
-        if (meta["size"], meta["e_tag"], meta["last_modified"]) != self._same:
-            raise located(ReadError(f"{self.where}: the object was changed while it was read"), self.where)
+        require_same(answer, self._same, self.where)
         self._stream, self._position = answer.stream(min_chunk_size=CHUNK), 0
         self._kept.clear()
 
@@ -127,11 +130,6 @@ class InOrder:
         try:
             return await anext(self._stream)
         except StopAsyncIteration:
-            raise located(BrokenOffError(f"{self.where}: the answer was cut off"), self.where) from None
+            raise broken_off(self.where, CUT_OFF) from None
         except Exception as error:
-            reason = translated(error, self.where)
-            raise located(BrokenOffError(str(reason)), self.where) from None
-
-
-class BrokenOffError(ReadError):
-    """A stream has ended too early, or failed."""
+            raise broken_off(self.where, reason_of(error)) from None

@@ -6,10 +6,10 @@ import asyncio
 import json
 from collections.abc import Callable, Iterable
 
-from weightload._base.addresses import WEB, below, scheme_of, shown
+from weightload._base.addresses import WEB, below, is_hub, scheme_of, shown
 from weightload._base.handlers import pass_on
 from weightload._remote.failures import status_of, translated
-from weightload._remote.hub import is_hub, names_in
+from weightload._remote.hub import names_in
 from weightload._remote.stores import library, place_of
 from weightload._remote.transport import finish
 from weightload.errors import CheckpointError, located

@@ -9,12 +9,20 @@ from typing import Any
 
 from weightload import _C
 from weightload._base.addresses import shown
-from weightload._remote.answers import ATTEMPTS, FIRST_BYTES, FIRST_PAUSE, Answer, InHand, require_plain
-from weightload._remote.failures import status_of, translated
+from weightload._remote.answers import (
+    FIRST_BYTES,
+    Answer,
+    InHand,
+    broken_off,
+    identity,
+    require_plain,
+    require_same,
+    tried_again,
+)
+from weightload._remote.failures import CUT_OFF, read_error, reason_of, status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
 from weightload._remote.transport import bare, finish, transport
-from weightload.errors import ReadError, located
 
 LENGTH_BYTES = 8
 MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
@@ -27,7 +35,7 @@ class RemoteObject:
     def __init__(self, place: Place, where: str, meta: Any, start: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._tag, self._modified = meta["e_tag"], meta["last_modified"]
+        self._tag, self._same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
         self.tap: Callable[[int, Any], None] | None = None  # told of all that comes
 
@@ -42,27 +50,21 @@ class RemoteObject:
         Raises:
             ReadError, OSError: as ``translated``, and for an object that is another one now.
         """
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
-            try:
-                answer = await library().get_async(self.place.store, self.place.path, options=self._options(begin, end))
-            except Exception as error:  # which the library has tried again by itself, where that may help
-                raise translated(error, self.where) from None
-            require_plain(answer, self.where)
-            self._require_same(answer, begin, end)
-            try:
-                data = await answer.bytes_async()
-            except Exception as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise translated(error, self.where) from None
-                continue
-            if len(data) == end - begin:
-                if self.tap is not None:
-                    self.tap(begin, data)
-                return data
-        what = f"{self.where}: the server gave another number of bytes than it was asked for"
-        raise located(ReadError(what), self.where)
+        data = await tried_again(lambda: self._fetch(begin, end))
+        if self.tap is not None:
+            self.tap(begin, data)
+        return data
+
+    async def _fetch(self, begin: int, end: int) -> Any:
+        try:
+            answer = await library().get_async(self.place.store, self.place.path, options=self._options(begin, end))
+        except Exception as error:  # which the library has tried again by itself, where that may help
+            raise translated(error, self.where) from None
+        require_plain(answer, self.where)
+        require_same(answer, self._same, self.where)
+        if tuple(answer.range) != (begin, end):
+            raise read_error(self.where, "the server gave another range than it was asked for")
+        return await body_of(answer, end - begin, self.where)
 
     def _options(self, begin: int, end: int) -> dict[str, Any]:
         options: dict[str, Any] = {"range": (begin, end)}
@@ -70,34 +72,37 @@ class RemoteObject:
             options["if_match"] = self._tag
         return options
 
-    def _require_same(self, answer: Any, begin: int, end: int) -> None:
-        meta = answer.meta
-        now = meta["size"], meta["e_tag"], meta["last_modified"]
-        if now != (self.size, self._tag, self._modified):
-            raise located(ReadError(f"{self.where}: the object was changed while it was read"), self.where)
-        if tuple(answer.range) != (begin, end):
-            raise located(ReadError(f"{self.where}: the server gave another range than it was asked for"), self.where)
+
+async def body_of(answer: Any, count: int, where: str) -> Any:
+    """Its bytes, of which there must be so many."""
+    try:
+        data = await answer.bytes_async()
+    except Exception as error:
+        raise broken_off(where, reason_of(error)) from None
+    if len(data) != count:
+        raise broken_off(where, CUT_OFF)
+    return data
 
 
 async def _open(address: str) -> RemoteObject | InOrder:
     """The object, with its header in hand if that is of a size that the format allows."""
     where = shown(address)
     place = place_of(address)
-    options = {"range": (0, FIRST_BYTES)}
-    obstore = library()
+
+    async def first() -> tuple[Any, Any]:
+        answer = await library().get_async(place.store, place.path, options={"range": (0, FIRST_BYTES)})
+        require_plain(answer, where)
+        return answer.meta, await body_of(answer, min(FIRST_BYTES, answer.meta["size"]), where)
+
     try:
-        answer = await obstore.get_async(place.store, place.path, options=options)
-        meta, data = answer.meta, await answer.bytes_async()
+        meta, data = await tried_again(first)
     except Exception as error:
         if type(error).__name__ == "NotSupportedError":
             return await InOrder.open(place, where)
         if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there are no bytes in it
             return await _open_empty(place, where)
         raise translated(error, where) from None
-    require_plain(answer, where)
     opened = RemoteObject(place, where, meta, data)
-    if len(data) < min(FIRST_BYTES, opened.size):
-        raise located(ReadError(f"{where}: the answer was cut off"), where)
     length = LENGTH_BYTES + int.from_bytes(opened.start[:LENGTH_BYTES], "little")
     if len(data) < length <= min(opened.size, MOST_HEADER + LENGTH_BYTES):
         rest = await opened.fetch(len(data), length)
@@ -111,7 +116,7 @@ async def _open_empty(place: Place, where: str) -> RemoteObject:
     except Exception as error:
         raise translated(error, where) from None
     if meta["size"] != 0:
-        raise located(ReadError(f"{where}: the server gives none of its {meta['size']} bytes"), where)
+        raise read_error(where, f"the server gives none of its {meta['size']} bytes")
     return RemoteObject(place, where, meta, b"")
 
 
@@ -122,6 +127,8 @@ def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
         FileNotFoundError, PermissionError, ReadError, HeaderError: of the first that fails.
         ModuleNotFoundError, WeightLoadError: as ``stores.place_of``.
     """
+    if not addresses:
+        return []
     library()
 
     async def open_all() -> list[Any]:

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlunsplit
 
 from weightload._base.addresses import HUB, WEB, scheme_of, shown, split
 from weightload._remote.hub import url_of
+from weightload._remote.optional import optional
 from weightload.errors import WeightLoadError
 
 # Environment variables that the library makes a store by: credentials, endpoints.
@@ -42,13 +43,8 @@ def library() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
-        import obstore
-        import obstore.store
-    except ModuleNotFoundError as missing:
-        what = "loading from servers wants the package obstore; run: pip install 'weightload[remote]'"
-        raise ModuleNotFoundError(what, name=missing.name) from None
-    return obstore
+    optional("obstore.store", "loading from servers", "'weightload[remote]'")
+    return optional("obstore", "loading from servers", "'weightload[remote]'")
 
 
 def place_of(address: str) -> Place:

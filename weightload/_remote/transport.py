@@ -10,7 +10,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from weightload._base.handlers import pass_on
+from weightload._remote.answers import Answer
 from weightload.errors import WeightLoadError
 
 _Result = TypeVar("_Result")
@@ -66,15 +66,13 @@ def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
         request.close()
         raise
     asked = here.submit(request)
+    answer = Answer(asked)
     try:
-        while not asked.done():
-            try:
-                asked.exception(SECONDS_BETWEEN_LOOKS)
-            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as late:
-                pass_on(late)
+        while not answer.wait(SECONDS_BETWEEN_LOOKS):
+            pass
         failed = WeightLoadError("the interpreter is exiting") if asked.cancelled() else asked.exception()
     except BaseException:
-        asked.cancel()
+        answer.cancel()
         raise
     if failed is not None:
         raise bare(failed)
