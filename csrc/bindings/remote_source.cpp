@@ -1,10 +1,12 @@
 #include "bindings/remote_source.h"
 
+#include <chrono>
 #include <cstring>
 #include <utility>
 
 #include "base/error.h"
 #include "bindings/gil.h"
+#include "bindings/signals.h"
 
 namespace py = pybind11;
 
@@ -12,7 +14,7 @@ namespace weightload {
 namespace {
 
 // How long a thread waits for an answer before it looks whether its load has been stopped.
-constexpr double kSecondsBetweenLooks = 0.1;
+constexpr double kSecondsBetweenLooks = std::chrono::duration<double>(kSignalInterval).count();
 
 // An answer that has not been read to its end is not wanted.
 class Answer {

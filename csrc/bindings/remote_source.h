@@ -23,6 +23,7 @@ class RemoteSource final : public ByteSource {
   void read(uint64_t offset, void* destination, size_t count) const override;
   void read_looking(uint64_t offset, void* destination, size_t count, const Look& look) const override;
 
+  bool is_remote() const override { return true; }
   void read_on(bool) const override {}
   void require_unchanged(uint64_t) const override {}  // every answer is checked when it comes
   const std::string& path() const override { return path_; }

@@ -47,7 +47,7 @@ class CheckpointFile {
   // Of memory and files in pieces; of a server in one request.
   void read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
 
-  bool is_remote() const { return !file_ && !source_->is_memory(); }
+  bool is_remote() const { return source_->is_remote(); }
 
   // Whether views of the file can be had: not of bytes in memory, nor where reading goes past the page cache.
   bool can_map() const { return can_map_; }

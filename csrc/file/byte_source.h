@@ -23,8 +23,8 @@ class ByteSource {
     read(offset, destination, count);
   }
 
-  // Whether the bytes are in memory: reading them waits for nothing.
-  virtual bool is_memory() const { return false; }
+  // Whether each read is a request to a server.
+  virtual bool is_remote() const { return false; }
 
   // Whether the system should read on beyond what it is asked for, from now on. Advice, of which each change is a call.
   virtual void read_on(bool wanted) const = 0;

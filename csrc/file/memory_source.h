@@ -17,7 +17,6 @@ class MemorySource final : public ByteSource {
       throw Error(ErrorKind::read, "the bytes end early", {path_, {}, offset, 0});
     if (count > 0) std::memcpy(destination, data_ + offset, count);
   }
-  bool is_memory() const override { return true; }
   void read_on(bool) const override {}
   void require_unchanged(uint64_t) const override {}
   const std::string& path() const override { return path_; }

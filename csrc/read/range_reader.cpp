@@ -57,7 +57,7 @@ bool RangeReader::can_be_direct() {
 }
 
 // All that is read waits for nothing.
-bool RangeReader::is_in_memory() const { return file_ ? storage_ == Storage::memory : source_.is_memory(); }
+bool RangeReader::is_in_memory() const { return file_ ? storage_ == Storage::memory : !source_.is_remote(); }
 
 // A page's fault reads twice a huge page.
 bool RangeReader::may_fill() const { return storage_ != Storage::user_space && pace_.allows(kLeastToFill); }

@@ -76,8 +76,7 @@ class RangeReader {
   // pages. False: they are to be read.
   bool copy_pieces(Attempt& attempt, ByteRange first, uint64_t stride, uint64_t count, char* destination);
 
-  // Whether each read is a request to a server.
-  bool asks_server() const { return !file_ && !source_.is_memory(); }
+  bool asks_server() const { return source_.is_remote(); }
 
   // All bytes are there.
   void end(const Attempt& attempt);
