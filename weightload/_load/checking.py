@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightload import _C
+from weightload import _C, settings
 from weightload._base.cpus import usable_cpus
 from weightload._base.uncopied import StandsForALoad
 from weightload._checkpoint.digests import Verify, expected_digests
@@ -156,15 +156,17 @@ class Checking:
 
         return opened
 
-    def watch(self, weights: Any) -> CheckedWeights:
-        """The load with its verdict."""
-        assert self._checker is not None
-        return CheckedWeights(weights, self._checker)
-
-    def close(self) -> None:
-        """There is no load."""
-        if self._checker is not None:
-            self._checker.close()
+    def start(self, load: Callable[[], Any]) -> CheckedWeights:
+        """Start the load. Both read through the page cache: each finds there what the other has read."""
+        try:
+            with settings.override(read="buffered"):
+                weights = load()
+            assert self._checker is not None
+            return CheckedWeights(weights, self._checker)
+        except BaseException:
+            if self._checker is not None:
+                self._checker.close()
+            raise
 
 
 class _StoppedError(Exception):

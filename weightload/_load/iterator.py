@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -319,11 +318,9 @@ def safetensors_weights_iterator(
     if rename is not None:
         renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
         open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights
-    # Who checks reads all of the files through the page cache, and what the load reads should be found there.
-    with contextlib.ExitStack() as on_failure, settings.override(**({"read": "buffered"} if checking else {})):
-        if checking is not None:
-            on_failure.callback(checking.close)
+
+    def start() -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights:
+        weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
         if target.type == "cpu":
             weights = load_to_host(
                 group,
@@ -350,11 +347,9 @@ def safetensors_weights_iterator(
                 duplicates=duplicates,
                 may_differ=rename is None,
             )
-        if renamed is not None:
-            weights = renamed.fuse(weights)
-        if checking is not None:
-            weights = checking.watch(weights)
-        on_failure.pop_all()
+        return weights if renamed is None else renamed.fuse(weights)
+
+    weights = start() if checking is None else checking.start(start)
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights
