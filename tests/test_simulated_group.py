@@ -359,5 +359,5 @@ def test_device_memory_beyond_the_tensors_is_a_few_blocks(
 ) -> None:
     path = write_tensors(tmp_path / "t.safetensors", [(f"{i}", "BF16", [1000, 33]) for i in range(300)])
     for dropping, keeping in ranks.call(memory_is_bounded, kind, strategy, path):
-        assert dropping <= 3.1  # the one in hand, the one that travels, and the one that is read; records
+        assert dropping <= 4.1  # in hand, travelling, being read, and the next one's memory; records
         assert keeping <= 1.1

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <utility>
 
@@ -72,7 +73,7 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
     extents.push_back({selected_.file_index(i), selected_.info(i).bytes, 1, false, alone, selected_.runs(i)});
   }
   LayoutOptions layout;
-  layout.block_bytes = options.block_bytes;
+  layout.block_bytes = block_bytes_ = options.block_bytes;
   layout_ = plan_layout(extents, layout);
 
   slot_bytes_ = options.slot_bytes;
@@ -87,6 +88,7 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   slots_ = plan_slots(reads.tasks, layout_.blocks.size(), slot_bytes_);
 
   blocks_.resize(layout_.blocks.size());
+  in_allocation_.resize(layout_.blocks.size());
   in_place_.resize(layout_.blocks.size());
   awaited_.resize(layout_.blocks.size());
   unfinished_ = std::vector<std::atomic<uint32_t>>(layout_.blocks.size());
@@ -145,7 +147,8 @@ void DeviceLoader::work(size_t number, const Look& look) {
   const auto copies = [&](auto&& use) {
     for (uint32_t c = task.first_copy; c < task.last_copy; ++c) use(slots_.copies[c]);
   };
-  // Whoever starts a block allocates it before reading, so that the others find it when they have read.
+  // Whoever starts a block allocates it before reading, if it is not there yet: so the others find it when they have
+  // read.
   copies([&](const SlotCopy& copy) {
     if (copy.block_offset == 0) block(copy.block);
   });
@@ -167,6 +170,9 @@ void DeviceLoader::work(size_t number, const Look& look) {
     slot.release_to_device();
     mark_blocks(task);
   }
+  copies([&](const SlotCopy& copy) {
+    if (copy.block_offset == 0) allocate_ahead(copy.block + 1);
+  });
 }
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
@@ -196,17 +202,45 @@ void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& 
 }
 
 DeviceBlock& DeviceLoader::block(uint32_t number) {
-  std::lock_guard<std::mutex> lock(allocating_);
-  DeviceBlockRef& block = blocks_[number];
-  if (!block) {
+  std::unique_lock<std::mutex> lock(allocating_);
+  allocated_.wait(lock, [&] { return blocks_[number] || !in_allocation_[number]; });
+  if (!blocks_[number]) allocate(number, lock);
+  return *blocks_[number];
+}
+
+// With allocating_ held, which others may have meanwhile: the driver can take as long as a fifth of the block's
+// reading.
+void DeviceLoader::allocate(uint32_t number, std::unique_lock<std::mutex>& lock) {
+  in_allocation_[number] = true;
+  lock.unlock();
+  DeviceBlockRef made;
+  std::exception_ptr failure;
+  try {
     Stopwatch watch(allocate_ns_);
-    try {
-      block = device_->allocate_block(shared_.buffer(layout_.blocks[number].bytes));
-    } catch (const Error& error) {
-      throw selected_.for_tensor(error, layout_.blocks[number].first_tensor);
-    }
+    made = device_->allocate_block(shared_.buffer(layout_.blocks[number].bytes));
+  } catch (const Error& error) {
+    failure = std::make_exception_ptr(selected_.for_tensor(error, layout_.blocks[number].first_tensor));
+  } catch (...) {
+    failure = std::current_exception();
   }
-  return *block;
+  lock.lock();
+  in_allocation_[number] = false;
+  blocks_[number] = std::move(made);
+  allocated_.notify_all();  // also of a failure: whoever else needs the block tries as well
+  if (failure) std::rethrow_exception(failure);
+}
+
+// The block that reading comes to next, so that nobody waits for the driver then. Large ones are left: what a consumer
+// may not have room for beside them is more than a block as there are many.
+void DeviceLoader::allocate_ahead(uint32_t number) {
+  if (number >= layout_.blocks.size() || layout_.blocks[number].bytes > block_bytes_) return;
+  std::unique_lock<std::mutex> lock(allocating_);
+  if (blocks_[number] || in_allocation_[number]) return;
+  try {
+    allocate(number, lock);
+  } catch (const std::exception&) {
+    // There may be room when it is needed. If not, that is when it is told.
+  }
 }
 
 // After a task's copies were queued. The last task of a block, whichever that is, finds all others' copies queued.

@@ -1,6 +1,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -107,6 +108,8 @@ class DeviceLoader {
   void work(size_t task, const Look& look);
   void fill(const SlotTask& task, const HostSlot& slot, const Look& look);
   DeviceBlock& block(uint32_t block);
+  void allocate(uint32_t block, std::unique_lock<std::mutex>& lock);
+  void allocate_ahead(uint32_t block);
   void mark_blocks(const SlotTask& task);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
   bool await(uint32_t block, std::chrono::milliseconds patience);
@@ -120,7 +123,8 @@ class DeviceLoader {
   SelectedTensors selected_;
   LoadCounts counts_;
   Layout layout_;
-  uint64_t slot_bytes_ = 0;  // that a slot carries at most: see PinnedRing::room
+  uint64_t block_bytes_ = 0;  // as options
+  uint64_t slot_bytes_ = 0;   // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
   Pace pace_;
   Pace unpaced_{Pace::Unpaced{}};  // of what is no file
@@ -133,8 +137,10 @@ class DeviceLoader {
 
   DeviceBlockRef empty_;  // of no bytes, for the consumer's empty tensors
 
-  std::mutex allocating_;                          // guards the elements of blocks_ until their tasks are done
-  std::vector<DeviceBlockRef> blocks_;             // by block; allocated by the first thread that needs one
+  std::mutex allocating_;               // guards the elements of the next two until the block's tasks are done
+  std::vector<DeviceBlockRef> blocks_;  // by block
+  std::vector<char> in_allocation_;     // by block: a thread is at it
+  std::condition_variable allocated_;   // it has ended
   std::vector<std::atomic<uint32_t>> unfinished_;  // by block: tasks that have yet to queue a copy into it
   std::vector<bool> awaited_;                      // by block: handed to the consumer
 

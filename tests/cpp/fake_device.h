@@ -44,6 +44,7 @@ class FakeDevice final : public weightload::Device {
     if (bytes > 0 && blocks_left.fetch_sub(1) <= 0)
       throw weightload::Error(weightload::ErrorKind::device_memory, "the fake device is full");
     auto block = std::make_shared<Block>(bytes);
+    ++blocks_made;
     std::lock_guard<std::mutex> lock(mutex_);
     kept_.push_back(block);  // until the queue has passed: what the stream-ordered allocators do
     return block;
@@ -81,6 +82,7 @@ class FakeDevice final : public weightload::Device {
 
   std::atomic<int> pinned_left{1 << 30};
   std::atomic<int> blocks_left{1 << 30};
+  std::atomic<int> blocks_made{0};
   std::atomic<bool> no_pageable{false};
   std::atomic<int> copies{0};
   std::atomic<int> slots_alive{0};

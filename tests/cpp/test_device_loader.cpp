@@ -253,6 +253,41 @@ TEST(device_memory_that_runs_out_names_the_tensor) {
   }
 }
 
+namespace {
+
+// Reads no further than the consumer has asked.
+DeviceLoaderOptions on_demand() {
+  DeviceLoaderOptions options = Load::small();
+  options.window_bytes = 0;
+  return options;
+}
+
+}  // namespace
+
+TEST(the_next_block_is_allocated_before_reading_comes_to_it_unless_it_is_large) {
+  for (const bool large : {false, true}) {
+    const TemporaryFile file(0, {200'000, large ? 1'000'000u : 200'000u, 200'000});
+    Load load({file.path}, on_demand());
+    DeviceTensor tensor;
+    CHECK(load.next(tensor) == DeviceLoader::Step::tensor);
+    CHECK(load.device->blocks_made == (large ? 1 : 2));
+    CHECK(load.drain() == 2);
+    CHECK(load.device->blocks_made == 3);
+  }
+}
+
+TEST(memory_that_is_not_there_before_it_is_needed_may_be_there_then) {
+  const TemporaryFile file(0, {200'000, 200'000});
+  const auto device = std::make_shared<FakeDevice>();
+  device->blocks_left = 1;
+  Load load(device, {file.path}, on_demand(), 4);
+  DeviceTensor tensor;
+  CHECK(load.next(tensor) == DeviceLoader::Step::tensor);
+  CHECK(device->blocks_left < 0);  // it was asked for
+  device->blocks_left = 1;
+  CHECK(load.drain() == 1);
+}
+
 // Of which the kernel does not say what is there.
 TEST(files_of_other_users_that_are_in_the_page_cache_are_read_through_it) {
   if (::geteuid() != 0) return;  // only root can become somebody else

@@ -14,6 +14,8 @@ require("diffusers")
 
 from diffusers import AutoencoderKL, WanTransformer3DModel  # noqa: E402
 
+from weightload._api import files  # noqa: E402
+
 
 def wan() -> WanTransformer3DModel:
     torch.manual_seed(0)
@@ -66,6 +68,34 @@ def test_without_mappings_nothing_is_mapped(whole: Path, counted: Counted) -> No
     assert calls["load_file"] == 1
     assert str(files_of(whole)[0]) not in Path("/proc/self/maps").read_text()
     del model
+
+
+@pytest.mark.simulated
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_to_an_accelerator(
+    sharded: Path, counted: Counted, simulated: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, at_once: bool
+) -> None:
+    """Straight there, if nothing is cast; what is cast is cast before it takes memory there."""
+    import diffusers.models.modeling_utils as modeling
+
+    expected = WanTransformer3DModel.from_pretrained(sharded, torch_dtype=dtype)
+    monkeypatch.setattr(modeling, "HF_ENABLE_PARALLEL_LOADING", at_once)
+    went: list[str] = []
+    calls = counted("diffusers")
+    load_file = files.load_file
+
+    def watched(filename: Any, device: Any = "cpu", **options: Any) -> Any:
+        went.append(torch.device(device).type)
+        return load_file(filename, device, **options)
+
+    monkeypatch.setattr(files, "load_file", watched)
+    found = WanTransformer3DModel.from_pretrained(sharded, torch_dtype=dtype, device_map={"": "simulated:0"})
+    assert calls["load_file"] == len(files_of(sharded))
+    assert set(went) == {"simulated" if dtype == torch.float32 else "cpu"}
+    for name, tensor in found.state_dict().items():
+        assert tensor.device.type == "simulated"
+        assert torch.equal(tensor.cpu(), expected.state_dict()[name])
 
 
 def test_a_step(whole: Path, counted: Counted) -> None:

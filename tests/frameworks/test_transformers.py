@@ -143,28 +143,42 @@ def test_it_is_switched_off(llama: Path, counted: Counted) -> None:
 
 
 @pytest.mark.simulated
-def test_to_an_accelerator(llama: Path, counted: Counted, simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By way of page-locked memory, not from a pageable copy."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_to_an_accelerator(
+    llama: Path, counted: Counted, simulated: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """By way of page-locked memory and ahead of what is asked for, each tensor in memory of its own."""
     require("accelerate")
     from weightload._install import read_ahead
 
-    expected = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    went = []
-    fetch = read_ahead.fetch
+    expected = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+    came: list[tuple[str, str]] = []
+    fetch, start = read_ahead.fetch, read_ahead.start_prefetch
 
-    def watched(reader: Any, number: int, device: torch.device, *others: Any) -> torch.Tensor:
-        went.append(device.type)
+    def one(reader: Any, number: int, device: torch.device, *others: Any) -> torch.Tensor:
+        came.append((device.type, reader.file.names()[number]))
         return fetch(reader, number, device, *others)
 
-    monkeypatch.setattr(read_ahead, "fetch", watched)
+    def many(reader: Any, plan: Any, device: torch.device, *others: Any, **options: Any) -> Any:
+        came.extend((device.type, name) for name in plan)
+        loads.append(len(plan))
+        return start(reader, plan, device, *others, **options)
+
+    loads: list[int] = []
+    monkeypatch.setattr(read_ahead, "LEAST_FOR_PIPELINE", 4096)
+    monkeypatch.setattr(read_ahead, "fetch", one)
+    monkeypatch.setattr(read_ahead, "start_prefetch", many)
     calls = counted("transformers")
-    found = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, device_map={"": "simulated:0"})
+    found = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, device_map={"": "simulated:0"})
     assert calls["safe_open"] >= 1
-    assert set(went) == {"simulated"}
-    assert len(went) == len(expected.state_dict())
+    assert {kind for kind, _ in came} == {"simulated"}
+    assert sorted(name for _, name in came) == sorted(expected.state_dict())  # each once
+    assert sum(loads) > len(came) / 2
     for name, tensor in found.state_dict().items():
         assert tensor.device.type == "simulated"
         assert torch.equal(tensor.cpu(), expected.state_dict()[name])
+        if tensor.nbytes > 4096:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_no_more_is_read_than_the_model_has(llama: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ from weightload._load.iterator import WeightIterator
 from weightload.errors import TensorError, located
 
 
+LEAST_BLOCK = 4096  # bytes: a tensor that is larger shares its memory with no other
+
+
 class PrefetchLoader(_C.Prefetch):
     """Tensors that are loading, each of which is handed out once: by ``take``, or by iterating over ``(name, tensor)``.
 
@@ -67,7 +70,8 @@ def start_prefetch(
 ) -> PrefetchLoader:
     """Start loading what a plan picks of an open file; see ``safe_open.prefetch``.
 
-    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last.
+    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last, to an accelerator
+    ``device_block_bytes``. There, tensors are in memory of their own, which is given back when one is dropped.
     """
     part = file = reader.file
     if plan is not None:
@@ -90,7 +94,9 @@ def start_prefetch(
             with contextlib.nullcontext() if in_window else settings.override(window_bytes=total):
                 weights = WeightIterator([part], [everything], backend=backend, read_ahead=True)
         else:
-            weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=total)
+            window = settings.current().device_block_bytes if in_window else total
+            with settings.override(device_block_bytes=LEAST_BLOCK) if in_window else contextlib.nullcontext():
+                weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=window)
     current = None if device.type == "cpu" else functools.partial(_current_stream, device)
     return PrefetchLoader(weights, names, current)
 

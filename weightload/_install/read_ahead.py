@@ -11,7 +11,8 @@ from weightload import _C
 from weightload._api.prefetch import PrefetchLoader, start_prefetch
 from weightload._api.safe_open import TensorSlice, safe_open
 from weightload._base.handlers import pass_on
-from weightload._load.fetch import fetch, find
+from weightload._load.devices import CPU
+from weightload._load.fetch import LEAST_FOR_PIPELINE, fetch, find
 from weightload.errors import TensorError, WeightLoadError
 
 
@@ -20,11 +21,10 @@ class SafeOpen(safe_open):
 
     def __init__(self, filename: Any, **options: Any) -> None:
         super().__init__(filename, **options)
-        self._ahead = ReadAhead(self._opened()) if self._on_cpu and self._maps else None
+        self._ahead = Ahead(self._opened(), self._on_cpu and self._maps)
 
     def __exit__(self, *exception: object) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        self._ahead.close()
         super().__exit__(*exception)
 
     def get_slice(self, name: str) -> Slice:
@@ -43,19 +43,19 @@ class Slice(TensorSlice):
         device: torch.device,
         backend: str,
         name: str,
-        ahead: ReadAhead | None,
+        ahead: Ahead,
     ) -> None:
         super().__init__(reader, number, device, backend)
         self._name, self._ahead = name, ahead
 
-    def will_be_wanted(self) -> None:
-        """Say that all of it will be indexed soon: its bytes may come before that. Nothing is read by this."""
-        if self._ahead is not None:
-            self._ahead.expect(self._name)
+    def will_be_wanted(self, device: torch.device = CPU) -> None:
+        """Say that all of it will be wanted there soon: its bytes may come before that. Nothing is read by this."""
+        if (ahead := self._ahead.to(device)) is not None:
+            ahead.expect(self._name)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        if self._ahead is not None and index is Ellipsis:
-            whole = self._ahead.take(self._name)
+        if index is Ellipsis and (ahead := self._ahead.to(CPU)) is not None:
+            whole = ahead.take(self._name)
             if whole is not None:
                 return whole
         return super().__getitem__(index)
@@ -66,19 +66,39 @@ class Slice(TensorSlice):
         Raises:
             ReadError, TensorError, OutOfMemoryError: as ``safe_open.get_tensor``.
         """
-        return fetch(self._reader, self._number, device, "pread")
+        ahead = self._ahead.to(device)
+        whole = ahead.take(self._name) if ahead is not None else None
+        return fetch(self._reader, self._number, device, "pread") if whole is None else whole
+
+
+class Ahead:
+    """What comes ahead of the slices of one file: a ``ReadAhead`` for each device that they go to."""
+
+    def __init__(self, reader: _C.TensorReader, to_cpu: bool) -> None:
+        self._reader, self._to_cpu = reader, to_cpu
+        self._of: dict[torch.device, ReadAhead] = {}
+
+    def to(self, device: torch.device) -> ReadAhead | None:
+        """None for a CPU whose slices are to be in memory of their own."""
+        if device.type == "cpu" and not self._to_cpu:
+            return None
+        return self._of.get(device) or self._of.setdefault(device, ReadAhead(self._reader, device))
+
+    def close(self) -> None:
+        for ahead in list(self._of.values()):
+            ahead.close()
 
 
 class ReadAhead:
-    """Loads tensors of one file in the background, of those of which it is known that they will be wanted.
+    """Loads tensors of one file to a device in the background, of those of which it is known that they will be wanted.
 
     Whoever takes the first begins with all that are known by then, in the order in which they lie in the file, at most
-    the setting ``window_bytes`` ahead of what is taken. What becomes known later is begun when one of it is taken. Many
-    threads; a signal's handler may call it, too.
+    a window ahead of what is taken (see ``start_prefetch``). What becomes known later is begun when one of it is taken.
+    Many threads; a signal's handler may call it, too.
     """
 
-    def __init__(self, reader: _C.TensorReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: _C.TensorReader, device: torch.device) -> None:
+        self._reader, self._device = reader, device
         self._lock = threading.RLock()  # guards what follows
         self._expected: dict[str, None] = {}
         self._coming: dict[str, PrefetchLoader] = {}
@@ -87,13 +107,14 @@ class ReadAhead:
     def expect(self, name: str) -> None:
         """A tensor will be wanted."""
         if self._is_of_use is not False:
-            self._expected[name] = None
+            with self._lock:
+                self._expected[name] = None
 
     def take(self, name: str) -> torch.Tensor | None:
         """A tensor, when it has come; None if it does not come, or was taken before."""
-        if name not in self._coming and name not in self._expected:
+        if self._is_of_use is False:
             return None
-        with self._lock:
+        with self._lock:  # not before: another thread may be about to begin with it
             if name in self._expected:
                 self._begin()
             loader = self._coming.pop(name, None)
@@ -130,13 +151,18 @@ class ReadAhead:
         """With the lock held. A signal's handler that comes in here, and takes one, reads for itself."""
         plan, self._expected = self._expected, {}
         if self._is_of_use is None:
-            size = self._reader.file.size
-            self._is_of_use = size >= _C.TensorReader.LEAST_FOR_THREADS and not self._reader.is_at_hand(0, size)
+            self._is_of_use = self._would_be_of_use()
         if not self._is_of_use or len(plan) < 2:
             return
         try:
-            loader = start_prefetch(self._reader, plan, torch.device("cpu"), "mmap", in_window=True)
+            loader = start_prefetch(self._reader, plan, self._device, "mmap", in_window=True)
         except TensorError as error:  # of a dtype that torch lacks: who wants that one hears of it
             pass_on(error)
             return
         self._coming.update(dict.fromkeys(plan, loader))
+
+    def _would_be_of_use(self) -> bool:
+        size: int = self._reader.file.size
+        if self._device.type != "cpu":
+            return size >= LEAST_FOR_PIPELINE
+        return size >= _C.TensorReader.LEAST_FOR_THREADS and not self._reader.is_at_hand(0, size)

@@ -1,15 +1,29 @@
-"""diffusers: a shard at a time is loaded whole, one after the other or several at once (parallel loading)."""
+"""diffusers: a shard at a time is loaded whole, one after the other or several at once (parallel loading).
+
+With a device map of one accelerator a shard is loaded straight to it, where diffusers would copy each tensor out of
+pageable memory. Not if much of it has to be cast, which would take memory of the accelerator: diffusers does that on the
+CPU.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
+from weightload._api.safe_open import safe_open
+from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._install.framework import Framework
+from weightload.errors import WeightLoadError
+
+LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator
+_straight_to: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("weightload_diffusers", default=None)
 
 
 def _pairs() -> Iterable[tuple[object, object]]:
@@ -23,22 +37,81 @@ def _pairs() -> Iterable[tuple[object, object]]:
 
     @functools.wraps(original)
     def load_state_dict(*arguments: Any, **options: Any) -> Any:
-        try:
-            given = signature.bind(*arguments, **options).arguments
-        except TypeError as error:  # for it to say
-            pass_on(error)
-            given = {}
-        path = given.get("checkpoint_file")
-        is_file = isinstance(path, (str, os.PathLike)) and str(os.fspath(path)).endswith(".safetensors")
+        given = _given(signature, arguments, options)
         # From inside of an archive (dduf) it takes bytes that it has.
-        if not is_file or not given.get("disable_mmap") or given.get("dduf_entries"):
+        if not _is_file(given.get("checkpoint_file")) or given.get("dduf_entries"):
             return original(*arguments, **options)
         # It would read all of the file in one thread, and then copy each tensor out of that, on the CPU.
-        given |= {"disable_mmap": False} | ({"map_location": "cpu"} if "map_location" in given else {})
+        private = given.get("disable_mmap")
+        without = {"disable_mmap": False} if private else {}
+        if (device := _straight_to.get()) is not None:
+            return original(**given | without | {"map_location": device})
+        if not private:
+            return original(*arguments, **options)
         with private_memory():
-            return original(**given)
+            return original(**given | without | ({"map_location": "cpu"} if "map_location" in given else {}))
 
-    return [(original, load_state_dict)]
+    load_shard = model_loading_utils._load_shard_file
+    takes = inspect.signature(load_shard)
+
+    @functools.wraps(load_shard)
+    def load_shard_file(*arguments: Any, **options: Any) -> Any:
+        device = None
+        if "map_location" in signature.parameters:
+            device = _where_all_goes(_given(takes, arguments, options))
+        token = _straight_to.set(device)
+        try:
+            return load_shard(*arguments, **options)
+        finally:
+            _straight_to.reset(token)
+
+    return [(original, load_state_dict), (load_shard, load_shard_file)]
+
+
+def _given(function: inspect.Signature, arguments: Any, options: Any) -> dict[str, Any]:
+    try:
+        return function.bind(*arguments, **options).arguments
+    except TypeError as error:  # for the function to say
+        pass_on(error)
+        return {}
+
+
+def _is_file(path: object) -> bool:
+    return isinstance(path, (str, os.PathLike)) and str(os.fspath(path)).endswith(".safetensors")
+
+
+def _where_all_goes(given: dict[str, Any]) -> torch.device | None:
+    """The one accelerator that all tensors of a shard go to as they are, if there is one."""
+    from weightload._install.stand_ins import usable
+
+    path, places = given.get("shard_file"), given.get("device_map")
+    if not _is_file(path) or not isinstance(places, dict) or len(set(map(str, places.values()))) != 1:
+        return None
+    if given.get("hf_quantizer") is not None or given.get("dtype") is None:
+        return None
+    device = next(iter(places.values()))
+    target = usable(device) if isinstance(device, (str, int, torch.device)) else None
+    if target is None or target.type == "cpu" or not given.get("low_cpu_mem_usage"):
+        return None
+    return target if _is_cast_little(path, given["dtype"], given.get("keep_in_fp32_modules") or ()) else None
+
+
+def _is_cast_little(path: Any, dtype: object, in_fp32: Iterable[str]) -> bool:
+    """Whether almost all of a file's bytes are of the dtypes that the model is to have."""
+    try:
+        with safe_open(path) as file:
+            tensors = file._opened().file.tensors()
+    except (OSError, WeightLoadError) as error:  # for the load to say
+        pass_on(error)
+        return False
+    cast = total = 0
+    for name, dtype_name, _, begin, end in tensors:
+        is_now = TORCH_DTYPES.get(dtype_name)
+        becomes = torch.float32 if set(in_fp32) & set(name.split(".")) else dtype
+        total += end - begin
+        if is_now is not None and is_now.is_floating_point and is_now != becomes:
+            cast += end - begin
+    return cast * LITTLE <= total
 
 
 FRAMEWORK = Framework(
@@ -47,6 +120,8 @@ FRAMEWORK = Framework(
         ("diffusers.models.model_loading_utils", "safetensors"),
         ("diffusers.models.model_loading_utils", "load_state_dict"),
         ("diffusers.models.modeling_utils", "load_state_dict"),
+        ("diffusers.models.model_loading_utils", "_load_shard_file"),
+        ("diffusers.models.modeling_utils", "_load_shard_file"),
     ),
     pairs=_pairs,
 )

@@ -37,8 +37,8 @@ def _pairs() -> Iterable[tuple[object, object]]:
         # Asked for as a slice was every tensor of the file; of those that come here, all are indexed.
         if isinstance(tensor, Slice) and not arguments[2:] and options.get("sharding_op") is None:
             device = arguments[0] if arguments else options.get("device")
-            if device is None or ((target := usable(device)) is not None and target.type == "cpu"):
-                tensor.will_be_wanted()
+            if (target := usable("cpu" if device is None else device)) is not None:
+                tensor.will_be_wanted(target)
         return spawn(thread_pool, tensor, *arguments, **options)
 
     return [(original, materialize), (spawn, spawn_materialize)]
