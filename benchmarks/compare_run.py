@@ -256,21 +256,26 @@ class Rounds:
         deadline = time.monotonic() + budget
         for _ in range(rounds):
             begin = time.monotonic()
-            for arm in self.order.sample(arms, len(arms)):
-                self._fresh_load(arm)
+            order = self.order.sample(arms, len(arms))
+            # As many at once as there are processors for their imports; they load one after the other.
+            for at in range(0, len(order), usable_cpus()):
+                started = [(arm, arm.start_another()) for arm in order[at : at + usable_cpus()]]
+                try:
+                    for arm, new in started:
+                        if new is not None:
+                            self._fresh_load(arm, new)
+                finally:
+                    for _, new in started:
+                        if new is not None:
+                            new.close()
             now = time.monotonic()
             if now + (now - begin) > deadline:
                 break
 
-    def _fresh_load(self, arm: Arm) -> None:
-        new = arm.start_another()
-        if new is None:
-            return
-        try:
-            answer = arm.load_in(new, lambda: self.state.prepare(self.last))
-            self.fresh[arm.name] += [answer["seconds"]] if answer else []
-        finally:
-            new.close()
+    def _fresh_load(self, arm: Arm, new: Worker) -> None:
+        answer = arm.load_in(new, lambda: self.state.prepare(self.last))
+        self.fresh[arm.name] += [answer["seconds"]] if answer else []
+        new.close()
 
     def _seconds(self, name: str) -> dict[str, Any]:
         return {

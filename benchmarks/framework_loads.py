@@ -184,7 +184,7 @@ class Start:
         command = [sys.executable, __file__, "--one", way, "--frameworks", framework, "--folder", str(folder)]
         command += ["--memories", memory, "--device", device]
         self.way, self.files = way, sorted(str(path) for path in folder.glob("*.safetensors"))
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )

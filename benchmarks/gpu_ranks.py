@@ -43,6 +43,7 @@ MOST = f"python independent,python async broadcast,weightload independent,{FEW}"
 LEAST_S, LONG_S = 20, 70  # a run that has less is not begun; one that has this should end in time
 REFUSALS = ("Duplicate GPU detected",)
 SKIPPED = 77
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # host names may lead nowhere
 
 # The NCCL that torch calls in a process of this environment.
 ASK_VERSION = """
@@ -77,6 +78,8 @@ def unpacked(library: Path, folder: Path) -> Path:
 def prepared(library: Path, folder: Path) -> tuple[dict[str, str], int, str | None]:
     """An environment in which ranks can share a GPU, its NCCL, and why it does not serve."""
     environ = {**os.environ, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_DEBUG": "WARN"}
+    for variable in INTERFACES:
+        environ.setdefault(variable, "lo")
     version = nccl_version(environ)
     if version < LEAST_NCCL and library.exists():
         environ["LD_PRELOAD"] = " ".join(filter(None, [str(unpacked(library, folder)), environ.get("LD_PRELOAD")]))
@@ -127,8 +130,7 @@ class Runs:
         self.environ, version, self.refusal = dict(os.environ), 0, None
         if options.device.type == "cuda":
             self.environ, version, self.refusal = prepared(options.nccl, options.scratch)
-        # Host names may lead nowhere.
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for variable in INTERFACES:
             self.environ.setdefault(variable, "lo")
         self.environ.setdefault("OMP_NUM_THREADS", "4")  # for the comparison of bytes
         files = weightload.resolve_safetensors_files(options.model_path)

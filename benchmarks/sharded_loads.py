@@ -1,6 +1,7 @@
 """Measures loads of shards by real ranks: DTensors that exist, filled from a checkpoint of whole tensors.
 
-    python benchmarks/sharded_loads.py --model-path MODEL [--plans fsdp4 tp2 ...] [--rounds 5] [--json FILE]
+    python benchmarks/sharded_loads.py --model-path MODEL [--plans fsdp4 tp2 ...] [--rounds 5] [--device cuda:0]
+        [--json FILE]
 
 Plans: `fsdp2`, `fsdp4` and `fsdp8` (rows of everything), `tp2` and `tp4` (rows of the projections that tensor
 parallelism splits by their output, columns of `o_proj` and `down_proj`), `hsdp2x2` (replicas of two shards), `ep4`
@@ -21,6 +22,9 @@ With `--fresh` the ranks start anew for each load, which is the first of their p
 nobody has touched: as a job starts. Memory is as it comes, or touched by another process a moment before (`--memories`,
 see first_loads.py). The shards of the first round are compared, after the load.
 
+With `--device` the shards are in the memory of that one accelerator, which all ranks share, and the mesh is its own: over
+NCCL 2.30 or later, which is preloaded as in gpu_ranks.py. A load has ended when the device is idle.
+
 Bytes are told of all
 ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
 count there, gloo's sockets may); and, cold, what storage brought in for these processes (`read_bytes`, with what the
@@ -33,6 +37,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -47,7 +52,10 @@ import torch
 import torch.distributed as dist
 from figures import duration, megabytes
 from first_loads import MEMORIES, against
+from gpu_limits import environment
+from gpu_ranks import KIT_NCCL, prepared
 from into_loads import add_parameter
+from loader_worker import a_device
 from machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
 from ranks import GroupedRanks
 from safetensors import safe_open
@@ -91,9 +99,9 @@ def placements(plan: str, name: str, shape: Iterable[int], rank: int) -> list[An
     return [Shard(1 if name.endswith(BY_COLUMNS) else 0)]
 
 
-def target_of(plan: str, files: list[str]) -> Target:
+def target_of(plan: str, files: list[str], device: torch.device) -> Target:
     """This rank's shards, whose memory nobody has touched."""
-    mesh = init_device_mesh("cpu", MESHES[plan])
+    mesh = init_device_mesh(device.type, MESHES[plan])
     found: Target = {}
     for file in files:
         with safe_open(file, "pt") as handle:
@@ -104,7 +112,7 @@ def target_of(plan: str, files: list[str]) -> Target:
                     continue
                 dtype = part[:0].dtype if part.get_shape() else handle.get_tensor(name).dtype
                 whole = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-                local = torch.empty(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=dtype)
+                local = torch.empty(whole[ranges_of(whole.shape, mesh, chosen)].shape, dtype=dtype, device=device)
                 found[name] = local
                 if not (plan == "ep4" and is_expert(name)):
                     found[name] = DTensor.from_local(
@@ -222,11 +230,19 @@ def one_load(way: str, ranks: GroupedRanks, target: Target, files: list[str]) ->
     with torch.no_grad():
         before, begin = bytes_so_far(), time.perf_counter()
         (raw if way == RAW else WAYS[way])(target, files)
+        synchronize(target)
         took = time.perf_counter() - begin
     counted = [now - then for now, then in zip(bytes_so_far(), before, strict=True)]
     wanted = sum(local(target, name).nbytes for name in target)
     wanted, read, stored = (sum(values) for values in zip(*ranks.gather([wanted, *counted]), strict=True))
     return {"seconds": ranks.slowest(took), "wanted": wanted, "read": read, "from_storage": stored}
+
+
+def synchronize(target: Target) -> None:
+    """Until the shards' device has done what was queued."""
+    device = local(target, next(iter(target))).device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def bytes_so_far() -> tuple[int, int]:
@@ -240,7 +256,7 @@ def check(way: str, target: Target, files: list[str]) -> None:
     for name, whole in iterate(files):
         if name in target:
             expected = whole[of_shard(target[name])] if whole.dim() else whole
-            if not torch.equal(as_bytes(local(target, name)), as_bytes(expected.contiguous())):
+            if not torch.equal(as_bytes(local(target, name).cpu()), as_bytes(expected.contiguous())):
                 raise SystemExit(f"{way} does not give the bytes of the files: {name}, rank {dist.get_rank()}")
 
 
@@ -257,7 +273,8 @@ def measure(
         for way in random.Random(number).sample(ways, len(ways)):  # the same on all ranks
             for name in target:
                 local(target, name).zero_()
-            prepare(ranks, state == "cold", True, files)
+            synchronize(target)
+            prepare(ranks, state == "cold", local(target, next(iter(target))).device.type == "cpu", files)
             load = one_load(way, ranks, target, files)
             if number > 0:
                 loads[way].append(load)
@@ -275,14 +292,14 @@ def measure_fresh(plan: str, state: str, memory: str, options: argparse.Namespac
     for number in range(options.rounds):
         for way in random.sample(ways, len(ways)):
             fresh = ["--fresh", "--ways", way, "--states", state, "--memories", memory]
-            found = start(plan, [*fresh, *(["--check"] if number == 0 else [])], files)
+            found = start(plan, [*fresh, *(["--check"] if number == 0 else [])], options, files)
             loads[way].append(found.pop("load"))
     return found | {"memory": memory, "limits": {RAW: loads.pop(RAW)}, "loads": loads}
 
 
 def first_load(plan: str, options: argparse.Namespace, ranks: GroupedRanks, files: list[str]) -> dict[str, Any]:
     """One load, the first of these processes."""
-    target = target_of(plan, files)
+    target = target_of(plan, files, options.device)
     (way,), cold = options.ways, options.states == ["cold"]
     prepare(ranks, cold, options.memories != ["as it comes"], files)
     load = one_load(way, ranks, target, files)
@@ -315,25 +332,30 @@ def work(plan: str, out: Path, options: argparse.Namespace) -> None:
     """One rank of a plan."""
     files = options.model_path
     torch.set_num_threads(1)
-    ranks = GroupedRanks(torch.device("cpu"), whole=True)
+    ranks = GroupedRanks(options.device, whole=True)
     found: Any
     if options.fresh:
         found = first_load(plan, options, ranks, files)
     else:
-        target, ways = target_of(plan, files), [*ways_of(plan, options), RAW]
+        target, ways = target_of(plan, files, options.device), [*ways_of(plan, options), RAW]
         found = [measure(plan, state, ways, options.rounds, ranks, target, files) for state in options.states]
     if ranks.first:
         out.write_text(json.dumps(found))
     ranks.close()
 
 
-def start(plan: str, flags: list[str], files: list[str]) -> Any:
+def start(plan: str, flags: list[str], options: argparse.Namespace, files: list[str]) -> Any:
     """Start the ranks of a plan; what the first of them found."""
     with tempfile.TemporaryDirectory(prefix="sharded-loads-") as folder:
-        out = Path(folder) / "found.json"
+        out, environ = Path(folder) / "found.json", dict(os.environ)
+        flags = [*flags, "--device", str(options.device)]
+        if options.device.type == "cuda":
+            environ, _, refusal = prepared(KIT_NCCL, Path(folder))
+            if refusal:
+                sys.exit(refusal)
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(math.prod(MESHES[plan]))]
         command = [sys.executable, *launch, __file__, "--work", plan, str(out), *flags, "--model-path", *files]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=environ)
         if done.returncode:
             sys.exit(f"{plan}: {done.stderr[-3000:]}")
         return json.loads(out.read_text())
@@ -346,7 +368,7 @@ def rows_of(plan: str, options: argparse.Namespace, files: list[str]) -> Iterabl
                 yield measure_fresh(plan, state, memory, options, files)
         return
     flags = ["--rounds", str(options.rounds), "--ways", *ways_of(plan, options), "--states", *options.states]
-    yield from start(plan, flags, files)
+    yield from start(plan, flags, options, files)
 
 
 def main() -> None:
@@ -359,6 +381,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="the ranks start anew for each load")
     parser.add_argument("--memories", nargs="+", choices=MEMORIES, default=list(MEMORIES), help="with --fresh")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=a_device, default="cpu", help="that all ranks share")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
@@ -375,7 +398,8 @@ def main() -> None:
             print_row(row)
     if options.json:
         size = sum(Path(file).stat().st_size for file in files)
-        found = {**describe(files), "benchmark": "sharded loads", "bytes": size, "rows": rows}
+        found = describe(files) if options.device.type == "cpu" else environment(options.device, files)
+        found |= {"benchmark": "sharded loads", "bytes": size, "rows": rows}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

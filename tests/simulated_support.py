@@ -16,9 +16,11 @@ import weightload
 from weightload._base.load_stats import LoadStats
 from weightload._load.iterator import DeviceWeightIterator
 
-# Which stand-in: the backend of our own, or CUDA's torch on the simulated CUDA ("cuda").
-KIND = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")
+# Which stand-in: the backend of our own, CUDA's torch on the simulated CUDA ("cuda"), or none: a GPU ("gpu").
+CHOSEN = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")
+KIND = "cuda" if CHOSEN == "gpu" else CHOSEN
 DEVICE, OTHER = f"{KIND}:0", f"{KIND}:1"
+two_devices = pytest.mark.skipif(CHOSEN == "gpu" and torch.cuda.device_count() < 2, reason="one GPU")
 own_backend_only = pytest.mark.skipif(KIND != "simulated", reason="about the backend of our own")
 # Small enough that slots and blocks are reused many times by a checkpoint of a few megabytes.
 SMALL: dict[str, Any] = {
@@ -32,8 +34,10 @@ TUNED: dict[str, Any] = {**SMALL, "threads": 3}  # of loads that ranks share
 
 def native() -> Any:
     """The knobs of the stand-in, which is there for torch afterwards."""
-    if KIND == "cuda":
-        import simulated_cuda.native as stand_in
+    if CHOSEN == "gpu":
+        import real_cuda as stand_in
+    elif KIND == "cuda":
+        import simulated_cuda.native as stand_in  # type: ignore[no-redef]
     else:
         import simulated_accelerator as stand_in  # type: ignore[no-redef]
     made = stand_in.load()

@@ -181,3 +181,35 @@ def test_boxes(gpu: torch.device, mixed: list[Path]) -> None:
             expected = reference[name]
             expected = expected[..., expected.shape[-1] // 2 :] if expected.dim() else expected
             assert torch.equal(raw(tensor), raw(expected.contiguous())), name
+
+
+def test_from_a_server(gpu: torch.device, mixed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By requests into page-locked slots."""
+    pytest.importorskip("obstore")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "remote")
+    from servers import serving
+
+    with serving(mixed[0].parent) as web:
+        addresses = [web.address(path.name) for path in mixed]
+        assert_same(dict(weightload.safetensors_weights_iterator(addresses, device=gpu)), *mixed, device=str(gpu))
+        for address, path in zip(addresses, mixed, strict=True):
+            assert_same(weightload.load_file(address, gpu), path, device=str(gpu))
+
+
+def test_ahead_of_slices(gpu: torch.device, mixed: list[Path]) -> None:
+    """As transformers asks for them: first all slices, then one after the other from several threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from weightload._install.read_ahead import SafeOpen
+
+    for path in mixed:
+        reference = reference_of(path)
+        with SafeOpen(path, framework="pt") as handle, ThreadPoolExecutor(4) as pool:
+            slices = {name: handle.get_slice(name) for name in sorted(reference)}
+            for one in slices.values():
+                one.will_be_wanted(gpu)
+            got = dict(zip(slices, pool.map(lambda one: one.to(gpu), slices.values()), strict=True))
+        busy(2)
+        for name, tensor in got.items():
+            assert torch.equal(raw(tensor), raw(reference[name])), name
+            assert tensor.nbytes <= 4096 or tensor.untyped_storage().nbytes() == tensor.nbytes, name

@@ -22,6 +22,7 @@ from simulated_support import (
     own_backend_only,
     raw,
     reference_of,
+    two_devices,
 )
 
 import weightload
@@ -164,6 +165,7 @@ def test_selected_names_are_all_that_is_read(simulated: Any, mixed: list[Path]) 
     assert stats.buffered_bytes + stats.direct_bytes == sum(tensor.nbytes for tensor in reference.values())
 
 
+@two_devices
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
@@ -179,6 +181,7 @@ def test_devices_are_named_in_every_way(simulated: Any, all_dtypes: Path, device
     assert_same(weightload.load_file(all_dtypes, device), all_dtypes, device=expected)
 
 
+@two_devices
 def test_the_default_device_is_that_of_the_local_rank(
     simulated: Any, all_dtypes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from simulated_support import (
     raw,
     reference_of,
     take_freed_memory,
+    two_devices,
 )
 
 from weightload import settings
@@ -175,6 +176,7 @@ def test_two_loads_at_once_do_not_disturb_each_other(simulated: Any, mixed: list
         del got, x, y
 
 
+@two_devices
 def test_loads_from_several_threads_to_several_devices(simulated: Any, mixed: list[Path]) -> None:
     failures: list[BaseException] = []
 
@@ -206,6 +208,7 @@ def test_threads_may_share_an_iterator(simulated: Any, mixed: list[Path]) -> Non
     assert_same({name: tensor for part in parts for name, tensor in part.items()}, *mixed)
 
 
+@two_devices
 def test_the_current_device_is_left_alone(simulated: Any, mixed: list[Path]) -> None:
     torch.accelerator.set_device_index(1)
     try:
@@ -216,6 +219,7 @@ def test_the_current_device_is_left_alone(simulated: Any, mixed: list[Path]) -> 
         torch.accelerator.set_device_index(0)
 
 
+@two_devices
 def test_a_load_to_one_device_touches_no_other(simulated: Any, mixed: list[Path]) -> None:
     """On CUDA every touch is a context: half a gigabyte on GPU 0 for each rank. In a fresh process."""
     script = f"""

@@ -5,8 +5,9 @@
 #
 # WEIGHTLOAD_BENCH_DIR     where checkpoints are written and read (default /tmp/weightload-bench; 32 GB are needed)
 # WEIGHTLOAD_BENCH_SECONDS all that it may take (default 520)
-# WEIGHTLOAD_BENCH_STEPS   which of "build tests tests-no-gpu sanitizer limits settings ranks llama moe" (default: all but
-#                          tests-no-gpu, which runs elsewhere, too)
+# WEIGHTLOAD_BENCH_STEPS   which of "build tests accelerator tests-no-gpu sanitizer limits settings ranks sharded frameworks
+#                          llama moe" (default: all but tests-no-gpu, which runs elsewhere, too)
+# WEIGHTLOAD_BENCH_FRESH   new processes of each loader whose first load is timed (default 0)
 # WEIGHTLOAD_COMMIT        what to call the commit where there is no repository
 # .kit/wheels              wheels that are missing on this machine: the other loaders, nlohmann-json, ninja, pytest
 # .kit/wheels-rc           a safetensors release candidate, used only by the loaders that ask for it
@@ -23,7 +24,8 @@ if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 out=$(realpath -m "${1:-${OUT:-bench-results/gpu}}")
 dir=${WEIGHTLOAD_BENCH_DIR:-/tmp/weightload-bench}
 total=${WEIGHTLOAD_BENCH_SECONDS:-520}
-steps=${WEIGHTLOAD_BENCH_STEPS:-build tests sanitizer limits settings ranks llama moe}
+steps=${WEIGHTLOAD_BENCH_STEPS:-build tests accelerator sanitizer limits settings ranks sharded frameworks llama moe}
+fresh=${WEIGHTLOAD_BENCH_FRESH:-0}
 python=${PYTHON:-python3}
 device=cuda:0
 if [ $dry = 1 ]; then device=cpu; total=160; fi
@@ -37,7 +39,8 @@ mkdir -p "$out" "$dir"
 site=$dir/site
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD:$site
 export PATH=$site/bin:$PATH
-rm -f "$out"/limits.json "$out"/settings.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json # of an earlier run
+rm -f "$out"/limits.json "$out"/settings.json "$out"/ranks.json "$out"/llama.json "$out"/moe.json "$out"/tiny.json \
+  "$out"/sharded.json "$out"/frameworks-*.json # of an earlier run
 SECONDS=0
 failed=0
 outcomes=()
@@ -88,7 +91,9 @@ generate() {
   if wants llama || wants settings; then
     "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
   fi
-  if wants ranks; then "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 2 --shards 2; fi
+  if wants ranks || wants sharded; then
+    "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 4 --shards 2
+  fi
   if wants moe; then "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
   sync -f "$dir" # else the first eviction waits for the disk
 }
@@ -99,7 +104,7 @@ benchmark() { # NAME SECONDS CHECKPOINT TITLE OPTION ...
   # Beside the counted rounds, warm and cold: the start of the processes, a load of each that is checked, and the heats.
   local budget=$((limit * 18 / 100))
   step "$name" "$limit" "$python" benchmarks/compare_loaders.py --model-path "$checkpoint" --title "$title" \
-    --device "$device" --fresh 0 --heats 1 --repeats 5 --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
+    --device "$device" --fresh "$fresh" --heats 1 --repeats 5 --budget "$budget" --limit-s 60 --json "$out/$name.json" --plot "$out/$name.png" \
     --log "$out/$name-loaders.log" "$@"
 }
 
@@ -146,13 +151,22 @@ fi
 if wait "$generating"; then note generate "ok"; else failed=1; note generate "FAILED (see generate.log)"; fi
 trap - EXIT
 
-if [ $dry = 0 ] && { wants tests || wants tests-no-gpu; }; then
+if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; then
   if ! "$python" -c "import pytest" 2>/dev/null; then
     note tests "skipped: pytest is not installed"
     steps=${steps//tests/}
+    steps=${steps//accelerator/}
   fi
   if wants tests; then
     step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
+  fi
+  if wants accelerator; then
+    # Those of the simulated accelerator, on the GPU. Each is one process's; some hold a stream, which keeps the GPU idle.
+    parallel=()
+    if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist loadfile); fi
+    if "$python" -c "import pytest_timeout" 2>/dev/null; then parallel+=(--timeout 40); fi
+    step accelerator 100 env WEIGHTLOAD_REQUIRE_GPU=1 WEIGHTLOAD_TEST_ACCELERATOR=gpu "$python" -m pytest -q \
+      --maxfail=40 -p no:cacheprovider "${parallel[@]}" tests/test_simulated.py tests/test_simulated_{order,handle,ring,failures,parts}.py
   fi
   if wants tests-no-gpu; then
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.
@@ -204,6 +218,19 @@ else
     share=$(left)
     if wants llama || wants moe; then share=$((share * 45 / 100)); fi
     ranks "$(least 240 "$share")" "$dir/ranks"
+  fi
+  if wants sharded; then
+    step sharded 70 "$python" benchmarks/sharded_loads.py --model-path "$dir/ranks" --device "$device" --states warm \
+      --plans fsdp2 tp2 --ways DCP get_slice --rounds 5 --json "$out/sharded.json"
+    cat "$out/sharded.log" || true
+  fi
+  if wants frameworks; then
+    for name in transformers diffusers accelerate; do
+      if ! "$python" -c "import $name" 2>/dev/null; then note "$name" "skipped: not installed"; continue; fi
+      step "frameworks-$name" 90 "$python" benchmarks/framework_loads.py --frameworks $name --device "$device" --gigabytes 6 \
+        --states warm --memories "as it comes" --rounds 6 --ahead 12 --folder "$dir/models" --json "$out/frameworks-$name.json"
+      cat "$out/frameworks-$name.log" || true
+    done
   fi
   share=$(left)
   if wants moe; then share=$((share * 62 / 100)); fi

@@ -20,7 +20,6 @@ from weightload._load.fetch import find
 from weightload._load.iterator import WeightIterator
 from weightload.errors import TensorError, located
 
-
 LEAST_BLOCK = 4096  # bytes: a tensor that is larger shares its memory with no other
 
 
@@ -70,8 +69,8 @@ def start_prefetch(
 ) -> PrefetchLoader:
     """Start loading what a plan picks of an open file; see ``safe_open.prefetch``.
 
-    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last, to an accelerator
-    ``device_block_bytes``. There, tensors are in memory of their own, which is given back when one is dropped.
+    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last, to an
+    accelerator ``device_block_bytes``. There, tensors are in memory of their own, so that each may be dropped alone.
     """
     part = file = reader.file
     if plan is not None:

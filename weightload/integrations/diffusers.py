@@ -1,7 +1,7 @@
 """diffusers: a shard at a time is loaded whole, one after the other or several at once (parallel loading).
 
 With a device map of one accelerator a shard is loaded straight to it, where diffusers would copy each tensor out of
-pageable memory. Not if much of it has to be cast, which would take memory of the accelerator: diffusers does that on the
+pageable memory. Not if much of it has to be cast, which takes memory of the accelerator: diffusers does that on the
 CPU.
 """
 
