@@ -22,8 +22,8 @@ With `--fresh` the ranks start anew for each load, which is the first of their p
 nobody has touched: as a job starts. Memory is as it comes, or touched by another process a moment before (`--memories`,
 see first_loads.py). The shards of the first round are compared, after the load.
 
-With `--device` the shards are in the memory of that one accelerator, which all ranks share, and the mesh is its own: over
-NCCL 2.30 or later, which is preloaded as in gpu_ranks.py. A load has ended when the device is idle.
+With `--device` the shards are in the memory of that one accelerator, which all ranks share, and the mesh is its own:
+over NCCL 2.30 or later, which is preloaded as in gpu_ranks.py. A load has ended when the device is idle.
 
 Bytes are told of all
 ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
@@ -333,6 +333,8 @@ def work(plan: str, out: Path, options: argparse.Namespace) -> None:
     files = options.model_path
     torch.set_num_threads(1)
     ranks = GroupedRanks(options.device, whole=True)
+    if options.device.type != "cpu":
+        os.environ["LOCAL_RANK"] = str(options.device.index)  # by which init_device_mesh chooses a device
     found: Any
     if options.fresh:
         found = first_load(plan, options, ranks, files)

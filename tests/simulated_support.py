@@ -21,6 +21,7 @@ CHOSEN = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")
 KIND = "cuda" if CHOSEN == "gpu" else CHOSEN
 DEVICE, OTHER = f"{KIND}:0", f"{KIND}:1"
 two_devices = pytest.mark.skipif(CHOSEN == "gpu" and torch.cuda.device_count() < 2, reason="one GPU")
+stand_ins_only = pytest.mark.skipif(CHOSEN == "gpu", reason="about a stand-in's memory")
 own_backend_only = pytest.mark.skipif(KIND != "simulated", reason="about the backend of our own")
 # Small enough that slots and blocks are reused many times by a checkpoint of a few megabytes.
 SMALL: dict[str, Any] = {

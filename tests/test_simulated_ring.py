@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
-from simulated_support import DEVICE, SMALL, assert_same, load
+from simulated_support import DEVICE, SMALL, assert_same, load, stand_ins_only
 
 from weightload import _C, settings
 from weightload._checkpoint.selection import open_files
@@ -72,6 +72,7 @@ def test_the_next_load_takes_the_slots_of_the_last(simulated: Any, mixed: list[P
     assert simulated.pinned_made() - made <= SMALL["pinned_bytes"] // SMALL["slot_bytes"]
 
 
+@stand_ins_only
 def test_fresh_and_reused_memory_is_poisoned(simulated: Any) -> None:
     def everywhere(tensor: torch.Tensor, value: int) -> bool:
         return bool((tensor.cpu().view(torch.uint8) == value).all())

@@ -165,8 +165,8 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     parallel=()
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist loadfile); fi
     if "$python" -c "import pytest_timeout" 2>/dev/null; then parallel+=(--timeout 40); fi
-    step accelerator 100 env WEIGHTLOAD_REQUIRE_GPU=1 WEIGHTLOAD_TEST_ACCELERATOR=gpu "$python" -m pytest -q \
-      --maxfail=40 -p no:cacheprovider "${parallel[@]}" tests/test_simulated.py tests/test_simulated_{order,handle,ring,failures,parts}.py
+    step accelerator 150 env WEIGHTLOAD_REQUIRE_GPU=1 WEIGHTLOAD_TEST_ACCELERATOR=gpu "$python" -m pytest -q \
+      --maxfail=40 --durations=5 -p no:cacheprovider "${parallel[@]}" tests/test_simulated.py tests/test_simulated_{order,handle,ring,failures,parts}.py
   fi
   if wants tests-no-gpu; then
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.
