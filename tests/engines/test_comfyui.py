@@ -66,7 +66,7 @@ def test_a_file_is_read_by_weightload(utils: Any, calls: list[dict[str, Any]], f
     ours, metadata = utils.load_torch_file(file, safe_load=True, return_metadata=True)
     assert same_weights(own, ours)
     assert metadata == {"kind": "test"}
-    assert calls == [{"path": file, "device": "cpu", "backend": "mmap"}]
+    assert calls == [{"path": file, "device": torch.device("cpu"), "backend": "mmap"}]
     assert utils.annotated == [file, file]
 
 
@@ -74,6 +74,17 @@ def test_without_mapping(utils: Any, calls: list[dict[str, Any]], file: str) -> 
     load_node()
     utils.DISABLE_MMAP = True
     assert same_weights(utils.load_torch_file(file), some_tensors())
+    assert [call["backend"] for call in calls] == ["pread"]
+
+
+def test_what_is_not_served_goes_to_safetensors(utils: Any, calls: list[dict[str, Any]], file: str) -> None:
+    node = load_node()
+    assert type(utils.safetensors.safe_open(file, framework="pt", device="cpu")).__module__ == node.__name__
+    with utils.safetensors.safe_open(file, framework="np", device="cpu") as handle:
+        assert type(handle.get_tensor(handle.keys()[0])).__module__ == "numpy"
+    assert type(utils.safetensors.safe_open(file, framework="pt", device="mps")).__module__ != node.__name__
+    with utils.safetensors.safe_open(file, framework="pt", device="cpu", backend="pread") as handle:
+        handle.get_tensor(handle.keys()[0])
     assert [call["backend"] for call in calls] == ["pread"]
 
 

@@ -17,6 +17,8 @@ import safetensors
 import torch
 
 import weightload
+from weightload._api.safe_open import TORCH_NAMES
+from weightload._install.stand_ins import served
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
 VARIABLE = "WEIGHTLOAD_COMFYUI"
@@ -37,9 +39,8 @@ def telling_messages() -> Iterator[None]:
 class WholeFile:
     """A handle for one who takes every tensor of a file once, as ``load_torch_file`` does: they are read together."""
 
-    def __init__(self, path: str, device: str, backend: str) -> None:
-        self._open: dict[str, Any] = {"device": device, "backend": backend}
-        self._path = path
+    def __init__(self, path: str, options: dict[str, Any]) -> None:
+        self._path, self._open = path, options
         with telling_messages():
             self._handle = weightload.safe_open(path, framework="pt", **self._open)
         self._tensors: dict[str, torch.Tensor] | None = None
@@ -68,10 +69,14 @@ class Safetensors:
     def __init__(self, comfy_utils: Any) -> None:
         self._utils = comfy_utils
 
-    def safe_open(self, filename: str, framework: str = "pt", device: str = "cpu") -> Any:
-        """As safetensors', for a file that is read as a whole."""
-        backend = "pread" if getattr(self._utils, "DISABLE_MMAP", False) else "mmap"
-        return WholeFile(filename, device, backend)
+    def safe_open(self, filename: str, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
+        """As safetensors', for a file that is read as a whole; safetensors' own where weightload does not serve."""
+        how = served(filename, device, options) if framework in TORCH_NAMES else None
+        if how is None:
+            return safetensors.safe_open(filename, framework=framework, device=device, **options)
+        if getattr(self._utils, "DISABLE_MMAP", False):
+            how["backend"] = "pread"
+        return WholeFile(filename, how)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(safetensors, name)
