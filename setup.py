@@ -15,6 +15,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).parent
 OLDEST_TORCH = (2, 8)
 PARSER = "csrc/format/header_json.cpp"
+BINDINGS = "csrc/bindings/"
+WITH_TORCH = ("csrc/device/accelerator.cpp", "csrc/device/plain_torch.cpp", "csrc/group/process_group.cpp")
 INSTALL_TORCH = "pip install 'torch>=2.8'"
 
 
@@ -71,6 +73,24 @@ def json_include() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "include")
 
 
+def joined(sources: list[str], folder: Path) -> list[str]:
+    """Three files that include all others, for a build that is done once: most of its time goes into torch's headers.
+
+    Two processors need as long for the first as for the other two.
+    """
+    parts: dict[str, list[str]] = {"bindings": [], "torch": [], "rest": []}
+    for source in sources:
+        name = "bindings" if source.startswith(BINDINGS) else "torch" if source in WITH_TORCH else "rest"
+        parts[name].append(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, members in parts.items():
+        text = "".join(f'#include "{source.removeprefix("csrc/")}"\n' for source in members)
+        path = folder / f"{name}.cpp"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    return [str(folder / f"{name}.cpp") for name in parts]
+
+
 class BuildAgainstTorch(BuildExtension):
     """Compiles the JSON parser in C++17, and records which torch the extension is compiled against, for the import."""
 
@@ -96,6 +116,8 @@ class BuildAgainstTorch(BuildExtension):
         )
         rest = copy.copy(ext)
         rest.sources = [source for source in ext.sources if source != PARSER]
+        if not self.inplace:
+            rest.sources = joined(rest.sources, Path(self.build_temp, "joined"))
         rest.extra_objects = [*ext.extra_objects, *parser]
         rest.depends = [*ext.depends, PARSER]  # so that a change of it is linked, too
         super().build_extension(rest)

@@ -51,9 +51,9 @@ at::Tensor bytes_of(const at::Tensor& tensor) {
 // making a context.
 
 // Host memory whose copies lie before an event.
-class Slot final : public HostSlot {
+class TorchSlot final : public HostSlot {
  public:
-  Slot(at::Tensor bytes, c10::Device device, bool pinned)
+  TorchSlot(at::Tensor bytes, c10::Device device, bool pinned)
       : bytes_(std::move(bytes)), device_(device), copied_(std::in_place, device.type()) {
     data_ = static_cast<char*>(bytes_.data_ptr());
     size_ = bytes_.nbytes();
@@ -61,7 +61,7 @@ class Slot final : public HostSlot {
   }
   // Torch's caching host allocator keeps page-locked memory until the copies that it saw are done. Other memory goes
   // back to the system at once, so this waits.
-  ~Slot() override {
+  ~TorchSlot() override {
     try {
       const c10::DeviceGuard on_device(device_);
       if (!pinned_) copied_->synchronize();
@@ -85,11 +85,11 @@ class Slot final : public HostSlot {
   std::optional<c10::Event> copied_;
 };
 
-class Block final : public DeviceBlock {
+class TorchBlock final : public DeviceBlock {
  public:
-  Block(at::Tensor bytes, bool adopted)
+  TorchBlock(at::Tensor bytes, bool adopted)
       : bytes_(std::move(bytes)), copied_(std::in_place, bytes_.device().type()), adopted_(adopted) {}
-  ~Block() override {
+  ~TorchBlock() override {
     try {
       const c10::DeviceGuard on_device(bytes_.device());
       copied_.reset();
@@ -131,11 +131,11 @@ class Accelerator final : public Device {
     const PlainTorch plain;
     const c10::DeviceGuard on_device(device_);
     if (pinned) {
-      return std::make_unique<Slot>(pinned_bytes(device_, bytes), device_, true);
+      return std::make_unique<TorchSlot>(pinned_bytes(device_, bytes), device_, true);
     }
     void* memory = std::aligned_alloc(kDirectAlignment, round_up(bytes, kDirectAlignment));
     if (!memory) return nullptr;
-    return std::make_unique<Slot>(
+    return std::make_unique<TorchSlot>(
         at::from_blob(memory, {signed_size(bytes)}, &std::free, at::TensorOptions().dtype(at::kByte)), device_, false);
   }
 
@@ -146,7 +146,7 @@ class Accelerator final : public Device {
       const c10::StreamGuard on_owner(owner_);
       at::Tensor memory = at::empty({signed_size(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
       order(owner_, side_);  // what its last user queued
-      return std::make_shared<Block>(std::move(memory), false);
+      return std::make_shared<TorchBlock>(std::move(memory), false);
     } catch (const c10::OutOfMemoryError& error) {
       throw Error(ErrorKind::device_memory, error.what_without_backtrace());
     }
@@ -157,23 +157,23 @@ class Accelerator final : public Device {
     const at::AutoDispatchBelowADInplaceOrView no_history;
     const c10::DeviceGuard on_device(device_);
     const c10::StreamGuard on_side(side_);
-    part(static_cast<Block&>(block).bytes(), block_offset, bytes)
-        .copy_(part(static_cast<Slot&>(slot).bytes(), slot_offset, bytes), /*non_blocking=*/true);
+    part(static_cast<TorchBlock&>(block).bytes(), block_offset, bytes)
+        .copy_(part(static_cast<TorchSlot&>(slot).bytes(), slot_offset, bytes), /*non_blocking=*/true);
   }
 
   void mark_slot(HostSlot& slot) override {
     const c10::DeviceGuard on_device(device_);
-    static_cast<Slot&>(slot).copied().record(side_);
+    static_cast<TorchSlot&>(slot).copied().record(side_);
   }
 
   void mark_block(DeviceBlock& block) override {
     const c10::DeviceGuard on_device(device_);
-    auto& marked = static_cast<Block&>(block);
+    auto& marked = static_cast<TorchBlock&>(block);
     if (!marked.adopted()) marked.copied().record(side_);
   }
 
   void await_block(DeviceBlock& block) override {
-    auto& awaited = static_cast<Block&>(block);
+    auto& awaited = static_cast<TorchBlock&>(block);
     const c10::Stream current = backend_.getStream(device_);
     if (!awaited.starts_on(current)) return;
     const c10::DeviceGuard on_device(device_);
@@ -189,7 +189,7 @@ class Accelerator final : public Device {
 
   void behind_copies(DeviceBlock& block) override {
     const c10::DeviceGuard on_device(device_);
-    static_cast<Block&>(block).copied().block(collective_stream());
+    static_cast<TorchBlock&>(block).copied().block(collective_stream());
   }
 
   void on_collective_stream(const std::function<void()>& issue) override {
@@ -202,13 +202,13 @@ class Accelerator final : public Device {
 
   void mark_shared(DeviceBlock& block) override {
     const c10::DeviceGuard on_device(device_);
-    static_cast<Block&>(block).copied().record(collective_stream());
+    static_cast<TorchBlock&>(block).copied().record(collective_stream());
   }
 
   void abandon(DeviceBlock& block) noexcept override {
     try {
       const c10::DeviceGuard on_device(device_);
-      const c10::DataPtr& memory = static_cast<Block&>(block).bytes().storage().data_ptr();
+      const c10::DataPtr& memory = static_cast<TorchBlock&>(block).bytes().storage().data_ptr();
       backend_.recordDataPtrOnStream(memory, side_);
       if (collective_) backend_.recordDataPtrOnStream(memory, *collective_);
     } catch (const std::exception&) {
@@ -252,9 +252,9 @@ std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_
 
 DeviceBlockRef adopt_tensor(const at::Tensor& tensor) {
   const PlainTorch plain;
-  return std::make_shared<Block>(bytes_of(tensor), true);
+  return std::make_shared<TorchBlock>(bytes_of(tensor), true);
 }
 
-const at::Tensor& block_bytes(const DeviceBlock& block) { return static_cast<const Block&>(block).bytes(); }
+const at::Tensor& block_bytes(const DeviceBlock& block) { return static_cast<const TorchBlock&>(block).bytes(); }
 
 }  // namespace weightload

@@ -50,7 +50,7 @@ constexpr std::chrono::milliseconds kSoon{3}, kSecondsClock{1100};
 
 // The header is compared for one part in so many of the time, and not before so long after the opening.
 constexpr int64_t kShareWhenMoving = 10, kShareInUserSpace = 100;
-constexpr std::chrono::nanoseconds kFirst = std::chrono::milliseconds(10);
+constexpr std::chrono::nanoseconds kFirstCheck = std::chrono::milliseconds(10);
 
 bool has_times_of_the_kernel(uint64_t file_system) {
   for (const uint64_t known : {kExt, kXfs, kBtrfs, kF2fs, kZfs, kBcachefs, uint64_t{TMPFS_MAGIC}, uint64_t{RAMFS_MAGIC},
@@ -123,7 +123,7 @@ ChangeWatch::ChangeWatch(const struct stat& status, uint64_t file_system)
 void ChangeWatch::remember_start(std::string_view bytes) const {
   start_bytes_ = bytes.size();
   start_digest_ = std::hash<std::string_view>()(bytes);
-  start_due_ = (time_now() + kFirst).count();
+  start_due_ = (time_now() + kFirstCheck).count();
 }
 
 void ChangeWatch::require_unchanged(int fd, const std::string& path, uint64_t offset) const {

@@ -29,7 +29,7 @@ using Clock = std::chrono::steady_clock;
 using WorkRef = c10::intrusive_ptr<c10d::Work>;
 
 // How often the host looks for something that cannot wake it: an event of an accelerator.
-constexpr std::chrono::microseconds kLook{50};
+constexpr std::chrono::microseconds kWorkLook{50};
 
 // c10d's exceptions carry a backtrace, which says nothing to the user of a load.
 [[noreturn]] void rethrow_as_ours() {
@@ -197,7 +197,7 @@ class DeviceRecords final : public Pending {
       if (work_) start_copy();
       while (!copied_->query()) {
         if (Clock::now() >= deadline) return false;
-        std::this_thread::sleep_for(kLook);
+        std::this_thread::sleep_for(kWorkLook);
       }
     } catch (...) {
       rethrow_as_ours();

@@ -14,7 +14,7 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // Of larger ranges the call is cheap beside what is done with them.
-constexpr uint64_t kSmall = 1 << 20;
+constexpr uint64_t kSmallRange = 1 << 20;
 
 constexpr uint64_t kFirstWidth = 256 << 10;
 constexpr uint64_t kMostWidth = 1ull << 40;
@@ -45,7 +45,7 @@ bool KnownCached::remembers(ByteRange range) const {
 
 std::optional<bool> KnownCached::contains(const File& file, char* mapping, ByteRange range, bool may_wait) {
   if (!may_wait && untold_) return std::nullopt;
-  if (range.size() > kSmall) return ask_and_remember(file, mapping, range, may_wait);
+  if (range.size() > kSmallRange) return ask_and_remember(file, mapping, range, may_wait);
   const auto now = Clock::now();
   const auto since = now - asked_;
   asked_ = now;

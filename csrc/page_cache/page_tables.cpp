@@ -19,7 +19,7 @@ namespace {
 // default).
 constexpr uint64_t kFaultAround = 64 << 10;
 
-constexpr int kMostTries = 100;  // a sandbox may answer EINTR for ever
+constexpr int kMostPopulateTries = 100;  // a sandbox may answer EINTR for ever
 
 uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
@@ -38,7 +38,7 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
 int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
   for (int tries = 1;; ++tries) {
     if (call(begin, static_cast<size_t>(size)) == 0) return 0;
-    if (errno != EINTR || tries == kMostTries) return errno;
+    if (errno != EINTR || tries == kMostPopulateTries) return errno;
   }
 }
 

@@ -7,9 +7,9 @@
 namespace weightload {
 namespace {
 
-constexpr uint64_t kLeastGap = 8 << 10;
-constexpr uint64_t kMostOverread = 2;          // times what is wanted
-constexpr uint64_t kScratchBytes = 128 << 10;  // fits the second-level cache
+constexpr uint64_t kLeastReadGap = 8 << 10;
+constexpr uint64_t kMostOverread = 2;            // times what is wanted
+constexpr uint64_t kStridedScratch = 128 << 10;  // fits the second-level cache
 
 // What storage brings in of a gap costs less than another request to it.
 constexpr uint64_t kLeastColdGap = 16 << 10;
@@ -25,8 +25,8 @@ constexpr uint64_t kRequestedScratch = 8 << 20;
 
 bool is_dense(const RangeReader& reader, const StridedRun& run) {
   if (reader.asks_server()) return run.stride - run.piece < kLeastRequestedGap;
-  return run.stride - run.piece < kLeastGap && run.stride <= kMostOverread * run.piece &&
-         run.stride + run.piece <= kScratchBytes;
+  return run.stride - run.piece < kLeastReadGap && run.stride <= kMostOverread * run.piece &&
+         run.stride + run.piece <= kStridedScratch;
 }
 
 // The pieces from `done` on of a run.
@@ -52,7 +52,7 @@ void read_dense(RangeReader& reader, const StridedRun& run, char* destination, c
   RangeReader::Attempt attempt = reader.begin(run.span(), look, /*may_be_direct=*/false);
   const uint64_t copied = past_caches ? copy_pieces(reader, attempt, run, destination) : 0;
   destination += copied * run.piece;
-  const uint64_t bytes = reader.asks_server() ? std::max(kRequestedScratch, run.piece) : kScratchBytes;
+  const uint64_t bytes = reader.asks_server() ? std::max(kRequestedScratch, run.piece) : kStridedScratch;
   const std::unique_ptr<char[]> scratch(new char[std::min(bytes, run.span().size())]);
   const uint64_t most = 1 + (bytes - run.piece) / run.stride;
   for (uint64_t done = copied; done < run.count; done += most) {

@@ -8,7 +8,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
-constexpr uint64_t kFirst = 64 << 10;
+constexpr uint64_t kFirstPiece = 64 << 10;
 constexpr uint64_t kLeast = 16 << 10;
 constexpr uint64_t kUnit = 16 << 10;    // pieces are multiples of it
 constexpr uint64_t kMost = 1ull << 40;  // more than any read
@@ -23,7 +23,7 @@ constexpr milliseconds kShort{30};
 constexpr int64_t kMostGrowth = 4;
 
 // Below, a piece that took long has slow storage behind it, not many readers' share of a disk.
-constexpr uint64_t kSmall = 1 << 20;
+constexpr uint64_t kSmallPiece = 1 << 20;
 
 // So much within kShort is not the answer of what happened to be at hand.
 constexpr uint64_t kConvincing = 4 << 20;
@@ -39,7 +39,7 @@ uint64_t in_units(uint64_t bytes) { return std::max(kLeast, bytes / kUnit * kUni
 PaceRule::PaceRule(unsigned readers, uint64_t most_bytes)
     : readers_(std::max(readers, 1u)),
       most_(most_bytes),
-      piece_(std::min(kFirst, most_bytes)),
+      piece_(std::min(kFirstPiece, most_bytes)),
       allowed_(readers == kAnyNumber ? readers : 1),
       least_(kLeast),
       useful_(readers_) {}
@@ -57,7 +57,7 @@ void PaceRule::slow_down(uint64_t bytes, nanoseconds took) {
   if (!fast_) return;  // another has said so
   trial_ = Trial::none;
   const uint64_t piece = in_units(static_cast<uint64_t>(static_cast<double>(bytes) * (kLong / 2) / took));
-  const bool hold_back = piece < kSmall && readers_ != kAnyNumber;
+  const bool hold_back = piece < kSmallPiece && readers_ != kAnyNumber;
   set(std::min(piece, kFast / 2), hold_back ? 1 : allowed_);
 }
 
@@ -88,7 +88,7 @@ void PaceRule::judge(uint64_t bytes, nanoseconds took, uint64_t epoch, bool full
     if (trial_ != Trial::more || full) finish_trial(took);
     return;
   }
-  if (took > kLong && piece <= kSmall && allowed_ > std::max(proven_, 1u) && readers_ != kAnyNumber) {
+  if (took > kLong && piece <= kSmallPiece && allowed_ > std::max(proven_, 1u) && readers_ != kAnyNumber) {
     set(in_units(piece / 4), std::max(proven_, 1u));
   } else if (took > kLong && piece > least_) {
     begin_trial(Trial::smaller, took);
