@@ -216,6 +216,35 @@ def test_a_loop_that_is_left_stops_the_hashing(files: list[Path]) -> None:
     assert not hashing()
 
 
+def test_names_with_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "model.safetensors" for folder in ("", "vae", "unet")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        save_file({str(number): torch.full((5,), number)}, path)
+    right = [digest(path) for path in paths]
+    bare, vae, unet = "model.safetensors", "vae/model.safetensors", "unet/model.safetensors"
+    # The one in the checkpoint's own folder is named without one.
+    assert len(load(paths, {bare: right[0], vae: right[1], f"./{unet}": right[2]})) == 3
+    assert len(load(paths[1:], {vae: right[1], unet: right[2], "other": "0" * 64})) == 2
+    assert len(load(paths[1:2], {f"{tmp_path.name}/{vae}": right[1], vae: "0" * 64})) == 1  # the longer one
+    assert len(load([*paths[1:2]], {bare: right[1]})) == 1
+    with pytest.raises(errors.ChecksumError):
+        load(paths[1:], {vae: right[2], unet: right[1]})
+    with pytest.raises(errors.CheckpointError, match="say more of their paths"):
+        load(paths, {bare: right[0], vae: right[1]})
+    with pytest.raises(errors.CheckpointError, match="say more of their paths"):
+        load(paths[1:], {bare: right[1]})
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        load(paths[1:], {f"x{vae}": right[1], unet: right[2]})
+    with pytest.raises(errors.CheckpointError, match="two SHA-256"):
+        load(paths[1:2], {vae: right[1], f"./{vae}": right[2]})
+    for odd in (str(paths[1]), f"../{vae}", "", "."):
+        with pytest.raises(ValueError, match="below the checkpoint's folder"):
+            load(paths[1:2], {odd: right[1]})
+    with pytest.raises(TypeError, match="must be str"):
+        load(paths[1:2], {paths[1]: right[1]})
+
+
 def test_sums_that_are_none(files: list[Path]) -> None:
     sums = files[0].parent / "SHA256SUMS"
     os.mkfifo(sums)
