@@ -24,6 +24,7 @@ from module_zoo import ZOO
 
 import weightload
 from weightload import _C, settings
+from weightload._load import checking
 
 STAND_BY = {"fault": "delay", "first": 1 << 60}  # counts reads, and does nothing to them
 
@@ -67,6 +68,7 @@ class Drained:
     wrong: list[str] = dataclasses.field(default_factory=list)
     error: Failure | None = None
     reads: int = 0
+    hashed: list[str] = dataclasses.field(default_factory=list)
 
 
 class Rank:
@@ -202,6 +204,34 @@ def load(
         gc.collect()
     if fault:
         drained.reads = _C.reads_since_armed()
+    return drained
+
+
+def checked(
+    here: Rank, files: Sequence[Path], *, hold: bool = False, fail: bool = False, **options: Any
+) -> Drained | None:
+    """A load with ``verify=``, and which files this rank has hashed.
+
+    ``hold``: hashing never ends by itself. ``fail``: what it reads cannot be read.
+    """
+    hashed: list[str] = []
+    check = checking.check
+
+    def seen(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any]) -> None:
+        hashed.append(os.path.basename(file.path))
+        while hold:
+            arrived(0)  # raises when nobody wants the verdict any more
+        if fail:
+            _C.arm_fault("error", first=1, count=1 << 30, error_number=5)
+        check(file, expected, arrived)
+
+    checking.check = seen
+    try:
+        drained = load(here, files, **options)
+    finally:
+        checking.check = check
+    if drained is not None:
+        drained.hashed = sorted(hashed)
     return drained
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,7 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightload
-from weightload import errors
+from weightload import _C, errors
+from weightload._checkpoint.selection import open_files
+from weightload._load import checking
 
 
 @pytest.fixture
@@ -243,6 +247,26 @@ def test_names_with_folders(tmp_path: Path) -> None:
             load(paths[1:2], {odd: right[1]})
     with pytest.raises(TypeError, match="must be str"):
         load(paths[1:2], {paths[1]: right[1]})
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_was_replaced_while_it_was_opened_no_other_rank_has_checked(files: list[Path], replaced: bool) -> None:
+    paths = [str(path) for path in files[:2]]
+    verify = {name(path): digest(path) for path in files} | {name(files[0]): "0" * 64}
+
+    def open_them() -> list[_C.CheckpointFile]:
+        opened = open_files(paths)
+        if replaced:
+            copy = shutil.copy(paths[0], f"{paths[0]}.new")
+            os.replace(copy, paths[0])
+        return opened
+
+    for rank in range(2):
+        ours = checking.Checking(paths, verify, checking.Ranks(rank, 2, one_node=True))
+        opened = ours.opening(open_them)()
+        with pytest.raises(errors.ChecksumError) if replaced or rank == 0 else contextlib.nullcontext():
+            ours.run(lambda: None)
+        opened.clear()
 
 
 def test_sums_that_are_none(files: list[Path]) -> None:
