@@ -235,6 +235,19 @@ def checked(
     return drained
 
 
+def load_checked(here: Rank, files: Sequence[Path], **options: Any) -> dict[str, Any]:
+    """load_into: how it ended, and which tensors are wrong."""
+    right = {k: t for file in files for k, t in _reference(file).items()}
+    target = {name: torch.zeros_like(tensor) for name, tensor in right.items()}
+    error = None
+    try:
+        with settings.override(block_bytes=65_536, task_bytes=16_384):
+            weightload.load_into(target, files, group=dist.group.WORLD, **options)
+    except Exception as failed:
+        error = Failure.of(failed)
+    return {"error": error, "wrong": [name for name in right if not _same(target[name], right[name])]}
+
+
 def _reference(file: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(file)
 

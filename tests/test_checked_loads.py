@@ -220,6 +220,85 @@ def test_a_loop_that_is_left_stops_the_hashing(files: list[Path]) -> None:
     assert not hashing()
 
 
+def module_of(files: list[Path]) -> torch.nn.Module:
+    """With a parameter for each tensor of the files."""
+    module = torch.nn.Module()
+    for path in files:
+        part = {key.partition(".")[2]: torch.nn.Parameter(torch.zeros_like(t)) for key, t in load_file(path).items()}
+        module.add_module(next(iter(load_file(path))).partition(".")[0], torch.nn.ParameterDict(part))
+    return module
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("small", [False, True])
+def test_load_file(files: list[Path], backend: str, small: bool) -> None:
+    path = files[0]
+    if small:
+        save_file({"a": torch.arange(5)}, path)
+    for verify in ({path.name: digest(path)}, "sha256"):
+        write_sums(files)
+        got = weightload.load_file(path, backend=backend, verify=verify)
+        for key, tensor in load_file(path).items():
+            assert torch.equal(got[key], tensor)
+    right = digest(path)
+    damage(path)
+    with pytest.raises(errors.ChecksumError) as raised:
+        weightload.load_file(bytes(path), backend=backend, verify="sha256")
+    assert raised.value.filename == str(path)
+    assert right in str(raised.value)
+    assert digest(path) in str(raised.value)
+    assert not hashing()
+    with pytest.raises(ValueError, match="sha256"):
+        weightload.load_file(path, verify="md5")
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        weightload.load_file(path, verify={})
+
+
+def test_load_into_and_load_model(files: list[Path]) -> None:
+    right = {name(path): digest(path) for path in files}
+    module = module_of(files)
+    weightload.load_into(module, files, verify=right)
+    for path in files:
+        for key, tensor in load_file(path).items():
+            assert torch.equal(module.state_dict()[key], tensor)
+    with pytest.raises(errors.ChecksumError, match=r"model-00002"):
+        weightload.load_into(module_of(files), files, verify=right | {name(files[1]): "0" * 64})
+    with pytest.raises(TypeError):
+        weightload.load_into(module, files, verify=5)  # type: ignore[arg-type]
+    one = module_of(files[:1])
+    assert weightload.load_model(one, files[0], verify=right) == (set(), [])
+    assert torch.equal(one.state_dict()["0.3"], load_file(files[0])["0.3"])
+    for hooked in (False, True):
+        one = module_of(files[:1])
+        if hooked:
+            one.register_load_state_dict_post_hook(lambda module, keys: None)
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_model(one, files[0], verify={name(files[0]): "0" * 64})
+    with pytest.raises(ValueError, match="64 hexadecimal"):
+        weightload.load_model(one, files[0], verify={name(files[0]): "0"})
+    assert not hashing()
+
+
+@pytest.mark.simulated
+def test_to_parameters_of_an_accelerator(files: list[Path]) -> None:
+    native = simulated_accelerator.load()
+    write_sums(files)
+    native.set_available(True)
+    try:
+        module = module_of(files).to("simulated:0")
+        weightload.load_into(module, files, verify="sha256")
+        assert torch.equal(module.state_dict()["2.1"].cpu(), load_file(files[2])["2.1"])
+        assert weightload.load_file(files[0], "simulated:0", verify="sha256")
+        damage(files[0])
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_into(module, files, verify="sha256")
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_file(files[0], "simulated:0", verify="sha256")
+        del module
+    finally:
+        native.set_available(False)
+
+
 def test_names_with_folders(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "model.safetensors" for folder in ("", "vae", "unet")]
     for number, path in enumerate(paths):

@@ -205,6 +205,66 @@ def test_a_file_that_cannot_be_hashed(ranks: World, checkpoint: list[Path], stra
     assert "Input/output error" in failure.message
 
 
+# load_into
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_load_into(ranks: World, checkpoint: list[Path], strategy: str) -> None:
+    def run(verify: Any, per_rank: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        options = {"files": checkpoint, "strategy": strategy, "verify": verify, "per_rank": per_rank}
+        return [outcome.value for outcome in ranks.run(scenarios.load_checked, **options)]
+
+    for ended in run(right(checkpoint)):
+        assert ended == {"error": None, "wrong": []}
+    for number in range(3):
+        for ended in run(wrong(checkpoint, number)):
+            assert ended["error"].kinds[0] == "ChecksumError", ended["error"]
+            assert ended["error"].filename == str(checkpoint[number])
+            assert ended["error"].rank == number % ranks.size
+            assert right(checkpoint)[checkpoint[number].name] in ended["error"].message
+    for other in (None, wrong(checkpoint, 2)):
+        for ended in run(right(checkpoint), {1: {"verify": other}}):
+            assert "RankDisagreementError" in ended["error"].kinds, ended["error"]
+            assert "verify=" in ended["error"].message
+
+
+SHARDS = """
+import hashlib
+from weightload import errors
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+import safetensors.torch
+
+path = sys.argv[4]
+os.environ["LOCAL_WORLD_SIZE"] = sys.argv[5]  # torchrun's: whether all ranks are on one node
+digest = hashlib.sha256(open(path, "rb").read()).hexdigest()
+name = os.path.basename(path)
+for ways in ([Shard(0)], [Replicate()]):
+    mesh = init_device_mesh("cpu", (size,))
+    whole = safetensors.torch.load_file(path)
+    def target():
+        return {key: distribute_tensor(torch.zeros_like(t), mesh, ways) for key, t in whole.items()}
+    into = target()
+    weightload.load_into(into, path, verify={name: digest})
+    assert all(torch.equal(tensor.full_tensor(), whole[key]) for key, tensor in into.items())
+    for verify, kind in (({name: "0" * 64}, errors.ChecksumError), (None, errors.RankDisagreementError)):
+        try:
+            weightload.load_into(target(), path, verify=verify if kind is errors.ChecksumError or rank == 1 else
+                                 {name: digest})
+        except kind as error:
+            assert kind is errors.ChecksumError or "verify=" in str(error), error
+        else:
+            raise SystemExit("no error")
+dist.barrier()
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("on_one_node", [True, False])
+def test_shards(checkpoint: list[Path], tmp_path: Path, on_one_node: bool) -> None:
+    assert_done(run_ranks(SHARDS, 3, tmp_path, checkpoint[0], 3 if on_one_node else 1))
+
+
 NODES = """
 import hashlib
 from weightload import errors
