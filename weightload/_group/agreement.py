@@ -31,7 +31,7 @@ TOLD = "weightload_was_told"  # an attribute of exceptions
 WISH_BYTES = 32  # at the end of a record: what the rank wants
 
 VERIFY, DISK = "verify=", "files on disk, which verify= would have one rank check for all"
-NOT_CHECKED: Mapping[str, object] = {VERIFY: None, DISK: ""}
+NOT_CHECKED: Mapping[str, object] = {VERIFY: "nothing", DISK: ""}
 """What of a check must be the same on every rank, where there is none."""
 
 

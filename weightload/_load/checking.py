@@ -219,7 +219,7 @@ class Checking:
             files = open_them()
             try:
                 mine = [True] * len(files)
-                self._same = {VERIFY: digest(expected), DISK: ""}
+                self._same = {VERIFY: f"digests {digest(expected)}", DISK: ""}
                 if self._ranks is not None:
                     # What was at a path before it was opened, and is so after that, is what was opened.
                     one_disk = self._ranks.one_node and before is not None and before == _stamps(self._paths)
