@@ -7,10 +7,12 @@ import gc
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,24 @@ def test_a_loop_that_is_left_stops_the_hashing(files: list[Path]) -> None:
     for _ in weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256"):
         break
     gc.collect()
+    assert not hashing()
+
+
+def test_a_forked_child_waits_for_no_hashing(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashing_for_ever(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], object]) -> None:
+        while True:
+            arrived(0)
+
+    monkeypatch.setattr(checking, "check", hashing_for_ever)
+    write_sums(files)
+    with weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256") as weights:
+        next(weights)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # which ends it, should it wait
+            weights.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
     assert not hashing()
 
 

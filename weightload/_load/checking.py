@@ -62,6 +62,7 @@ class Checker:
         self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
         self._work: list[tuple[Work, Reading | None]] = []  # from the last on
         self._running = 0
+        self._process = os.getpid()
         self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
         self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._failure: BaseException | None = None
@@ -109,7 +110,9 @@ class Checker:
             raise WeightLoadError("the load was left before its files were checked")
 
     def close(self) -> None:
-        """Stop, and wait for the threads."""
+        """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
+        if os.getpid() != self._process:
+            return
         self._stopped.set()
         self._wait()
         self._let_go()
