@@ -24,6 +24,7 @@ from module_zoo import ZOO
 
 import weightload
 from weightload import _C, settings
+from weightload._load import checking
 
 STAND_BY = {"fault": "delay", "first": 1 << 60}  # counts reads, and does nothing to them
 
@@ -67,6 +68,7 @@ class Drained:
     wrong: list[str] = dataclasses.field(default_factory=list)
     error: Failure | None = None
     reads: int = 0
+    hashed: list[str] = dataclasses.field(default_factory=list)
 
 
 class Rank:
@@ -203,6 +205,47 @@ def load(
     if fault:
         drained.reads = _C.reads_since_armed()
     return drained
+
+
+def checked(
+    here: Rank, files: Sequence[Path], *, hold: bool = False, fail: bool = False, **options: Any
+) -> Drained | None:
+    """A load with ``verify=``, and which files this rank has hashed.
+
+    ``hold``: hashing never ends by itself. ``fail``: what it reads cannot be read.
+    """
+    hashed: list[str] = []
+    check = checking.check
+
+    def seen(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any]) -> None:
+        hashed.append(os.path.basename(file.path))
+        while hold:
+            arrived(0)  # raises when nobody wants the verdict any more
+        if fail:
+            _C.arm_fault("error", first=1, count=1 << 30, error_number=5)
+        check(file, expected, arrived)
+
+    checking.check = seen
+    try:
+        drained = load(here, files, **options)
+    finally:
+        checking.check = check
+    if drained is not None:
+        drained.hashed = sorted(hashed)
+    return drained
+
+
+def load_checked(here: Rank, files: Sequence[Path], **options: Any) -> dict[str, Any]:
+    """load_into: how it ended, and which tensors are wrong."""
+    right = {k: t for file in files for k, t in _reference(file).items()}
+    target = {name: torch.zeros_like(tensor) for name, tensor in right.items()}
+    error = None
+    try:
+        with settings.override(block_bytes=65_536, task_bytes=16_384):
+            weightload.load_into(target, files, group=dist.group.WORLD, **options)
+    except Exception as failed:
+        error = Failure.of(failed)
+    return {"error": error, "wrong": [name for name in right if not _same(target[name], right[name])]}
 
 
 def _reference(file: Path) -> dict[str, torch.Tensor]:

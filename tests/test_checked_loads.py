@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weightload
-from weightload import errors
+from weightload import _C, errors
+from weightload._checkpoint.selection import open_files
+from weightload._load import checking
 
 
 @pytest.fixture
@@ -214,6 +220,152 @@ def test_a_loop_that_is_left_stops_the_hashing(files: list[Path]) -> None:
         break
     gc.collect()
     assert not hashing()
+
+
+def test_a_forked_child_waits_for_no_hashing(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashing_for_ever(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], object]) -> None:
+        while True:
+            arrived(0)
+
+    monkeypatch.setattr(checking, "check", hashing_for_ever)
+    write_sums(files)
+    with weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256") as weights:
+        next(weights)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # which ends it, should it wait
+            weights.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not hashing()
+
+
+def module_of(files: list[Path]) -> torch.nn.Module:
+    """With a parameter for each tensor of the files."""
+    module = torch.nn.Module()
+    for path in files:
+        part = {key.partition(".")[2]: torch.nn.Parameter(torch.zeros_like(t)) for key, t in load_file(path).items()}
+        module.add_module(next(iter(load_file(path))).partition(".")[0], torch.nn.ParameterDict(part))
+    return module
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+@pytest.mark.parametrize("small", [False, True])
+def test_load_file(files: list[Path], backend: str, small: bool) -> None:
+    path = files[0]
+    if small:
+        save_file({"a": torch.arange(5)}, path)
+    for verify in ({path.name: digest(path)}, "sha256"):
+        write_sums(files)
+        got = weightload.load_file(path, backend=backend, verify=verify)
+        for key, tensor in load_file(path).items():
+            assert torch.equal(got[key], tensor)
+    right = digest(path)
+    damage(path)
+    with pytest.raises(errors.ChecksumError) as raised:
+        weightload.load_file(bytes(path), backend=backend, verify="sha256")
+    assert raised.value.filename == str(path)
+    assert right in str(raised.value)
+    assert digest(path) in str(raised.value)
+    assert not hashing()
+    with pytest.raises(ValueError, match="sha256"):
+        weightload.load_file(path, verify="md5")
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        weightload.load_file(path, verify={})
+
+
+def test_load_into_and_load_model(files: list[Path]) -> None:
+    right = {name(path): digest(path) for path in files}
+    module = module_of(files)
+    weightload.load_into(module, files, verify=right)
+    for path in files:
+        for key, tensor in load_file(path).items():
+            assert torch.equal(module.state_dict()[key], tensor)
+    with pytest.raises(errors.ChecksumError, match=r"model-00002"):
+        weightload.load_into(module_of(files), files, verify=right | {name(files[1]): "0" * 64})
+    with pytest.raises(TypeError):
+        weightload.load_into(module, files, verify=5)  # type: ignore[arg-type]
+    one = module_of(files[:1])
+    assert weightload.load_model(one, files[0], verify=right) == (set(), [])
+    assert torch.equal(one.state_dict()["0.3"], load_file(files[0])["0.3"])
+    for hooked in (False, True):
+        one = module_of(files[:1])
+        if hooked:
+            one.register_load_state_dict_post_hook(lambda module, keys: None)
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_model(one, files[0], verify={name(files[0]): "0" * 64})
+    with pytest.raises(ValueError, match="64 hexadecimal"):
+        weightload.load_model(one, files[0], verify={name(files[0]): "0"})
+    assert not hashing()
+
+
+@pytest.mark.simulated
+def test_to_parameters_of_an_accelerator(files: list[Path]) -> None:
+    native = simulated_accelerator.load()
+    write_sums(files)
+    native.set_available(True)
+    try:
+        module = module_of(files).to("simulated:0")
+        weightload.load_into(module, files, verify="sha256")
+        assert torch.equal(module.state_dict()["2.1"].cpu(), load_file(files[2])["2.1"])
+        assert weightload.load_file(files[0], "simulated:0", verify="sha256")
+        damage(files[0])
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_into(module, files, verify="sha256")
+        with pytest.raises(errors.ChecksumError):
+            weightload.load_file(files[0], "simulated:0", verify="sha256")
+        del module
+    finally:
+        native.set_available(False)
+
+
+def test_names_with_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "model.safetensors" for folder in ("", "vae", "unet")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        save_file({str(number): torch.full((5,), number)}, path)
+    right = [digest(path) for path in paths]
+    bare, vae, unet = "model.safetensors", "vae/model.safetensors", "unet/model.safetensors"
+    # The one in the checkpoint's own folder is named without one.
+    assert len(load(paths, {bare: right[0], vae: right[1], f"./{unet}": right[2]})) == 3
+    assert len(load(paths[1:], {vae: right[1], unet: right[2], "other": "0" * 64})) == 2
+    assert len(load(paths[1:2], {f"{tmp_path.name}/{vae}": right[1], vae: "0" * 64})) == 1  # the longer one
+    assert len(load([*paths[1:2]], {bare: right[1]})) == 1
+    with pytest.raises(errors.ChecksumError):
+        load(paths[1:], {vae: right[2], unet: right[1]})
+    with pytest.raises(errors.CheckpointError, match="say more of their paths"):
+        load(paths, {bare: right[0], vae: right[1]})
+    with pytest.raises(errors.CheckpointError, match="say more of their paths"):
+        load(paths[1:], {bare: right[1]})
+    with pytest.raises(errors.CheckpointError, match="no SHA-256"):
+        load(paths[1:], {f"x{vae}": right[1], unet: right[2]})
+    with pytest.raises(errors.CheckpointError, match="two SHA-256"):
+        load(paths[1:2], {vae: right[1], f"./{vae}": right[2]})
+    for odd in (str(paths[1]), f"../{vae}", "", "."):
+        with pytest.raises(ValueError, match="below the checkpoint's folder"):
+            load(paths[1:2], {odd: right[1]})
+    with pytest.raises(TypeError, match="must be str"):
+        load(paths[1:2], {paths[1]: right[1]})
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_was_replaced_while_it_was_opened_no_other_rank_has_checked(files: list[Path], replaced: bool) -> None:
+    paths = [str(path) for path in files[:2]]
+    verify = {name(path): digest(path) for path in files} | {name(files[0]): "0" * 64}
+
+    def open_them() -> list[_C.CheckpointFile]:
+        opened = open_files(paths)
+        if replaced:
+            copy = shutil.copy(paths[0], f"{paths[0]}.new")
+            os.replace(copy, paths[0])
+        return opened
+
+    for rank in range(2):
+        ours = checking.Checking(paths, verify, checking.Ranks(rank, 2, one_node=True))
+        opened = ours.opening(open_them)()
+        with pytest.raises(errors.ChecksumError) if replaced or rank == 0 else contextlib.nullcontext():
+            ours.run(lambda: None)
+        opened.clear()
 
 
 def test_sums_that_are_none(files: list[Path]) -> None:

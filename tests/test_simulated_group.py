@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,34 @@ def test_every_dtype_in_one_file_for_two_ranks(ranks: Ranks, all_dtypes: Path, k
     """Fewer files than ranks, and ranks of the group that are not those of the world."""
     for consumer in ("keep_all", "use_and_drop", "into_parameters"):
         ranks.call(loads, kind, [1, 2], strategy, consumer, [all_dtypes])
+
+
+def checked(rank: Rank, kind: str, strategy: str, paths: list[Path]) -> None:
+    """Right digests, a wrong one, and a rank that leaves; every rank hears of it."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    wrong = digests | {paths[1].name: "0" * 64}
+    with rank.group(kind) as group, settings.override(**TUNED):
+        rank.seed(SEED)
+        options: dict[str, Any] = {"device": DEVICE, "group": group, "strategy": strategy}
+        got = dict(weightload.safetensors_weights_iterator(paths, verify=digests, **options))
+        assert_bytes(got, paths)
+        for left in (False, True):
+            weights = weightload.safetensors_weights_iterator(paths, verify=digests if left else wrong, **options)
+            if left and rank.number == 1:
+                for _ in range(len(weights)):
+                    next(weights)
+                weights.close()
+                continue
+            with pytest.raises(errors.RankLeftError if left else errors.ChecksumError) as raised:
+                dict(weights)
+            assert raised.value.rank is not None
+            assert raised.value.filename == (None if left else str(paths[1]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_check_the_files(ranks: Ranks, mixed: list[Path], kind: str, strategy: str) -> None:
+    ranks.call(checked, kind, strategy, mixed)
 
 
 def extremes(rank: Rank, kind: str, strategy: str, paths: list[Path], chosen: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ __all__: list[str] = [
     "ScopedVariable",
     "Strategy",
     "TensorReader",
+    "Verdict",
     "arm_fault",
     "dense_memory",
     "disarm_fault",
@@ -153,6 +154,19 @@ class Strategy:
     @property
     def value(self) -> int: ...
 
+class Verdict:
+    """
+    The ranks' last meeting of a load: what each of them found out by itself, all hear.
+    """
+    def close(self) -> None:
+        """
+        Leaves: the other ranks hear it.
+        """
+    def conclude(self, kind: str, message: bytes, path: bytes) -> None:
+        """
+        Says how it went here (`kind`: empty for well, checksum, read or another), and raises the error of the lowest rank that has failed.
+        """
+
 class Group:
     """
     One load's share of a torch.distributed.ProcessGroup. A loader takes it over; close() leaves.
@@ -160,14 +174,24 @@ class Group:
     def __init__(
         self, group: typing.Any, target: DeviceTarget | None, device: str, strategy: Strategy, load: str
     ) -> None: ...
-    def agree(self, record: bytes, more: bool, compared: int | None = None, parting: bytes = b"") -> list[bytes]:
+    def agree(
+        self, record: bytes, more: bool, compared: int | None = None, parting: bytes = b"", verdict: bool = False
+    ) -> list[bytes]:
         """
-        The records of all ranks, which must have the same size. The first byte of those that agree is 1. They agree if `compared` bytes (all by default) are equal. With `parting`, all must be; where only those are, the ranks meet once more, and a rank that was interrupted gives them that.
+        The records of all ranks, which must have the same size. The first byte of those that agree is 1. They agree if `compared` bytes (all by default) are equal. With `parting`, all must be; where only those are, the ranks meet once more, and a rank that was interrupted gives them that. `verdict`: whether the ranks that have agreed meet behind the load.
         """
     def close(self) -> None: ...
+    def let_go(self) -> None:
+        """
+        The load has no more to say, but in the verdict: it is over for this.
+        """
     def tell(self, record: bytes) -> None:
         """
         agree(record), without waiting for the others, then close().
+        """
+    def verdict(self) -> Verdict:
+        """
+        That meeting, for when the load is over: who has it closes it.
         """
 
 class ReadMode:

@@ -238,6 +238,7 @@ _KINDS: dict[str, type[WeightLoadError]] = {
     "device_memory": DeviceOutOfMemoryError,
     "group": GroupError,
     "left": RankLeftError,
+    "checksum": ChecksumError,
     "usage": WeightLoadError,
 }
 

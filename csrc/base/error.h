@@ -16,6 +16,7 @@ enum class ErrorKind : uint8_t {
   device_memory,  // an accelerator's memory could not be had
   group,          // the ranks of a group could not agree or communicate
   left,           // another rank has left the load
+  checksum,       // a file is not what its digest says
   usage,          // a call that makes no sense in this state (an iterator used in a forked child, ...)
 };
 

@@ -20,6 +20,7 @@ const char* kind_name(ErrorKind kind) {
     case ErrorKind::device_memory: return "device_memory";
     case ErrorKind::group: return "group";
     case ErrorKind::left: return "left";
+    case ErrorKind::checksum: return "checksum";
     case ErrorKind::usage: return "usage";
   }
   return "usage";

@@ -71,6 +71,7 @@ void GroupExchange::end() noexcept {
 
 std::string GroupExchange::stage_name() const {
   if (stage_ == Stage::idle || stage_ == Stage::agreeing) return "agreement";
+  if (concluding_ || done_ == blocks_) return "check of the files";
   const size_t block = moving_.empty() ? next_ : done_;
   return "block " + std::to_string(block + 1) + " of " + std::to_string(blocks_);
 }
@@ -92,7 +93,7 @@ bool GroupExchange::agree(const std::string& record, bool more, const Terms& ter
                           Records& records) try {
   if (ended_) throw Error(ErrorKind::usage, load_ + " has ended");
   if (stage_ == Stage::idle) {
-    more_ = more;
+    more_ = more || terms.verdict;
     terms_ = terms;
     asked_ = collective_->gather(record);
     stage_ = Stage::agreeing;
@@ -113,7 +114,8 @@ void GroupExchange::begin(size_t blocks, Prepare prepare, std::vector<std::strin
   blocks_ = blocks;
   prepare_ = std::move(prepare);
   paths_ = std::move(paths);
-  if (blocks == 0) end();
+  begun_ = true;
+  if (blocks == 0 && !terms_.verdict) end();
 }
 
 bool GroupExchange::complete(size_t block, Milliseconds patience) {
@@ -133,8 +135,27 @@ bool GroupExchange::complete(size_t block, Milliseconds patience) {
     }
     moving_.pop_front();
     ++done_;
-    if (done_ == blocks_ || (failure_ && moving_.empty())) end();
+    if ((done_ == blocks_ && !terms_.verdict) || (failure_ && moving_.empty())) end();
   }
+  return true;
+}
+
+bool GroupExchange::conclude(const std::optional<Error>& failure, Milliseconds patience) {
+  if (concluded_) return true;
+  if (failure_) throw Error(*failure_);
+  if (ended_ || !terms_.verdict || done_ != blocks_) throw Error(ErrorKind::usage, load_ + " has been left");
+  try {
+    if (!concluding_) {
+      asked_ = collective_->gather(failure ? failed_status(*failure, paths_) : ready_status());
+      stage_ = Stage::asking;
+      concluding_ = true;
+    }
+    if (!ask(patience)) return false;
+  } catch (const Error& error) {
+    fail(error);
+  }
+  end();
+  if (failure_) throw Error(*failure_);
   return true;
 }
 
@@ -178,6 +199,10 @@ void GroupExchange::judge(const Records& records) {
     payload_ = {};
     return;
   }
+  if (concluding_) {
+    concluded_ = true;
+    return;
+  }
   if (strategy_ == Strategy::broadcast)
     moving_.push_back(collective_->broadcast(payload_, /*root=*/0));
   else
@@ -219,8 +244,12 @@ bool GroupExchange::settle(Milliseconds patience) {
     asked_.reset();
     stage_ = Stage::preparing;
   }
+  if (concluding_) {  // it has said what it had to say
+    asked_->wait(deadline.left());
+    return true;
+  }
   if (stage_ == Stage::asking && !leaving_ && !ask(deadline.left())) return false;
-  if (failure_ || (blocks_ > 0 && next_ == blocks_)) return true;
+  if (failure_ || (!terms_.verdict && blocks_ > 0 && next_ == blocks_)) return true;
   if (!leaving_) {
     leaving_ = true;
     asked_ = collective_->gather(parting_);

@@ -29,6 +29,11 @@ namespace weightload {
 // rank that leaves says so in its next record. It may not go while its last record says `ready` and is not answered:
 // then it has promised to take part in what follows.
 //
+// Note [Verdict]
+// Ranks that check the files of a load, each some of them, meet once more behind its last block, or behind the
+// agreement where no blocks travel: with a status of the same kind, so that a rank that leaves, or fails, before it has
+// checked its files, says that there.
+//
 // One thread at a time.
 class GroupExchange {
  public:
@@ -55,6 +60,7 @@ class GroupExchange {
     // Empty: the ranks have agreed all the same. Else they have not, but meet once more, at another exchange. A rank
     // that is interrupted, and does not come to that, gives them this record there.
     std::string parting;
+    bool verdict = false;  // whether the ranks that have agreed call conclude() in the end, even if nothing travels
   };
   static constexpr char kAgreed = 1;
   bool agree(const std::string& record, bool more, const Terms& terms, Milliseconds patience, Records& records);
@@ -68,6 +74,13 @@ class GroupExchange {
   // patience. Throws the error of the rank that failed first (the lowest, of those that failed at one block), on
   // every rank the same, before any rank has got the block that it kept from being complete.
   bool complete(size_t block, Milliseconds patience);
+
+  // Whether nothing but the verdict is to come: who has the exchange for that alone, calls conclude() or leave().
+  bool awaits_verdict() const { return terms_.verdict && begun_ && !ended_ && done_ == blocks_ && !failure_; }
+
+  // The verdict, once all blocks are complete: `failure` is this rank's. True when all ranks were content; false when
+  // that takes longer than the patience: call again. Throws the error of the lowest rank that has failed.
+  bool conclude(const std::optional<Error>& failure, Milliseconds patience);
 
   // Why this rank will leave, if it does: the others then raise that, and not that it has left.
   void give_reason(const Error& error);
@@ -103,6 +116,8 @@ class GroupExchange {
   size_t done_ = 0;  // blocks 0 .. done_ - 1 are complete
   bool more_ = true;
   Terms terms_;
+  bool begun_ = false;
+  bool concluding_ = false, concluded_ = false;
   bool leaving_ = false;
   std::string parting_;  // the status of a rank that leaves
   std::atomic<bool> ended_{false};

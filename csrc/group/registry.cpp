@@ -22,6 +22,7 @@ constexpr std::chrono::milliseconds kLook{50};  // how soon a farewell notices t
 
 struct Farewell {
   std::shared_ptr<GroupExchange> exchange;
+  const void* left = nullptr;  // the exchange, which is let go of without the mutex
   const void* group = nullptr;
   bool done = false;
   std::thread thread;  // none where the system had none to give: who next needs the group says it
@@ -85,8 +86,13 @@ void claim(const void* group, const std::shared_ptr<GroupExchange>& exchange) {
 }
 
 void leave(const std::shared_ptr<GroupExchange>& exchange) noexcept {
-  if (exchange->leave(kGoodbye)) return;
   Registry& all = registry();
+  {
+    std::lock_guard<std::mutex> lock(all.mutex);
+    const auto is_it = [&](const Farewell& one) { return one.left == exchange.get() && !one.done; };
+    if (std::any_of(all.farewells.begin(), all.farewells.end(), is_it)) return;  // its other holder has left
+  }
+  if (exchange->leave(kGoodbye)) return;
   try {
     std::lock_guard<std::mutex> lock(all.mutex);
     reap(all);
@@ -94,6 +100,7 @@ void leave(const std::shared_ptr<GroupExchange>& exchange) noexcept {
                                     [&](const auto& one) { return one.second.lock() == exchange; });
     Farewell& farewell = all.farewells.emplace_back();
     farewell.exchange = exchange;
+    farewell.left = exchange.get();
     farewell.group = group == all.active.end() ? nullptr : group->first;
     farewell.thread = start_thread([&all, &farewell] { say_farewell(all, farewell); });
   } catch (const std::exception&) {

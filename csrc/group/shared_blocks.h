@@ -78,7 +78,8 @@ class SharedBlocks {
   }
 
   void leave() noexcept {
-    if (auto exchange = std::move(exchange_)) group_registry::leave(exchange);
+    const auto exchange = std::move(exchange_);
+    if (exchange && !exchange->awaits_verdict()) group_registry::leave(exchange);
   }
 
   // In a forked child: the communicator belongs to the parent.

@@ -217,6 +217,113 @@ TEST(a_rank_that_is_interrupted_says_so_where_the_others_go) {
   }
 }
 
+// What a rank that checks files does when its tensors are there.
+enum class Finding { right, wrong, leaves };
+
+std::optional<Error> checked_load(FakeGroup& group, uint32_t rank, Strategy strategy, const Checkpoint* checkpoint,
+                                  size_t stop_at, Finding finding) {
+  const auto exchange = std::make_shared<GroupExchange>(group.rank(rank), strategy, "load of 3 files");
+  try {
+    Records records;
+    GroupExchange::Terms terms;
+    terms.verdict = true;
+    while (!exchange->agree(kRecord, checkpoint != nullptr, terms, milliseconds(1000), records)) {
+    }
+    if (checkpoint) {
+      const CheckpointFiles files = CheckpointFile::open_all(checkpoint->paths(), 1);
+      HostLoader loader(files, everything(files), {}, exchange, small_options());
+      HostTensor tensor;
+      for (size_t n = 0; n < stop_at;) {
+        const HostLoader::Step step = loader.next(tensor, milliseconds(1000));
+        if (step == HostLoader::Step::end) break;
+        n += step == HostLoader::Step::tensor;
+      }
+    }
+    if (finding != Finding::leaves) {
+      std::optional<Error> failure;
+      if (finding == Finding::wrong) failure.emplace(ErrorKind::checksum, "is wrong", ErrorContext{"/a", {}, {}, 0});
+      while (!exchange->conclude(failure, milliseconds(1000))) {
+      }
+      CHECK(exchange->ended() && exchange->conclude(failure, milliseconds(0)));
+    }
+  } catch (const Error& error) {
+    group_registry::leave(exchange);
+    return error;
+  }
+  group_registry::leave(exchange);
+  return std::nullopt;
+}
+
+TEST(what_one_rank_finds_out_behind_the_load_is_every_ranks_error) {
+  const Checkpoint checkpoint;
+  for (const Checkpoint* const files : {&checkpoint, static_cast<const Checkpoint*>(nullptr)}) {
+    for (const Strategy strategy : kShared) {
+      for (const Finding finding : {Finding::right, Finding::wrong, Finding::leaves}) {
+        FakeGroup group(3);
+        std::vector<std::optional<Error>> errors(3);
+        std::vector<std::thread> threads;
+        for (uint32_t r = 0; r < 3; ++r) {
+          threads.emplace_back([&, r] {
+            errors[r] = checked_load(group, r, strategy, files, SIZE_MAX, r == 1 ? finding : Finding::right);
+          });
+        }
+        for (std::thread& thread : threads) thread.join();
+        for (uint32_t r = 0; r < 3; ++r) {
+          if (finding == Finding::right || (finding == Finding::leaves && r == 1)) {
+            CHECK(!errors[r]);
+            continue;
+          }
+          CHECK(errors[r] && *errors[r]->context.rank == 1);
+          CHECK(errors[r]->kind == (finding == Finding::wrong ? ErrorKind::checksum : ErrorKind::left));
+          const std::string said = errors[r]->what();
+          CHECK(said.find(finding == Finding::wrong ? "/a: is wrong" : "check of the files") != std::string::npos);
+        }
+        CHECK(group.unmatched() == 0);
+      }
+    }
+  }
+}
+
+// Two ranks of a load without blocks, begun as a loader does it. One has said that all is well, and leaves before it
+// has heard the other: it owes nothing more.
+TEST(a_rank_that_has_given_its_verdict_may_go) {
+  FakeGroup group(2);
+  GroupExchange hasty(group.rank(0), Strategy::striped, "load"), late(group.rank(1), Strategy::striped, "load");
+  GroupExchange::Terms terms;
+  terms.verdict = true;
+  Records records;
+  CHECK(!hasty.agree(kRecord, false, terms, milliseconds(0), records));
+  CHECK(late.agree(kRecord, false, terms, milliseconds(1000), records));
+  CHECK(hasty.agree(kRecord, false, terms, milliseconds(0), records));
+  for (GroupExchange* const one : {&hasty, &late}) {
+    CHECK(!one->awaits_verdict());
+    one->begin(0, {}, {});
+    CHECK(one->awaits_verdict() && !one->ended());
+  }
+  CHECK(!hasty.conclude(std::nullopt, milliseconds(0)));
+  CHECK(hasty.leave(milliseconds(0)));
+  CHECK_THROWS(hasty.conclude(std::nullopt, milliseconds(0)), Error, error.kind == ErrorKind::usage);
+  CHECK(late.conclude(std::nullopt, milliseconds(1000)));
+  CHECK(late.leave(milliseconds(0)));
+  CHECK(group.unmatched() == 0);
+}
+
+TEST(a_rank_that_leaves_a_checked_load_ends_the_others_wherever_it_is) {
+  const Checkpoint checkpoint;
+  for (const Strategy strategy : kShared) {
+    for (const size_t stop_at : {0u, 1u, 100u, 290u, 308u, 309u}) {
+      FakeGroup group(2);
+      std::optional<Error> stayed;
+      std::thread other([&] { stayed = checked_load(group, 0, strategy, &checkpoint, SIZE_MAX, Finding::right); });
+      CHECK(!checked_load(group, 1, strategy, &checkpoint, stop_at, Finding::leaves));
+      other.join();
+      group_registry::abandon();
+      CHECK(stayed && stayed->kind == ErrorKind::left && *stayed->context.rank == 1);
+      CHECK(group.unmatched() == 0);
+    }
+  }
+}
+
 TEST(a_dead_communicator_is_an_error_with_the_stage) {
   const Checkpoint checkpoint;
   FakeGroup group(2);

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, serving
 
 import weightload
-from weightload._load import checking
-from weightload._remote import in_order
+from weightload._remote import in_order, tap
 from weightload.errors import (
     CheckpointError,
     ChecksumError,
@@ -300,7 +299,7 @@ def test_a_verdict_is_on_the_bytes_that_were_loaded(
     model: Path, names: set[str] | None, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One answer is damaged on the way, as no tag shows; asked again, the server is right."""
-    monkeypatch.setattr(checking.Budget, "MOST", room)
+    monkeypatch.setattr(tap.Budget, "MOST", room)
     data = model.read_bytes()
     right = hashlib.sha256(data).hexdigest()
     with serving(model.parent) as web:

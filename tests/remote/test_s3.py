@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -113,19 +114,24 @@ def test_secrets_are_not_told(endpoint: str, caplog: pytest.LogCaptureFixture) -
 
 
 RANKS = """
-    import os, sys, torch, weightload
+    import json, os, sys, torch, weightload
     import torch.distributed as dist
     dist.init_process_group("gloo")
     weights = weightload.safetensors_weights_iterator(sys.argv[1:], device="cpu")
     got = {name: tensor.clone() for name, tensor in weights}
     asked = sum(file.bytes for file in weights.stats().files)
     assert asked < 0.6 * sum(tensor.nbytes for tensor in got.values()), weights.stats()
-    try:  # what a rank was given by another it could not check
-        digests = {path.rpartition("/")[2]: 64 * "0" for path in sys.argv[1:]}
-        weightload.safetensors_weights_iterator(sys.argv[1:], device="cpu", verify=digests)
-        raise SystemExit("not refused")
-    except ValueError as error:
-        assert "cannot share" in str(error), error
+    digests = json.loads(os.environ["DIGESTS"])
+    weights = weightload.safetensors_weights_iterator(sys.argv[1:], device="cpu", verify=digests)
+    assert all(torch.equal(tensor, got[name]) for name, tensor in weights)
+    asked = sum(file.bytes for file in weights.stats().files)
+    assert (asked > 0) == (dist.get_rank() == 0), weights.stats()
+    try:
+        wrong = digests | {sys.argv[2].rpartition("/")[2]: 64 * "0"}
+        dict(weightload.safetensors_weights_iterator(sys.argv[1:], device="cpu", verify=wrong))
+        raise SystemExit("not noticed")
+    except weightload.errors.ChecksumError as error:
+        assert error.filename == sys.argv[2], error
     torch.save(got, os.environ["OUT"] + os.environ["RANK"])
     dist.destroy_process_group()
 """
@@ -135,7 +141,8 @@ def test_ranks_ask_for_each_byte_once(endpoint: str, folder: Path, tmp_path: Pat
     files = [f"{ADDRESS}/model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(RANKS))
-    with environment(OUT=f"{tmp_path}/", GLOO_SOCKET_IFNAME="lo"):
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    with environment(OUT=f"{tmp_path}/", GLOO_SOCKET_IFNAME="lo", DIGESTS=json.dumps(digests)):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run([*launch, str(script), *files], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

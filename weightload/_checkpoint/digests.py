@@ -6,15 +6,19 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
-from weightload._base.addresses import below, folder_of, is_address, is_hub, name_of, shown
+from weightload._base.addresses import WEB, below, folder_of, is_address, is_hub, name_of, scheme_of, shown
 from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
 from weightload._checkpoint.index import bytes_of_regular_file
 from weightload.errors import CheckpointError, located
 
 Verify = str | Mapping[str, str]
-"""``"sha256"``: the digests are found; or a digest, as 64 hexadecimal digits, for each file's name."""
+"""``"sha256"``: the digests are found; or a digest, as 64 hexadecimal digits, for each file's name.
+
+A name may have folders: it is then that of the file whose path ends so.
+"""
 
 SUMS = "SHA256SUMS"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -25,14 +29,18 @@ def require_verify(verify: object) -> None:
     """Raise for what is no ``Verify``.
 
     Raises:
-        ValueError: another word than "sha256", or a digest that is none.
-        TypeError: neither a word nor a mapping.
+        ValueError: another word than "sha256", a digest that is none, or a name that is not one below a folder.
+        TypeError: neither a word nor a mapping, or a name that is no text.
     """
     if isinstance(verify, str):
         if verify != "sha256":
             raise ValueError(f"verify={verify!r}: must be 'sha256', or a mapping from file names to digests")
     elif isinstance(verify, Mapping):
         for name, digest in verify.items():
+            if not isinstance(name, str):
+                raise TypeError(f"verify: the names of files must be str, not {type(name).__name__}")
+            if not name or name.startswith("/") or not _parts(name) or ".." in _parts(name):
+                raise ValueError(f"verify: {name!r} must be a file's name, or its path below the checkpoint's folder")
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
                 raise ValueError(f"verify: {name!r} must have a SHA-256, as 64 hexadecimal digits, not {digest!r}")
     else:
@@ -46,22 +54,57 @@ def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
     file at an ``hf://`` address; a line of a file ``SHA256SUMS`` in the file's folder.
 
     Raises:
-        CheckpointError: of a file none is known.
+        CheckpointError: of a file none is known, or ``verify`` has a name that is two files'.
         OSError: what says it cannot be read.
     """
+    if isinstance(verify, Mapping):
+        return _given(paths, verify)
     sums: dict[str, dict[str, str]] = {}
     found = []
     for path in paths:
-        name = name_of(path) if is_address(path) else os.path.basename(path)
-        given = verify.get(name) if isinstance(verify, Mapping) else _found(path, name, sums)
-        if given is None:
+        digest = _found(path, name_of(path) if is_address(path) else os.path.basename(path), sums)
+        if digest is None:
             where = shown(path)
-            what = f"verify= has no SHA-256 of it, by the name {printable(name)}"
-            if verify == "sha256":
-                what = f"no SHA-256 of it is known, by the hub or by a {SUMS} beside it"
+            what = f"no SHA-256 of it is known, by the hub or by a {SUMS} beside it"
             raise located(CheckpointError(f"{where}: {what}"), where)
-        found.append(given.lower())
+        found.append(digest.lower())
     return found
+
+
+def _given(paths: Sequence[str], verify: Mapping[str, str]) -> list[str]:
+    """The digests of a mapping: of each file that of the longest name that its path ends with."""
+    digests: dict[tuple[str, ...], str] = {}
+    for name, digest in verify.items():
+        if digests.setdefault(_parts(name), digest.lower()) != digest.lower():
+            raise CheckpointError(f"verify= has two SHA-256 for {printable(name)}")
+    most = max(map(len, digests), default=0)
+    taken: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
+    found = []
+    for path in paths:
+        where, parts = shown(path), _parts(_path_of(path))
+        fitting = (parts[-count:] for count in range(min(most, len(parts)), 0, -1))
+        known = next((end for end in fitting if end in digests), None)
+        if known is None:
+            what = f"verify= has no SHA-256 of it, by the name {printable(parts[-1] if parts else '')}"
+            raise located(CheckpointError(f"{where}: {what}"), where)
+        other, its_parts = taken.setdefault(known, (path, parts))
+        if its_parts != parts:
+            what = f"{where}: verify= names it {printable('/'.join(known))}, and so it does {shown(other)}"
+            raise located(CheckpointError(f"{what}: say more of their paths"), where)
+        found.append(digests[known])
+    return found
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path.split("/") if part not in ("", "."))
+
+
+def _path_of(path: str) -> str:
+    """The path of a file, or of an address."""
+    if not is_address(path):
+        return os.path.abspath(path)
+    below = shown(path).partition("://")[2]
+    return unquote(below) if scheme_of(path) in WEB else below
 
 
 def _found(path: str, name: str, sums: dict[str, dict[str, str]]) -> str | None:

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,6 +30,21 @@ AGREED, FAILED = b"\1", b"\0"
 TOLD = "weightload_was_told"  # an attribute of exceptions
 WISH_BYTES = 32  # at the end of a record: what the rank wants
 
+VERIFY, DISK = "verify=", "files on disk, which verify= would have one rank check for all"
+NOT_CHECKED: Mapping[str, object] = {VERIFY: "nothing", DISK: ""}
+"""What of a check must be the same on every rank, where there is none."""
+
+
+class Check(Protocol):
+    """The check of a load's files: checking.Checking."""
+
+    meets: bool
+    verdict: _C.Verdict | None
+
+    def same(self) -> Mapping[str, object]:
+        """What of it must be the same on every rank, once the files are open."""
+
+
 Chosen = tuple[list[_C.CheckpointFile], list[list[int]], Parts]
 """The files of a load, the tensors of each by number, and the parts of those of which not all is wanted."""
 
@@ -39,6 +54,7 @@ class Sharing:
 
     Attributes:
         core: what a loader takes over, unless the ranks only agree (``"independent"``): None then.
+            Where the ranks ``check`` the files, that has the meeting behind the load once they have agreed.
         differ: whether they want different tensors, or parts; see ``agree``.
         seconds: how long the agreement took, from the moment this rank was ready for it.
     """
@@ -50,8 +66,10 @@ class Sharing:
         device: torch.device,
         target: _C.DeviceTarget | None,
         paths: Sequence[Path],
+        check: Check | None = None,
     ) -> None:
         load = load_name(paths)
+        self._check, self._meets = check, check is not None and check.meets
         self.seconds = 0.0
         self._strategy, self._kind, self._load = strategy, device.type, load
         self._arguments = group, str(device), getattr(_C.Strategy, strategy), load
@@ -95,13 +113,15 @@ class Sharing:
             more = self.core is not None and failure is None and any(map(_C.CheckpointFile.bytes_of, files, selection))
             if may_differ and chosen is not None:
                 interrupted = failed_record(KeyboardInterrupt(), self._load).ljust(Wishes(files).record_bytes, b" ")
-                records = self._group.agree(record, more, RECORD_BYTES - WISH_BYTES, interrupted)
+                records = self._group.agree(record, more, RECORD_BYTES - WISH_BYTES, interrupted, self._meets)
             else:
-                records = self._group.agree(record, more)
+                records = self._group.agree(record, more, verdict=self._meets)
             self._records = records
             self.differ = not check(records, failure, may_differ)
             if chosen is None:
                 raise errors.GroupError(f"{self._load}: this rank failed, and the others did not hear of it")
+            if not self.differ:
+                self._keep_verdict(loads=self.core is not None)
             self.seconds = time.perf_counter() - begin
         except BaseException:
             if chosen is not None:
@@ -129,7 +149,7 @@ class Sharing:
             except BaseException as error:
                 self._tell(failed_record(error, self._load).ljust(wishes.record_bytes, b" "))
                 raise
-            records = self._group.agree(wish.ljust(wishes.record_bytes, b"\0"), shared, 1)
+            records = self._group.agree(wish.ljust(wishes.record_bytes, b"\0"), shared, 1, verdict=self._meets)
             _raise_failure(records, None)
             if any(record[:1] != AGREED for record in records):
                 raise errors.GroupError(f"{self._load}: other ranks are at another call")
@@ -138,15 +158,24 @@ class Sharing:
                 check(self._records, None)  # raises
                 raise errors.RankDisagreementError(f"{self._load}: tensors of one name from different files")
             if not shared or not any(common):
+                self._keep_verdict(loads=False)
                 self._group.close()
                 return [[] for _ in files]
             self.core = self._group
+            self._keep_verdict(loads=True)
             return common
         except BaseException:
             files.clear()
             raise
         finally:
             self.seconds += time.perf_counter() - begin
+
+    def _keep_verdict(self, loads: bool) -> None:
+        """The ranks have agreed, and if they check the files they meet behind the load. ``loads``: a loader comes."""
+        if self._check is not None and self._meets:
+            self._check.verdict = self._group.verdict()
+            if not loads:
+                self._group.let_go()
 
     def _tell(self, record: bytes) -> None:
         with contextlib.suppress(Exception):  # a communicator that is dead already changes nothing
@@ -166,7 +195,7 @@ class Sharing:
             "device": self._kind,
             "block_bytes": now.block_bytes if self._kind == "cpu" else now.device_block_bytes,
             "rename= (all of a group or none)": not may_differ,
-        }
+        } | dict(NOT_CHECKED if self._check is None else self._check.same())
         chosen = f"{_C.selection_digest(files, selection):016x}"
         return agreed_record(
             self._load, same | of_files(files), chosen + digest(map(repr, parts_in_order(files, selection, parts)))
@@ -242,9 +271,8 @@ def _check(records: list[bytes], failure: BaseException | None, may_differ: bool
     right = max(views, key=lambda view: (views.count(view), -views.index(view)))
     odd = [rank for rank, view in enumerate(views) if view != right]
     differing = [name for name in right if any(views[rank].get(name) != right[name] for rank in odd)]
-    words = [
-        _in_words(name, right, [views[rank] for rank in odd]) for name in differing if name not in ("files", "load")
-    ]
+    unsaid = ("files", "load", DISK) if VERIFY in differing else ("files", "load")
+    words = [_in_words(name, right, [views[rank] for rank in odd]) for name in differing if name not in unsaid]
     at = next(
         (
             f" (first in file number {number + 1})"
@@ -270,7 +298,7 @@ def _raise_failure(records: list[bytes], failure: BaseException | None) -> None:
 
 
 def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    if name in ("file names", "file sizes", "headers", "selection", "parts"):
+    if name in ("file names", "file sizes", "headers", "selection", "parts", DISK):
         return name
     values = dict.fromkeys(str(view.get(name)) for view in others if view.get(name) != right[name])
     return f"{name} ({', '.join(values)} where the others have {right[name]})"

@@ -206,6 +206,11 @@ def _nodes_of(group: ProcessGroup, load: str) -> int:
     return nodes
 
 
+def is_one_node(group: ProcessGroup) -> bool:
+    """Whether all ranks of a group of ``resolve_group`` are on one node, as was found out there."""
+    return all(nodes == 1 for known, nodes in _nodes if known() is group)  # else it is a node_group()
+
+
 def require_strategy(strategy: str) -> None:
     """Raise ``ValueError`` for what is no ``Strategy``."""
     if strategy not in STRATEGIES:
@@ -230,14 +235,20 @@ def require_group(group: object) -> None:
 
 @plainly
 def resolve_group(
-    group: ProcessGroup | None, strategy: str, device_type: str, load: str, remote: bool = False
+    group: ProcessGroup | None,
+    strategy: str,
+    device_type: str,
+    load: str,
+    remote: bool = False,
+    checked: bool = False,
 ) -> tuple[ProcessGroup | None, str]:
     """The group that shares a load, or None where this process reads everything itself; and the strategy.
 
     A group with ``"independent"``: its ranks agree on the load, since they were told to load together, and then each
     reads for itself.
 
-    ``remote``: a server has some of it.
+    ``remote``: a server has some of it. ``checked``: files are checked, for which one rank must have been given all
+    bytes of what a server has.
 
     Raises:
         ValueError: a group that this process is no member of.
@@ -255,6 +266,8 @@ def resolve_group(
     assert group is not None
     ranks = torch.distributed.get_world_size(group)
     chosen = auto_strategy(device_type, ranks, nodes, remote) if strategy == "auto" else strategy
+    if strategy == "auto" and remote and checked and chosen == "striped":
+        chosen = "broadcast"
     if ranks == 1 or (chosen == "independent" and not has_cpu_backend(group)):
         return None, "independent"
     return group, chosen

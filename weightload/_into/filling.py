@@ -14,6 +14,7 @@ from weightload._base.handlers import pass_on
 from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
+from weightload._group.agreement import Check
 from weightload._group.apart import SharedAndOwn
 from weightload._into.replicas import Replicas, reads_apart
 from weightload._into.state_dict import Match
@@ -50,9 +51,10 @@ def fill(
     show_progress: bool | None = False,
     look: Look | None = None,
     replicas: Replicas | None = None,
+    check: Check | None = None,
 ) -> Filled:
     """Load what was matched. Only code of modules that take part, and hooks, runs in the caller's torch modes."""
-    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look, replicas)
+    filled, held, versions = _read(matched, to, files, paths, group, strategy, show_progress, look, replicas, check)
     if matched.turns is None:
         return filled
 
@@ -83,6 +85,7 @@ def _read(
     show_progress: bool | None,
     look: Look | None,
     replicas: Replicas | None,
+    check: Check | None,
 ) -> tuple[Filled, dict[str, torch.Tensor], dict[str, int]]:
     """Do all but what needs the turns of modules.
 
@@ -110,7 +113,7 @@ def _read(
                 if replicas is not None and ranks is replicas.group:
                     replicas.expected = False
                 try:
-                    with _start(device, files, paths, matched, names, ranks, how, apart) as weights:
+                    with _start(device, files, paths, matched, names, ranks, how, apart, check) as weights:
                         began = True
                         _take(weights, matched, held, advance, look)
                 except BaseException as error:
@@ -202,6 +205,7 @@ def _start(
     group: ProcessGroup | None,
     strategy: str,
     apart: bool,
+    check: Check | None,
 ) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
     """A load of these names to one device."""
     in_order = [name for file in files for name in file.names() if name in here]
@@ -221,6 +225,7 @@ def _start(
             places=places,
             parts=matched.parts,
             apart=apart,
+            check=check,
         )
     most_bytes = sum(file.size for file in files)
     return load_to_device(
@@ -234,6 +239,7 @@ def _start(
         places,
         matched.parts,
         apart=apart,
+        check=check,
     )
 
 

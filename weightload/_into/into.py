@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,10 @@ from weightload import _C
 from weightload._base.addresses import is_address
 from weightload._base.paths import Paths, path_list
 from weightload._base.plain_torch import plainly
+from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload._checkpoint.selection import open_files
-from weightload._group.agreement import of_files
+from weightload._group.agreement import NOT_CHECKED, of_files
 from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
 from weightload._into.filling import Filled, devices_of, fill, shares
 from weightload._into.load_report import LoadReport
@@ -24,6 +26,7 @@ from weightload._into.replicas import find_replicas
 from weightload._into.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
 from weightload._into.together import Together, of_dtensors, of_group, of_meshes
 from weightload._load import devices
+from weightload._load.checking import Checking
 from weightload._load.device_iterator import fail_arguments_together, fail_together
 from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
 from weightload._parts.shards import go_back_to_shards, is_dtensor
@@ -42,6 +45,7 @@ def load_into(
     rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
+    verify: Verify | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a module, or into a mapping of tensors, without a second copy of it.
 
@@ -92,6 +96,9 @@ def load_into(
         duplicates: what to do where several files have a tensor of one name that the target has, as for
             ``safetensors_weights_iterator``.
         show_progress: as for ``safetensors_weights_iterator``.
+        verify: check the SHA-256 of every file while it is loaded, as for ``safetensors_weights_iterator``. All is
+            checked before this returns. But the bytes are in the target by then, and modules that take part in their
+            own loading have seen them: after a ``ChecksumError`` the target must not be used.
 
     Returns:
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
@@ -101,8 +108,8 @@ def load_into(
             a tensor of the target cannot be filled: it has no memory, or memory that is read-only, is of a class that
             takes no copy, or a DTensor that is no shard (of ``Partial`` placements, or in a module that takes part in
             its own loading).
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
-            as ``safetensors_weights_iterator``.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError,
+        ChecksumError, CheckpointError: as ``safetensors_weights_iterator``.
     """
     first = _first_device(target)
     paths: list[str] = []
@@ -123,6 +130,8 @@ def load_into(
         require_strategy(strategy)
         require_duplicates(duplicates)
         require_rename(rename)
+        if verify is not None:
+            require_verify(verify)
     except Exception as error:
         if has_shards:
             together.begin({}, error)
@@ -132,11 +141,16 @@ def load_into(
     if has_shards:
         group = None  # what is shared is between replicas
     else:
-        group, strategy = resolve_group(group, strategy, first.type, load_name(paths), any(map(is_address, paths)))
+        remote = any(map(is_address, paths))
+        group, strategy = resolve_group(group, strategy, first.type, load_name(paths), remote, verify is not None)
         together = of_group(group, first.type)
         together.load = load_name(paths)
+    checking = Checking(paths, verify, together.checking(strategy)) if verify is not None else None
+    load = functools.partial(
+        _load, target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together, checking
+    )
     try:
-        report = _load(target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together)
+        report = load() if checking is None else checking.run(load, together.look)
     except BaseException as error:
         if together.should_hear(error):
             together.shout(error)
@@ -157,12 +171,14 @@ def _load(
     show_progress: bool | None,
     first: torch.device,
     together: Together,
+    checking: Checking | None,
 ) -> LoadReport:
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
         try:
-            opened = open_files(paths)
+            open_them = functools.partial(open_files, paths)
+            opened = open_them() if checking is None else checking.opening(open_them)()
             renamed: Renamed | None = None
             if rename is None:
                 opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
@@ -181,7 +197,8 @@ def _load(
             absent = set(matched.absent)
             made = {name: (made_of.get(name), name in absent) for name in matched.dtensors}
             compared = of_dtensors(matched.dtensors, together.ranks, made.__getitem__)
-            together.begin({"strategy": strategy} | of_files(opened, named=False) | compared)
+            checks = dict(NOT_CHECKED if checking is None else checking.same())
+            together.begin({"strategy": strategy} | of_files(opened, named=False) | compared | checks)
         replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
         try:
             if shares(group, strategy):
@@ -203,6 +220,7 @@ def _load(
                 show_progress,
                 None if together.alone else together.look,
                 replicas,
+                checking,
             )
         except BaseException as error:
             if replicas is not None and replicas.expected:

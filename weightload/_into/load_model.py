@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
 from weightload import _C
 from weightload._base.handlers import pass_on
-from weightload._base.paths import Path
+from weightload._base.paths import Path, as_text
 from weightload._base.plain_torch import plainly
 from weightload._base.printable import printable
+from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.selection import open_files
 from weightload._into.filling import devices_of, fill
 from weightload._into.own_loading import SAVING, is_overridden
 from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
 from weightload._load import devices
+from weightload._load.checking import Checking
 from weightload._load.fetch import load_all
 from weightload._load.iterator import Backend
 from weightload._load.options import device_of
@@ -32,6 +35,7 @@ def load_model(
     device: devices.Device = "cpu",
     *,
     backend: Backend = "mmap",
+    verify: Verify | None = None,
 ) -> tuple[set[str], list[str]]:
     """Load a file into a module's parameters and persistent buffers, wherever they are.
 
@@ -49,6 +53,8 @@ def load_model(
             took part.
         device: where ``load_state_dict`` gets the tensors, if it is needed.
         backend: the same; as for ``load_file``.
+        verify: check the file's SHA-256 while it is loaded, as for ``safetensors_weights_iterator``. The verdict comes
+            when the bytes are there already: after a ``ChecksumError`` the module must not be used.
 
     Returns:
         The module's names that were not loaded, and the file's that the module has no use for.
@@ -56,12 +62,30 @@ def load_model(
     Raises:
         StateDictError: (a ``RuntimeError``) names differ under ``strict``, shapes differ, or a tensor of the module is
             a DTensor.
-        FileNotFoundError, HeaderError, ReadError, TensorError, OptionError: as ``load_file``.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OptionError, ChecksumError, CheckpointError: as
+            ``load_file``.
     """
     target = device_of(device, backend)
-    files = open_files([filename])
+    open_it = functools.partial(open_files, [filename])
+    if verify is None:
+        return _open_and_load(model, filename, strict, target, backend, open_it)
+    require_verify(verify)
+    checking = Checking([as_text(filename)], verify)
+    opened = checking.opening(open_it)
+    return checking.run(lambda: _open_and_load(model, filename, strict, target, backend, opened))
+
+
+def _open_and_load(
+    model: torch.nn.Module,
+    filename: Path,
+    strict: bool,
+    device: torch.device,
+    backend: str,
+    open_it: Callable[[], list[_C.CheckpointFile]],
+) -> tuple[set[str], list[str]]:
+    files = open_it()
     try:
-        return _load(model, files, [filename], strict, target, backend)
+        return _load(model, files, [filename], strict, device, backend)
     finally:
         files.clear()  # an exception's traceback would keep them open through this frame
 

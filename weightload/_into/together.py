@@ -14,9 +14,10 @@ from weightload import _C
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
 from weightload._group.agreement import FAILED, agreed_record, check, digest, failed_record, was_told
-from weightload._group.ranks import group_of_dimension, has_cpu_backend
+from weightload._group.ranks import group_of_dimension, has_cpu_backend, is_one_node, world_is_one_node
 from weightload._into.places import PLAIN
 from weightload._load import devices
+from weightload._load.checking import Ranks
 from weightload._load.device_iterator import make_target
 from weightload._parts.shards import Dealt, is_dtensor
 from weightload.errors import GroupError, WeightLoadError
@@ -55,6 +56,7 @@ class Together:
 
     def __init__(self, groups: Sequence[ProcessGroup], kind: str, ranks: Sequence[int], is_mesh: bool) -> None:
         self.load, self.ranks = "load_into", len(ranks)
+        self._members = list(ranks)
         self._groups, self._kind, self._is_mesh = groups, kind, is_mesh
         self._has_begun = self._is_over = False
         self._name = digest(map(str, ranks))
@@ -65,6 +67,16 @@ class Together:
     def alone(self) -> bool:
         """Whether this process loads alone, as far as is known."""
         return not self._groups
+
+    def checking(self, strategy: str) -> Ranks | None:
+        """These ranks, for a check of their files, of which the round after the load has the verdict."""
+        if not self._groups:
+            return None
+        if self._is_mesh and len(self._members) < torch.distributed.get_world_size():
+            return Ranks(0, 1, one_node=False)  # other ranks may be in other meshes, too: each checks all files
+        number = self._members.index(torch.distributed.get_rank())
+        one_node = world_is_one_node() if self._is_mesh else is_one_node(self._groups[0])
+        return Ranks(number, len(self._members), one_node, first_asks=not self._is_mesh and strategy == "broadcast")
 
     def begin(self, same: Mapping[str, Any], failure: BaseException | None = None) -> None:
         """The round before the load: ``same`` must be the same on all ranks, or ``failure`` says that this one failed.

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from weightload import _C, settings
+from weightload._base.addresses import is_address
 from weightload._base.cpus import usable_cpus
+from weightload._base.handlers import pass_on
+from weightload._base.printable import printable
 from weightload._base.uncopied import StandsForALoad
 from weightload._checkpoint.digests import Verify, expected_digests
-from weightload.errors import ChecksumError, WeightLoadError, located
+from weightload._group.agreement import DISK, NOT_CHECKED, VERIFY, digest
+from weightload._group.ranks import is_one_node
+from weightload._remote.tap import DIFFERENT, Budget, Reading, Tap
+from weightload.errors import ChecksumError, ReadError, WeightLoadError, located
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
     from weightload._base.load_stats import LoadStats
 
 PIECE = 8 << 20  # bytes that are read and hashed at a time
+
+Result = TypeVar("Result")
+
+
+class Work(NamedTuple):
+    """A file that is to be checked."""
+
+    file: _C.CheckpointFile
+    expected: str
+    tap: Tap | None
+    mine: bool
+    """Whether this process checks it in any case. If not, another does; what a server has this one checks, too, if it
+    was given any of it: nobody else has these bytes."""
 
 
 class Checker:
@@ -28,71 +50,96 @@ class Checker:
     the load asks for; the rest they ask for themselves, when the load is over.
     """
 
-    def __init__(self, files: Sequence[_C.CheckpointFile], expected: Sequence[str]) -> None:
-        distinct = {id(file): (file, digest) for file, digest in zip(files, expected, strict=True)}
+    def __init__(self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool]) -> None:
         budget = Budget()
-        self._work = [
-            (file, digest, Tap(file.remote, budget) if file.is_remote else None) for file, digest in distinct.values()
-        ]
-        self._next = self._running = 0
-        self._lock = threading.Lock()  # guards the two above, and the failure
+        self._all: list[Work] = []
+        known: set[int] = set()
+        for file, right, whose in zip(files, expected, mine, strict=True):
+            if id(file) not in known:
+                known.add(id(file))
+                tap = Tap(file.remote, file.data_begin, budget) if file.is_remote else None
+                self._all.append(Work(file, right, tap, whose))
+        self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
+        self._work: list[tuple[Work, Reading | None]] = []  # from the last on
+        self._running = 0
+        self._process = os.getpid()
+        self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
         self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._failure: BaseException | None = None
-        self._threads: list[threading.Thread] = []
-        if not self._work:
-            self._ended.set()
         try:
-            for _ in range(min(len(self._work), usable_cpus())):
-                thread = threading.Thread(target=self._run, name="weightload-sha256", daemon=True)
-                with self._lock:
-                    thread.start()
-                    self._running += 1
-                    self._threads.append(thread)
+            self._start([(work, work.tap.readings[0] if work.tap else None) for work in self._all if work.mine])
         except BaseException:
             self.close()
             raise
 
-    def finish(self) -> None:
-        """Wait until all is hashed; the load is over.
+    def _start(self, work: list[tuple[Work, Reading | None]]) -> None:
+        """Have this done; what was to be done is."""
+        count = min(len(work), usable_cpus())
+        self._work = work[::-1]
+        self._ended.clear()
+        if not work:
+            self._ended.set()
+        with self._lock:  # until all are there: none is the last before
+            for _ in range(count):
+                threading.Thread(target=self._run, name="weightload-sha256", daemon=True).start()
+                self._running += 1
+
+    def finish(self, look: Callable[[], None] = lambda: None) -> None:
+        """Wait until all is hashed; the load is over. ``look``: called now and then.
 
         Raises:
             ChecksumError: a file has another digest; ReadError: it cannot be read; whenever it is called.
             WeightLoadError: it was closed before that was known.
         """
         self._over.set()
-        self._wait()
+        with self._turn:
+            self._wait(look)
+            rest: list[tuple[Work, Reading | None]] = [
+                (work, reading)
+                for work in self._all
+                if work.tap is not None and work.tap.used and not self._stopped.is_set()
+                for reading in work.tap.readings[1 if work.mine else 0 :]
+            ]
+            if rest:
+                self._start(rest)
+                self._wait(look)
+            self._let_go()
         if self._failure is not None:
             raise self._failure.with_traceback(None)
         if self._stopped.is_set():
             raise WeightLoadError("the load was left before its files were checked")
 
     def close(self) -> None:
-        """Stop, and wait for the threads."""
+        """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
+        if os.getpid() != self._process:
+            return
         self._stopped.set()
         self._wait()
+        self._let_go()
 
-    def _wait(self) -> None:
+    def _wait(self, look: Callable[[], None] = lambda: None) -> None:
         # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
-        while self._threads and not self._ended.wait(0.1):
-            pass
-        for _, _, tap in self._work:
-            if tap is not None:
-                tap.close()
-        self._work = []  # the files
+        while self._running and not self._ended.wait(0.1):
+            look()
+
+    def _let_go(self) -> None:
+        for work in self._all:
+            if work.tap is not None:
+                work.tap.close()
+        self._all, self._work = [], []  # the files
 
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
                 with self._lock:
-                    number = self._next
-                    if number >= len(self._work):
+                    if not self._work:
                         return
-                    self._next += 1
-                self._check(*self._work[number])
+                    work, reading = self._work.pop()
+                self._check(work, reading)
         except BaseException as error:  # for the consumer
             with self._lock:
                 if not isinstance(error, _StoppedError):
-                    self._failure = self._failure or error
+                    self._failure = self._failure or error.with_traceback(None)  # which has the file in it
             self._stopped.set()
         finally:
             with self._lock:
@@ -100,32 +147,31 @@ class Checker:
                 if self._running == 0:
                     self._ended.set()
 
-    def _check(self, file: _C.CheckpointFile, expected: str, tap: Tap | None) -> None:
+    def _check(self, work: Work, reading: Reading | None) -> None:
         def arrived(at: int) -> Any:
             while not self._stopped.is_set():
                 over = self._over.is_set()  # before: what comes last may come between the two
-                piece = tap.take(at) if tap is not None else None
-                if piece is not None or tap is None:
+                piece = reading.take(at) if reading is not None else None
+                if piece is not None or reading is None:
                     return piece
                 if over:
-                    return self._missing(file, tap, at)
-                tap.wait()
+                    return self._missing(work.file, reading, at)
+                reading.wait()
             raise _StoppedError
 
-        check(file, expected, arrived)
+        check(work.file, work.expected, arrived)
 
-    def _missing(self, file: _C.CheckpointFile, tap: Tap, at: int) -> Any:
+    def _missing(self, file: _C.CheckpointFile, reading: Reading, at: int) -> Any:
         """What the load has not been given, or what was not kept: that must be the same again."""
-        begin, end, digest = tap.gap(at, min(at + PIECE, file.size))
+        begin, end, known = reading.gap(at, min(at + PIECE, file.size))
         data = self._asked(file.remote, begin, end - begin)
-        if digest is not None and hashlib.sha256(data).digest() != digest:
-            what = f"{file.path}: the server has given two different answers for the same bytes, from {begin} on"
-            raise located(ChecksumError(what), file.path)
+        if known is not None and hashlib.sha256(data).digest() != known:
+            raise located(ChecksumError(f"{printable(file.path)}: {DIFFERENT}, from {begin} on"), file.path)
         return data[at - begin :]
 
     def _asked(self, source: Any, at: int, count: int) -> Any:
         """What a server has there; not waited for when nobody wants the verdict any more."""
-        answer = source.ask(at, count)
+        answer = source.ask(at, count, tapped=False)
         while not answer.wait(0.1):
             if self._stopped.is_set():
                 answer.cancel()
@@ -133,28 +179,68 @@ class Checker:
         return memoryview(answer.bytes())
 
 
-class Checking:
-    """A load that is to be checked, before its files are open."""
+class Ranks(NamedTuple):
+    """The ranks that load together, and deal out the files that they check."""
 
-    def __init__(self, paths: Sequence[str], verify: Verify, shared: bool) -> None:
-        self._paths, self._verify, self._shared = paths, verify, shared
+    number: int
+    """Of this one among them."""
+    size: int
+    one_node: bool
+    """Whether they have one page cache: what one of them hashes there, all have."""
+    first_asks: bool = False
+    """Whether the first of them asks servers for all that is shared."""
+    meets: bool = False
+    """Whether they tell each other in a meeting behind the load; if not, it is told otherwise."""
+
+    @staticmethod
+    def of(group: ProcessGroup, strategy: str) -> Ranks:
+        """Those of an iterator's group."""
+        return Ranks(group.rank(), group.size(), is_one_node(group), strategy == "broadcast", meets=True)
+
+
+class Checking:
+    """A load that is to be checked, from before its files are open on.
+
+    Attributes:
+        meets: whether its ranks meet behind it.
+        verdict: that meeting, once they have agreed to load.
+    """
+
+    def __init__(self, paths: Sequence[str], verify: Verify, ranks: Ranks | None = None) -> None:
+        self._paths, self._verify, self._ranks = paths, verify, ranks
         self._checker: Checker | None = None
+        self._same: dict[str, object] = dict(NOT_CHECKED)
+        self.meets = ranks is not None and ranks.meets
+        self.verdict: _C.Verdict | None = None
 
     def opening(self, open_them: Callable[[], list[_C.CheckpointFile]]) -> Callable[[], list[_C.CheckpointFile]]:
         """The same, and the hashing begins."""
 
         def opened() -> list[_C.CheckpointFile]:
             expected = expected_digests(self._paths, self._verify)
+            before = _stamps(self._paths)
             files = open_them()
-            if self._shared and any(file.is_remote for file in files):
-                files.clear()
-                raise ValueError(
-                    'verify=: ranks cannot share what a server has and check it; use strategy="independent"'
-                )
-            self._checker = Checker(files, expected)
+            try:
+                mine = [True] * len(files)
+                self._same = {VERIFY: f"digests {digest(expected)}", DISK: ""}
+                if self._ranks is not None:
+                    # What was at a path before it was opened, and is so after that, is what was opened.
+                    one_disk = self._ranks.one_node and before is not None and before == _stamps(self._paths)
+                    mine = _dealt(files, self._ranks, one_disk)
+                    headers = [hashlib.sha256(_header(file)).hexdigest() for file in files if file.is_remote]
+                    stamps = before or [] if one_disk else []
+                    self._same[DISK] = digest([str(self._ranks.size), *headers, *stamps])
+                self._checker = Checker(files, expected, mine)
+            except BaseException:
+                files.clear()  # an exception's traceback would keep them open
+                raise
             return files
 
         return opened
+
+    def same(self) -> dict[str, object]:
+        """What the ranks must agree on, once the files are open."""
+        return self._same
 
     def start(self, load: Callable[[], Any]) -> CheckedWeights:
         """Start the load. Both read through the page cache: each finds there what the other has read."""
@@ -162,15 +248,81 @@ class Checking:
             with settings.override(read="buffered"):
                 weights = load()
             assert self._checker is not None
-            return CheckedWeights(weights, self._checker)
+            return CheckedWeights(weights, self._checker, self.verdict)
         except BaseException:
-            if self._checker is not None:
-                self._checker.close()
+            self._close()
             raise
+
+    def run(self, load: Callable[[], Result], look: Callable[[], None] = lambda: None) -> Result:
+        """What the load gives, which ends before it returns, if the files are right. Raises as ``Checker.finish``.
+
+        ``look``: called while that waits; ends it by an exception.
+        """
+        results = []
+        try:
+            with settings.override(read="buffered"):
+                results.append(load())
+            assert self._checker is not None
+            self._checker.finish(look)
+            return results.pop()
+        except BaseException:
+            results.clear()  # an exception's traceback would keep it
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._checker is not None:
+            self._checker.close()
+        if self.verdict is not None:
+            self.verdict.close()
 
 
 class _StoppedError(Exception):
     """Nobody wants the verdict any more."""
+
+
+def _stamps(paths: Sequence[str]) -> list[str] | None:
+    """Of the files that are not servers', what no other file has, and this one no more when it was changed.
+
+    None where one cannot be asked: opening it will say why.
+    """
+    found = []
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        for path in paths:
+            if is_address(path):
+                from weightload._remote import hub
+
+                path = hub.local(path)
+            if not is_address(path):
+                status = os.stat(path)
+                times = status.st_mtime_ns, status.st_ctime_ns
+                found.append(f"{boot} {status.st_dev} {status.st_ino} {status.st_size} {times}")
+    except (OSError, ValueError) as failed:
+        pass_on(failed)
+        return None
+    return found
+
+
+def _header(file: _C.CheckpointFile) -> bytes:
+    """What a server's object began with when it was opened."""
+    return bytes(file.remote.start[: file.data_begin])
+
+
+def _dealt(files: Sequence[_C.CheckpointFile], ranks: Ranks, one_disk: bool) -> list[bool]:
+    """Which files this rank checks: the largest first, each goes to the rank with the fewest bytes.
+
+    Files that are not on one disk for all of them every rank checks.
+    """
+    bytes_of = [0] * ranks.size
+    owner: list[int | None] = [None] * len(files)
+    dealt = sorted(range(len(files)), key=lambda number: (not files[number].is_remote, -files[number].size))
+    for number in dealt:
+        if files[number].is_remote or one_disk:
+            to = 0 if files[number].is_remote and ranks.first_asks else bytes_of.index(min(bytes_of))
+            bytes_of[to] += files[number].size
+            owner[number] = to
+    return [to is None or to == ranks.number for to in owner]
 
 
 def check(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any] = lambda at: None) -> None:
@@ -194,100 +346,20 @@ def check(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any] 
         digest.update(piece)
         at += len(piece)
     if digest.hexdigest() != expected:
-        what = f"{file.path}: its SHA-256 is {digest.hexdigest()}, and should be {expected}"
+        what = f"{printable(file.path)}: its SHA-256 is {digest.hexdigest()}, and should be {expected}"
         raise located(ChecksumError(what), file.path)
 
 
-class Budget:
-    """Bytes that the taps of a load may hold together."""
-
-    MOST = 512 << 20
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held = 0
-
-    def take(self, count: int) -> bool:
-        """Whether there is room for so many more."""
-        with self._lock:
-            if self._held + count > self.MOST:
-                return False
-            self._held += count
-            return True
-
-    def give_back(self, count: int) -> None:
-        with self._lock:
-            self._held -= count
-
-
-class Tap:
-    """What a load has been given of a server's object, kept until it is hashed.
-
-    Of what there is no room for the digest is kept: it is asked for again in the end, and must be the same.
-    """
-
-    def __init__(self, source: Any, budget: Budget) -> None:
-        self._source, self._budget = source, budget
-        self._arrived = threading.Condition()
-        self._chunks: dict[int, memoryview] = {}
-        self._dropped: dict[int, tuple[int, bytes]] = {}  # their ends and digests
-        self._open = True
-        self.give(0, source.start)
-        source.tap = self.give
-
-    def give(self, begin: int, data: Any) -> None:
-        """For the thread that has the answers."""
-        with self._arrived:
-            if not self._open or not len(data) or begin in self._chunks or begin in self._dropped:
-                return
-            if self._budget.take(len(data)):
-                self._chunks[begin] = memoryview(data)
-            else:
-                self._dropped[begin] = begin + len(data), hashlib.sha256(data).digest()
-            self._arrived.notify_all()
-
-    def wait(self) -> None:
-        """Until more has come, or for a moment."""
-        with self._arrived:
-            self._arrived.wait(0.1)
-
-    def take(self, at: int) -> memoryview | None:
-        """Bytes from there on, if there are some; what is before is kept no longer."""
-        with self._arrived:
-            for begin, data in sorted(self._chunks.items()):
-                if begin + len(data) <= at:
-                    del self._chunks[begin]
-                    self._budget.give_back(len(data))
-                elif begin <= at:
-                    return data[at - begin :]
-            return None
-
-    def gap(self, at: int, end: int) -> tuple[int, int, bytes | None]:
-        """A range around an offset that is not here: one that was not kept, with its digest, or up to what is known."""
-        with self._arrived:
-            for begin, (until, digest) in self._dropped.items():
-                if begin <= at < until:
-                    return begin, until, digest
-            later = [begin for begin in (*self._chunks, *self._dropped) if at < begin < end]
-            return at, min(later, default=end), None
-
-    def close(self) -> None:
-        """Nothing is to be kept any more."""
-        with self._arrived:
-            self._open = False
-            self._source.tap = None
-            for data in self._chunks.values():
-                self._budget.give_back(len(data))
-            self._chunks.clear()
-
-
 class CheckedWeights(StandsForALoad):
-    """A load's items, and at their end the verdict on the files; otherwise as the load itself."""
+    """A load's items, and at their end the verdict on the files; otherwise as the load itself.
+
+    The verdict is that of all ranks of a group: each waits there for the others.
+    """
 
     __del__ = _C.finish  # close(): a loop that was left early stops the hashing, too
 
-    def __init__(self, weights: Any, checker: Checker) -> None:
-        self._weights, self._checker = weights, checker
+    def __init__(self, weights: Any, checker: Checker, verdict: _C.Verdict | None) -> None:
+        self._weights, self._checker, self._verdict = weights, checker, verdict
         self.agreement_seconds = self._weights.agreement_seconds
         self.total_bytes = self._weights.total_bytes
 
@@ -296,8 +368,24 @@ class CheckedWeights(StandsForALoad):
             item: tuple[str, torch.Tensor] = next(self._weights)
             return item
         except StopIteration:
-            self._checker.finish()
+            self._finish()
             raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _finish(self) -> None:
+        if self._verdict is None:
+            self._checker.finish()
+            return
+        try:
+            said = "", b"", b""
+            try:
+                self._checker.finish()
+            except Exception as error:
+                pass_on(error)
+                said = _said(error)
+            self._verdict.conclude(*said)
         except BaseException:
             self.close()
             raise
@@ -306,11 +394,22 @@ class CheckedWeights(StandsForALoad):
         return len(self._weights)
 
     def close(self) -> None:
-        """Stop the load and the hashing."""
+        """Stop the load and the hashing; the ranks that wait for a verdict hear of it."""
         self._weights.close()
         self._checker.close()
+        if self._verdict is not None:
+            self._verdict.close()
 
     def stats(self) -> LoadStats:
         """What the load has done so far."""
         stats: LoadStats = self._weights.stats()
         return stats
+
+
+def _said(error: Exception) -> tuple[str, bytes, bytes]:
+    """The kind of an error, its message without its file, and its file."""
+    kind = "checksum" if isinstance(error, ChecksumError) else "read" if isinstance(error, ReadError) else "other"
+    where = getattr(error, "filename", None)
+    path = where if isinstance(where, str) else ""
+    message = str(error).removeprefix(f"{path}: ").removeprefix(f"{printable(path)}: ")
+    return kind, message.encode("utf-8", "surrogateescape"), os.fsencode(path)

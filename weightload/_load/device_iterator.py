@@ -14,7 +14,7 @@ from weightload._base.handlers import forgiven, pass_on
 from weightload._base.load_stats import LoadStats
 from weightload._base.plain_torch import empty, plainly
 from weightload._checkpoint.selection import Names, Path, open_and_choose, parts_in_order
-from weightload._group.agreement import Chosen, Sharing
+from weightload._group.agreement import Check, Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
 from weightload._group.ranks import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
 from weightload._load import devices
@@ -135,12 +135,13 @@ def load_to_device(
     duplicates: str = "error",
     may_differ: bool = False,
     apart: bool = False,
+    check: Check | None = None,
 ) -> DeviceWeightIterator | SharedAndOwn:
     """Start a load of at most so many bytes: slots are page-locked while ``open_them`` opens the headers.
 
     It is shared with the ranks of ``group`` unless that is None: there are no places then, and names and parts are the
     same on all, unless they ``may_differ``. ``shard`` takes the place of ``parts``. ``apart``: no other rank of this
-    node reads the same.
+    node reads the same. ``check``: see ``Sharing``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -168,7 +169,7 @@ def load_to_device(
             return DeviceWeightIterator(
                 target, files, selection, places, wanted, window_bytes=window_bytes, counting=counting, apart=apart
             )
-        sharing = Sharing(group, strategy, device, target, paths)
+        sharing = Sharing(group, strategy, device, target, paths, check)
         shared = sharing.agree(choose, may_differ)
         if not sharing.differ:
             files, selection, wanted = shared

@@ -16,11 +16,11 @@ from weightload._base.plain_torch import plainly
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, require_duplicates
 from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
-from weightload._group.agreement import Chosen, Sharing
+from weightload._group.agreement import Check, Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
 from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
 from weightload._load import devices, progress
-from weightload._load.checking import CheckedWeights, Checking
+from weightload._load.checking import CheckedWeights, Checking, Ranks
 from weightload._load.counting import Counting
 from weightload._load.device_iterator import (
     DeviceWeightIterator,
@@ -131,11 +131,12 @@ def load_to_host(
     duplicates: str = "error",
     may_differ: bool = False,
     apart: bool = False,
+    check: Check | None = None,
 ) -> WeightIterator | SharedAndOwn:
     """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
 
     ``shard`` takes the place of ``parts``. Names and parts are the same on all ranks, unless they ``may_differ``.
-    ``apart``: as of the iterator.
+    ``apart``: as of the iterator. ``check``: see ``Sharing``.
     """
     counting = Counting()
     open_them = counting.opening(open_them)
@@ -161,7 +162,7 @@ def load_to_host(
 
     if group is None:
         return start(choose(), counting=counting)
-    sharing = Sharing(group, strategy, devices.CPU, None, paths)
+    sharing = Sharing(group, strategy, devices.CPU, None, paths, check)
     try:
         chosen = sharing.agree(choose, may_differ)
         common = sharing.find_common(chosen, None) if sharing.differ else []
@@ -256,10 +257,12 @@ def safetensors_weights_iterator(
             memory, which later changes of the file cannot reach; also for file systems that cannot map files. On an
             accelerator memory is always private.
         verify: check the SHA-256 of every file, all of it, while it is loaded; the verdict comes at the end of the
-            iteration. Every rank checks all files, by the digests that it was given itself; ranks that share what a
-            server has cannot. ``"sha256"``: the digests are those of the hub's cache (the name of the blob), of an
-            ``hf://`` address, or of a file ``SHA256SUMS`` beside. A mapping: from file names (without folders) to
-            digests. Files are read through the page cache.
+            iteration. ``"sha256"``: the digests are those of the hub's cache (the name of the blob), of an ``hf://``
+            address, or of a file ``SHA256SUMS`` beside. A mapping: from file names to digests; a name may have folders,
+            and is then that of the file whose path ends so. Files are read through the page cache. The ranks of a group
+            must have the same digests. On one node they deal the files out, and what one of them finds is raised on
+            all; each waits at its end for the others. Over several nodes each rank checks all local files. What a
+            server has ``"auto"`` has one rank read, which checks it; ``"striped"`` costs each rank a reading of all.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
@@ -286,7 +289,7 @@ def safetensors_weights_iterator(
         GroupError: a rank of the group died, stopped, or never called, found out within the group's timeout.
         RankLeftError: a rank of the group left the load before its end.
         ChecksumError: ``verify``: a file has another digest; raised at the end of the iteration. CheckpointError: no
-            digest of a file is known; raised by this call.
+            digest of a file is known, or one name is two files'; raised by this call.
 
     An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
     depended on what failed.
@@ -308,11 +311,12 @@ def safetensors_weights_iterator(
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
-    group, chosen = resolve_group(group, chosen, target.type, load_name(paths), any(map(is_address, paths)))
+    remote = any(map(is_address, paths))
+    group, chosen = resolve_group(group, chosen, target.type, load_name(paths), remote, verify is not None)
     open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
-    shared = group is not None and chosen != "independent"
-    checking = Checking(paths, verify, shared) if verify is not None else None
-    if checking is not None:
+    checking: Checking | None = None
+    if verify is not None:
+        checking = Checking(paths, verify, Ranks.of(group, chosen) if group is not None else None)
         open_them = checking.opening(open_them)
     renamed: RenamedLoad | None = None
     if rename is not None:
@@ -333,6 +337,7 @@ def safetensors_weights_iterator(
                 shard=shard,
                 duplicates=duplicates,
                 may_differ=rename is None,
+                check=checking,
             )
         else:
             weights = load_to_device(
@@ -346,6 +351,7 @@ def safetensors_weights_iterator(
                 shard=shard,
                 duplicates=duplicates,
                 may_differ=rename is None,
+                check=checking,
             )
         return weights if renamed is None else renamed.fuse(weights)
 

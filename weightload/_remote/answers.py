@@ -11,6 +11,11 @@ from weightload._base.handlers import pass_on
 from weightload._remote.failures import CHANGED, read_error
 from weightload.errors import ReadError
 
+LENGTH_BYTES = 8
+MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
+Tap = Callable[[int, Any], None]
+"""Is told where bytes begin, and what they are."""
+
 FIRST_BYTES = 256 << 10  # of the first request: most files' whole header
 # A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
 ATTEMPTS = 5
@@ -63,6 +68,12 @@ class BrokenOffError(ReadError):
     """A body has ended too early, or failed: another try may bring it."""
 
 
+def header_end(start: memoryview, size: int) -> int:
+    """Where the header of an object ends that starts so; 0 if it is of no size that the format allows."""
+    end = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+    return end if end <= min(size, MOST_HEADER + LENGTH_BYTES) else 0
+
+
 def broken_off(where: str, what: str) -> BrokenOffError:
     error = BrokenOffError(f"{where}: {what}")
     error.filename = where
@@ -77,6 +88,14 @@ async def tried_again(attempt: Callable[[], Awaitable[Any]]) -> Any:
         except BrokenOffError:
             await asyncio.sleep(FIRST_PAUSE * 2**number)
     return await attempt()
+
+
+async def told(request: Callable[[], Awaitable[Any]], begin: int, tap: Tap | None) -> Any:
+    """What a request brings, which the tap is told of before anyone has it."""
+    data = await request()
+    if tap is not None:
+        tap(begin, data)
+    return data
 
 
 def identity(meta: Any) -> tuple[object, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Tap,
     broken_off,
+    header_end,
     identity,
     require_plain,
     require_same,
@@ -18,7 +19,7 @@ from weightload._remote.answers import (
 )
 from weightload._remote.failures import CUT_OFF, read_error, reason_of, translated
 from weightload._remote.stores import Place, library
-from weightload._remote.transport import transport
+from weightload._remote.transport import asked
 
 CHUNK = 1 << 20  # bytes that are taken from the connection at a time
 # What was passed over on the way to a later range is kept for who asks for it next: threads that read in order do not
@@ -52,7 +53,7 @@ class InOrder:
         self.size: int = meta["size"]
         self._same = identity(meta)
         self.start = memoryview(b"")
-        self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
+        self.tap: Tap | None = None  # told of all that a load is given
         self._turn = asyncio.Lock()
         self._stream: Any = None
         self._kept: list[Chunk] = []  # one behind the other, the last ends at _position; some in between may be gone
@@ -64,6 +65,10 @@ class InOrder:
         opened = cls(place, where, answer.meta)
         opened._stream = answer.stream(min_chunk_size=CHUNK)
         opened.start = memoryview(await opened._fetch(0, min(FIRST_BYTES, opened.size)))
+        length = header_end(opened.start, opened.size)
+        if len(opened.start) < length:
+            rest = await opened._fetch(len(opened.start), length)
+            opened.start = memoryview(b"".join((opened.start, rest)))
         return opened
 
     @staticmethod
@@ -75,17 +80,13 @@ class InOrder:
         require_plain(answer, where)
         return answer
 
-    def ask(self, offset: int, count: int) -> Answer | InHand:
-        if offset + count <= len(self.start):
-            return InHand(self.start[offset : offset + count])
-        return Answer(transport().submit(self._fetch(offset, offset + count)))
+    def ask(self, offset: int, count: int, tapped: bool = True) -> Answer | InHand:
+        return asked(self._fetch, self.start, offset, count, self.tap if tapped else None)
 
     async def _fetch(self, begin: int, end: int) -> bytearray:
         """A range; a stream that breaks off is begun again, a few times."""
         async with self._turn:
             data: bytearray = await tried_again(lambda: self._read_anew(begin, end))
-        if self.tap is not None:
-            self.tap(begin, data)
         return data
 
     async def _read_anew(self, begin: int, end: int) -> bytearray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +13,9 @@ from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Tap,
     broken_off,
+    header_end,
     identity,
     require_plain,
     require_same,
@@ -22,10 +24,8 @@ from weightload._remote.answers import (
 from weightload._remote.failures import CUT_OFF, read_error, reason_of, status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
-from weightload._remote.transport import bare, finish, transport
+from weightload._remote.transport import asked, bare, finish
 
-LENGTH_BYTES = 8
-MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
 OPENED_AT_ONCE = 32
 
 
@@ -37,12 +37,10 @@ class RemoteObject:
         self.size: int = meta["size"]
         self._tag, self._same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
-        self.tap: Callable[[int, Any], None] | None = None  # told of all that comes
+        self.tap: Tap | None = None  # told of all that a load is given
 
-    def ask(self, offset: int, count: int) -> Answer | InHand:
-        if offset + count <= len(self.start):
-            return InHand(self.start[offset : offset + count])
-        return Answer(transport().submit(self.fetch(offset, offset + count)))
+    def ask(self, offset: int, count: int, tapped: bool = True) -> Answer | InHand:
+        return asked(self.fetch, self.start, offset, count, self.tap if tapped else None)
 
     async def fetch(self, begin: int, end: int) -> Any:
         """The bytes of a range, as a buffer.
@@ -50,10 +48,7 @@ class RemoteObject:
         Raises:
             ReadError, OSError: as ``translated``, and for an object that is another one now.
         """
-        data = await tried_again(lambda: self._fetch(begin, end))
-        if self.tap is not None:
-            self.tap(begin, data)
-        return data
+        return await tried_again(lambda: self._fetch(begin, end))
 
     async def _fetch(self, begin: int, end: int) -> Any:
         try:
@@ -103,8 +98,8 @@ async def _open(address: str) -> RemoteObject | InOrder:
             return await _open_empty(place, where)
         raise translated(error, where) from None
     opened = RemoteObject(place, where, meta, data)
-    length = LENGTH_BYTES + int.from_bytes(opened.start[:LENGTH_BYTES], "little")
-    if len(data) < length <= min(opened.size, MOST_HEADER + LENGTH_BYTES):
+    length = header_end(opened.start, opened.size)
+    if len(data) < length:
         rest = await opened.fetch(len(data), length)
         opened.start = memoryview(b"".join((opened.start, memoryview(rest))))
     return opened

@@ -7,10 +7,10 @@ import atexit
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from weightload._remote.answers import Answer
+from weightload._remote.answers import Answer, InHand, Tap, told
 from weightload.errors import WeightLoadError
 
 _Result = TypeVar("_Result")
@@ -77,6 +77,18 @@ def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
     if failed is not None:
         raise bare(failed)
     return asked.result()
+
+
+def asked(
+    fetch: Callable[[int, int], Coroutine[Any, Any, Any]], start: memoryview, offset: int, count: int, tap: Tap | None
+) -> Answer | InHand:
+    """A range of an object, of which ``start`` is at hand. The tap is told of them before anyone has them."""
+    if offset + count <= len(start):
+        data = start[offset : offset + count]
+        if tap is not None:
+            tap(offset, data)
+        return InHand(data)
+    return Answer(transport().submit(told(lambda: fetch(offset, offset + count), offset, tap)))
 
 
 def bare(error: BaseException) -> BaseException:
