@@ -10,6 +10,7 @@ from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Saver,
     broken_off,
     identity,
     require_plain,
@@ -50,9 +51,10 @@ class InOrder:
     def __init__(self, place: Place, where: str, meta: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._same = identity(meta)
+        self.same = identity(meta)
         self.start = memoryview(b"")
         self.tap: Callable[[int, Any], None] | None = None  # told of all that is given out
+        self.saver: Saver | None = None  # likewise
         self._turn = asyncio.Lock()
         self._stream: Any = None
         self._kept: list[Chunk] = []  # one behind the other, the last ends at _position; some in between may be gone
@@ -86,6 +88,8 @@ class InOrder:
             data: bytearray = await tried_again(lambda: self._read_anew(begin, end))
         if self.tap is not None:
             self.tap(begin, data)
+        if self.saver is not None:
+            await self.saver(begin, data)
         return data
 
     async def _read_anew(self, begin: int, end: int) -> bytearray:
@@ -122,7 +126,7 @@ class InOrder:
 
     async def _begin_again(self) -> None:
         answer = await self._begin(self.place, self.where)
-        require_same(answer, self._same, self.where)
+        require_same(answer, self.same, self.where)
         self._stream, self._position = answer.stream(min_chunk_size=CHUNK), 0
         self._kept.clear()
 

@@ -13,6 +13,7 @@ from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Saver,
     broken_off,
     identity,
     require_plain,
@@ -35,9 +36,10 @@ class RemoteObject:
     def __init__(self, place: Place, where: str, meta: Any, start: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._tag, self._same = meta["e_tag"], identity(meta)
+        self._tag, self.same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
         self.tap: Callable[[int, Any], None] | None = None  # told of all that comes
+        self.saver: Saver | None = None  # likewise
 
     def ask(self, offset: int, count: int) -> Answer | InHand:
         if offset + count <= len(self.start):
@@ -53,6 +55,8 @@ class RemoteObject:
         data = await tried_again(lambda: self._fetch(begin, end))
         if self.tap is not None:
             self.tap(begin, data)
+        if self.saver is not None:
+            await self.saver(begin, data)
         return data
 
     async def _fetch(self, begin: int, end: int) -> Any:
@@ -61,7 +65,7 @@ class RemoteObject:
         except Exception as error:  # which the library has tried again by itself, where that may help
             raise translated(error, self.where) from None
         require_plain(answer, self.where)
-        require_same(answer, self._same, self.where)
+        require_same(answer, self.same, self.where)
         if tuple(answer.range) != (begin, end):
             raise read_error(self.where, "the server gave another range than it was asked for")
         return await body_of(answer, end - begin, self.where)
@@ -120,8 +124,15 @@ async def _open_empty(place: Place, where: str) -> RemoteObject:
     return RemoteObject(place, where, meta, b"")
 
 
-def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
+Source = RemoteObject | InOrder
+
+
+def open_addresses(
+    addresses: Sequence[str], begin: Callable[[str, Source], object] | None = None
+) -> list[_C.CheckpointFile]:
     """Open what servers have, and validate the headers; several at once.
+
+    ``begin`` is called of each address with what it is read by, before anything is read beyond its ``start``.
 
     Raises:
         FileNotFoundError, PermissionError, ReadError, HeaderError: of the first that fails.
@@ -141,12 +152,14 @@ def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
         return await asyncio.gather(*map(one, addresses), return_exceptions=True)
 
     files: list[_C.CheckpointFile] = []
-    for one in finish(open_all()):
+    for address, one in zip(addresses, finish(open_all()), strict=True):
         if isinstance(one, BaseException):
             files.clear()
             raise bare(one)
+        if begin is not None:
+            begin(address, one)
         files.append(_C.open_source(one, one.where, one.size))
     return files
 
 
-__all__ = ["RemoteObject", "open_addresses"]
+__all__ = ["RemoteObject", "Source", "open_addresses"]
