@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from weightload import _C
-from weightload._base.paths import Path
+from weightload._base.paths import Path, path_list
 from weightload._checkpoint.selection import open_files, select_all
+from weightload._group.cached import cache_of, require_cache, using
 from weightload._load import devices
 from weightload._load.device_iterator import bytes_of_files, load_to_device
 from weightload._load.fetch import load_all
@@ -14,7 +15,9 @@ from weightload._load.iterator import Backend, WeightIterator
 from weightload._load.options import device_of
 
 
-def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap") -> dict[str, torch.Tensor]:
+def load_file(
+    filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap", cache: Path | None = None
+) -> dict[str, torch.Tensor]:
     """Load every tensor of a file into a dict, ordered by offset.
 
     Args:
@@ -23,19 +26,22 @@ def load_file(filename: Path, device: devices.Device = "cpu", *, backend: Backen
         backend: ``"mmap"``: copy-on-write views of the mapped file. Its bytes are read before this returns, unless
             the file would not fit comfortably into memory (half of what is available); then they are read as they
             are touched. ``"pread"``: private memory. On an accelerator memory is always private.
+        cache: a folder for copies of what servers have, as for ``safetensors_weights_iterator``.
 
     Raises:
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError: as
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, CacheError: as
             ``safetensors_weights_iterator``.
         OptionError: (``ValueError``, ``SafetensorError`` and ``RuntimeError``) a device that torch cannot use here, or
             no such backend.
     """
     target = device_of(device, backend)
-    if target.type != "cpu":
-        return dict(
-            load_to_device(target, bytes_of_files([filename]), [filename], lambda: open_files([filename]), None)
-        )
-    return load_all(open_files([filename])[0], target, backend)
+    folder = require_cache(cache)
+    copies = cache_of(folder, path_list(filename), fill=True) if folder is not None else None
+    with using(copies):
+        if target.type != "cpu":
+            most = bytes_of_files([filename])
+            return dict(load_to_device(target, most, [filename], lambda: open_files([filename], copies), None))
+        return load_all(open_files([filename], copies)[0], target, backend)
 
 
 def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:

@@ -12,11 +12,12 @@ import torch
 
 from weightload import _C
 from weightload._base.addresses import is_address
-from weightload._base.paths import Paths, path_list
+from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload._checkpoint.selection import open_files
 from weightload._group.agreement import of_files
+from weightload._group.cached import cache_of, require_cache, using
 from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
 from weightload._into.filling import Filled, devices_of, fill, shares
 from weightload._into.load_report import LoadReport
@@ -31,6 +32,8 @@ from weightload._parts.shards import go_back_to_shards, is_dtensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from weightload._cache.folder import Cache
+
 
 def load_into(
     target: Target,
@@ -42,6 +45,7 @@ def load_into(
     rename: Rename | None = None,
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
+    cache: Path | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a module, or into a mapping of tensors, without a second copy of it.
 
@@ -92,6 +96,9 @@ def load_into(
         duplicates: what to do where several files have a tensor of one name that the target has, as for
             ``safetensors_weights_iterator``.
         show_progress: as for ``safetensors_weights_iterator``.
+        cache: a folder for copies of what servers have, as for ``safetensors_weights_iterator``. Loads into DTensors,
+            which read parts of files, use copies and make none. Of a file of which the target lacks more than an
+            eighth there is no copy either.
 
     Returns:
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
@@ -101,11 +108,12 @@ def load_into(
             a tensor of the target cannot be filled: it has no memory, or memory that is read-only, is of a class that
             takes no copy, or a DTensor that is no shard (of ``Partial`` placements, or in a module that takes part in
             its own loading).
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError:
-            as ``safetensors_weights_iterator``.
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError,
+            CacheError: as ``safetensors_weights_iterator``.
     """
     first = _first_device(target)
     paths: list[str] = []
+    folder: str | None = None
     together = of_group(None, first.type)
     has_shards = False
     try:
@@ -123,6 +131,7 @@ def load_into(
         require_strategy(strategy)
         require_duplicates(duplicates)
         require_rename(rename)
+        folder = require_cache(cache)
     except Exception as error:
         if has_shards:
             together.begin({}, error)
@@ -135,8 +144,12 @@ def load_into(
         group, strategy = resolve_group(group, strategy, first.type, load_name(paths), any(map(is_address, paths)))
         together = of_group(group, first.type)
         together.load = load_name(paths)
+    copies = cache_of(folder, paths, fill=not has_shards, group=group, shared=shares(group, strategy))
     try:
-        report = _load(target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together)
+        with using(copies):
+            report = _load(
+                target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together, copies
+            )
     except BaseException as error:
         if together.should_hear(error):
             together.shout(error)
@@ -157,12 +170,13 @@ def _load(
     show_progress: bool | None,
     first: torch.device,
     together: Together,
+    copies: Cache | None,
 ) -> LoadReport:
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
         try:
-            opened = open_files(paths)
+            opened = open_files(paths, copies)
             renamed: Renamed | None = None
             if rename is None:
                 opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
@@ -170,6 +184,8 @@ def _load(
                 renamed = rename_opened(opened, rename, duplicates, lambda names: wanted_of(target, names))
             at_match = time.perf_counter()
             matched = match(target, opened, strict, renamed)
+            if copies is not None:
+                copies.skip_others(opened, matched.places.keys() | matched.given())
         except BaseException as error:
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)
