@@ -86,7 +86,20 @@ def copies_of(folder: Path, cache: Path) -> bool:
 
 def python(script: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
+    child: subprocess.Popen[str] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+    children.append(child)
+    return child
+
+
+children: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_child_is_left() -> Iterator[None]:
+    yield
+    for child in children:
+        child.kill()  # nothing to one that has ended
+    children.clear()
 
 
 def hang(web: Web, path: str = NAMES[0], first: int = 16 << 20) -> threading.Event:
