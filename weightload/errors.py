@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from weightload._base.printable import printable
 
 __all__ = [
+    "CacheError",
     "CheckpointError",
     "ChecksumError",
     "DeviceOutOfMemoryError",
@@ -96,6 +97,11 @@ class TensorError(WeightLoadError):
 
 class ReadError(WeightLoadError, OSError):
     """Bytes could not be read. ``errno`` is the system's; it is ``None`` when the file ended early."""
+
+
+class CacheError(WeightLoadError, OSError):
+    """``cache=``: a copy of what a server has could not be written, or read. ``filename`` is the copy's, in the folder;
+    ``errno`` is the system's."""
 
 
 class OutOfMemoryError(WeightLoadError, MemoryError):

@@ -50,6 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: Web
     protocol_version = "HTTP/1.1"
+    extra: dict[str, str] = {}  # noqa: RUF012 - headers of the answer; a hook of ``before`` sets its own
 
     def do_GET(self) -> None:
         self.server.asked.append((self.command, self.path, self.headers.get("Range")))
@@ -85,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ) -> None:
         """``length``: what it says, if it lies."""
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**self.extra, **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from servers import Handler, serving
+from servers import Answer, Handler, serving
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -34,10 +34,34 @@ def make(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def run(tmp_path: Path, url: str, address: str) -> list[str]:
+def hub_of(files: Path) -> Answer:
+    """Answers as the hub does."""
+
+    def hub(handler: Handler) -> bool:
+        path = handler.path.partition("?")[0]
+        if path.startswith("/api/models/org/model"):
+            tree = [
+                {"type": "file", "path": f"transformer/{file.name}", "size": file.stat().st_size, "oid": SHA}
+                for file in (files / "transformer").iterdir()
+            ]
+            answer: object = tree if "/tree/" in path else {"id": "org/model", "sha": SHA, "siblings": []}
+            handler.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            return True
+        start = f"/org/model/resolve/{SHA}/"
+        for revision in (start, "/org/model/resolve/main/"):
+            if path.startswith(revision):
+                handler.path = "/" + path[len(revision) :]
+                return False
+        handler.reply(404)
+        return True
+
+    return hub
+
+
+def run(tmp_path: Path, url: str, address: str, script: str = SCRIPT) -> list[str]:
     environ = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_SECRET", "PATH": "/usr/bin:/bin"}
     environ["PYTHONPATH"] = ":".join(sys.path)
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), address]
+    command = [sys.executable, "-c", textwrap.dedent(script), address]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "SECRET" not in done.stdout + done.stderr
@@ -48,26 +72,7 @@ def test_from_the_hub_and_from_its_cache(tmp_path: Path) -> None:
     files = tmp_path / "files"
     make(files / "transformer")
     with serving(files) as web:
-
-        def hub(handler: Handler) -> bool:
-            path = handler.path.partition("?")[0]
-            if path.startswith("/api/models/org/model"):
-                tree = [
-                    {"type": "file", "path": f"transformer/{file.name}", "size": file.stat().st_size, "oid": SHA}
-                    for file in (files / "transformer").iterdir()
-                ]
-                answer: object = tree if "/tree/" in path else {"id": "org/model", "sha": SHA, "siblings": []}
-                handler.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-                return True
-            start = f"/org/model/resolve/{SHA}/"
-            for revision in (start, "/org/model/resolve/main/"):
-                if path.startswith(revision):
-                    handler.path = "/" + path[len(revision) :]
-                    return False
-            handler.reply(404)
-            return True
-
-        web.before = hub
+        web.before = hub_of(files)
         told = run(tmp_path, web.url, "hf://org/model")
         first = f"hf://org/model@{SHA}/transformer/model-00001-of-00002.safetensors"
         assert first in told[0]
@@ -84,3 +89,31 @@ def test_from_the_hub_and_from_its_cache(tmp_path: Path) -> None:
         assert str(snapshot) in told[0]
         assert told[1:] == ["a 35.0", "b 12.0", "torch.Size([5, 7])"]
         assert not web.asked
+
+
+COPIES = """
+    import os, sys, weightload
+
+    cache = os.environ["HF_HOME"] + "/copies"
+    print(weightload.load_file(sys.argv[1], cache=cache)["a"].sum().item())
+    weights = weightload.safetensors_weights_iterator([sys.argv[1]], to_cpu=True, cache=cache)
+    print(len(dict(weights)), weights.stats().files[0].path.startswith(cache))
+"""
+
+
+def test_copies_of_a_commit_need_no_hub(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    make(files / "transformer")
+    name = "transformer/model-00001-of-00002.safetensors"
+    with serving(files) as web:
+        web.before = hub_of(files)
+        for asked in (1, 0):
+            told = run(tmp_path, web.url, f"hf://org/model@{SHA}/{name}", COPIES)
+            assert told == ["35.0", "1 True"]
+            assert len(web.asked) == asked
+            web.asked.clear()
+        for asked in (2, 2):  # main may be another commit by now
+            told = run(tmp_path, web.url, f"hf://org/model/{name}", COPIES)
+            assert told == ["35.0", "1 True"]
+            assert len(web.asked) == asked
+            web.asked.clear()

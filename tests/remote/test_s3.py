@@ -15,7 +15,7 @@ import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from servers import environment
 
 import weightload
@@ -79,6 +79,24 @@ def test_a_prefix_an_index_and_a_file(endpoint: str, folder: Path) -> None:
     require_same(dict(weightload.safetensors_weights_iterator(files, to_cpu=True)), expected(folder))
     require_same(weightload.load_file(files[0]), load_file(folder / "model-00001-of-00002.safetensors"))
     assert weightload.resolve_safetensors_files(f"s3://{BUCKET}/org", subfolder="my model", variant=None)
+
+
+def test_copies(endpoint: str, folder: Path, tmp_path: Path) -> None:
+    files = [f"{ADDRESS}/model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for kept in (False, True):
+        weights = weightload.safetensors_weights_iterator(files, to_cpu=True, cache=tmp_path)
+        require_same(dict(weights), expected(folder))
+        assert all(file.path.startswith(str(tmp_path)) == kept for file in weights.stats().files)
+    copies = sorted(tmp_path.glob("*/*"), key=lambda path: path.name)
+    assert [path.read_bytes() for path in copies] == [(folder / path.name).read_bytes() for path in copies]
+    assert len(copies) == 2
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    other = {name: torch.ones(700, 1031) for name in ("a", "b")}
+    try:
+        client.put_object(Bucket=BUCKET, Key="org/my model/model-00001-of-00002.safetensors", Body=save(other))
+        require_same(weightload.load_file(files[0], cache=tmp_path), other)
+    finally:
+        client.upload_file(str(folder / copies[0].name), BUCKET, f"org/my model/{copies[0].name}")
 
 
 def test_what_is_not_there(endpoint: str) -> None:

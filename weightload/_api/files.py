@@ -11,6 +11,7 @@ from weightload import _C
 from weightload._base.paths import Path, as_text
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.selection import open_files, select_all
+from weightload._group.cached import cache_of, require_cache, using
 from weightload._load import devices
 from weightload._load.checking import Checking
 from weightload._load.device_iterator import bytes_of_files, load_to_device
@@ -20,7 +21,12 @@ from weightload._load.options import device_of
 
 
 def load_file(
-    filename: Path, device: devices.Device = "cpu", *, backend: Backend = "mmap", verify: Verify | None = None
+    filename: Path,
+    device: devices.Device = "cpu",
+    *,
+    backend: Backend = "mmap",
+    verify: Verify | None = None,
+    cache: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load every tensor of a file into a dict, ordered by offset.
 
@@ -32,9 +38,10 @@ def load_file(
             are touched. ``"pread"``: private memory. On an accelerator memory is always private.
         verify: check the file's SHA-256 while it is loaded, as for ``safetensors_weights_iterator``: nothing is
             returned of a file that has another.
+        cache: a folder for copies of what servers have, as for ``safetensors_weights_iterator``.
 
     Raises:
-        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError: as
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, CacheError: as
             ``safetensors_weights_iterator``.
         OptionError: (``ValueError``, ``SafetensorError`` and ``RuntimeError``) a device that torch cannot use here, or
             no such backend.
@@ -42,12 +49,17 @@ def load_file(
             a ``verify`` that is none.
     """
     target = device_of(device, backend)
-    open_it = functools.partial(open_files, [filename])
-    if verify is None:
-        return _load_file(filename, target, backend, open_it)
-    require_verify(verify)
-    checking = Checking([as_text(filename)], verify)
-    return checking.run(lambda: _load_file(filename, target, backend, checking.opening(open_it)))
+    if verify is not None:
+        require_verify(verify)
+    folder = require_cache(cache)
+    name = as_text(filename)
+    copies = cache_of(folder, [name], fill=True, at_end=verify is not None) if folder is not None else None
+    open_it = functools.partial(open_files, [filename], copies)
+    with using(copies):
+        if verify is None:
+            return _load_file(filename, target, backend, open_it)
+        checking = Checking([name], verify)
+        return checking.run(lambda: _load_file(filename, target, backend, checking.opening(open_it)))
 
 
 def _load_file(

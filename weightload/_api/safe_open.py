@@ -13,9 +13,10 @@ from weightload import _C
 from weightload._api.prefetch import PrefetchLoader, start_prefetch
 from weightload._base.addresses import is_address
 from weightload._base.dtypes import torch_shape
-from weightload._base.paths import Path, as_text
+from weightload._base.paths import Path, as_text, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.selection import open_files
+from weightload._group.cached import cache_of, require_cache
 from weightload._load import devices
 from weightload._load.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
 from weightload._load.iterator import Backend
@@ -52,6 +53,8 @@ class safe_open:
         backend: ``"mmap"``: tensors are copy-on-write views of the mapped file. ``"pread"``: private memory. On an
             accelerator memory is always private. Either way what is written to a tensor shows in no other tensor,
             nor in one that is got later.
+        cache: a folder with copies of what servers have, as ``safetensors_weights_iterator`` makes them. If there is
+            one of this file, that is opened. A handle makes none: it does not read the file whole.
 
     Raises:
         FileNotFoundError: the file is missing (other errors of ``open()`` likewise).
@@ -79,6 +82,7 @@ class safe_open:
         device: devices.Device = "cpu",
         *,
         backend: Backend = "mmap",
+        cache: Path | None = None,
     ) -> None:
         if framework not in TORCH_NAMES:
             raise ValueError(f"framework {framework!r}: a class that is derived from safe_open gives torch's tensors")
@@ -86,7 +90,9 @@ class safe_open:
         self._backend = backend
         self._on_cpu = self._device.type == "cpu"
         self._maps = backend == "mmap"
-        self._reader: _C.TensorReader | None = _C.TensorReader(open_files([filename])[0])
+        folder = require_cache(cache)
+        copies = cache_of(folder, path_list(filename), fill=False) if folder is not None else None
+        self._reader: _C.TensorReader | None = _C.TensorReader(open_files([filename], copies)[0])
         self._names: list[str] | None = None
 
     def __enter__(self) -> safe_open:

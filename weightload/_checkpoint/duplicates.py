@@ -131,11 +131,19 @@ def remember(folder: str, owners: dict[str, str]) -> None:
         del _remembered[next(iter(_remembered))]
 
 
+_copies: dict[str, str] = {}
+
+
+def remember_copy(path: str, address: str) -> None:
+    """A file is a copy of what is at an address, as shown: an index there speaks of it."""
+    _copies[path] = address
+
+
 class Owners:
     """What the index files beside the files of a load say, read when a name repeats."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
+        self._paths = [_copies.get(path, path) for path in paths]
         self._keys: dict[int, str] = {}
         self._indexes: dict[str, list[tuple[dict[str, str], set[str]]]] = {}
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightload import _C, settings
-from weightload._base.addresses import is_address
+from weightload._base.addresses import is_address, shown
 from weightload._base.paths import Path, as_text
-from weightload._checkpoint.duplicates import without_repeats
+from weightload._checkpoint.duplicates import remember_copy, without_repeats
 from weightload._parts.chosen_parts import Shard, choose_parts
 from weightload._parts.shards import NO_PARTS, Part, Parts
+
+if TYPE_CHECKING:
+    from weightload._cache.folder import Cache
 
 __all__ = [
     "Names",
@@ -29,8 +32,8 @@ __all__ = [
 Names = Collection[str] | Callable[[str], bool]
 
 
-def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
-    """Open checkpoint files and validate their headers, in parallel; also what servers have.
+def open_files(paths: Sequence[Path], cache: Cache | None = None) -> list[_C.CheckpointFile]:
+    """Open checkpoint files and validate their headers, in parallel; also what servers have, or copies in a ``cache``.
 
     Raises:
         TypeError, ValueError: as ``paths.as_text``.
@@ -38,21 +41,26 @@ def open_files(paths: Sequence[Path]) -> list[_C.CheckpointFile]:
     """
     texts = [as_text(path) for path in paths]
     if any(map(is_address, texts)):
-        return _open_mixed(texts)
+        return _open_mixed(texts, cache)
     encoded = list(map(os.fsencode, texts))
     # Counting the CPUs of a process takes several times as long as opening a small file.
     threads = settings.current().thread_count() if len(encoded) > 1 else 1
     return _C.open_files(encoded, threads)
 
 
-def _open_mixed(texts: list[str]) -> list[_C.CheckpointFile]:
+def _open_mixed(texts: list[str], cache: Cache | None) -> list[_C.CheckpointFile]:
     from weightload._remote.hub import local as in_cache  # here: most never need it
     from weightload._remote.source import open_addresses
 
     texts = list(map(in_cache, texts))
     remote = [text for text in texts if is_address(text)]
     local = [text for text in texts if not is_address(text)]
-    opened = dict(zip(remote, open_addresses(remote), strict=True))
+    files = open_addresses(remote) if cache is None else cache.open(remote)
+    for address, file in zip(remote, files, strict=True):
+        if not file.is_remote:
+            remember_copy(file.path, shown(address))
+    opened = dict(zip(remote, files, strict=True))
+    files.clear()
     opened.update(zip(local, open_files(local), strict=True))
     return [opened[text] for text in texts]
 

@@ -38,7 +38,7 @@ _node_groups: dict[str, Any] = {}
 # What every rank gives before a load begins has this size, so that ranks at different calls are found out. Enough for
 # an error's sentence and for what the ranks compare.
 RECORD_BYTES = 2048
-NODE = b"\2"  # begins the record that names a rank's node
+NODE = b"\2"  # begins the record that names a rank's node, or what else they tell before they agree
 
 # How many nodes the ranks of a group are on, group by group. Not a WeakKeyDictionary: that calls back in Python when a
 # group goes, where the exception of a signal handler is lost.
@@ -156,7 +156,7 @@ def node_group(load: str = "") -> ProcessGroup | None:
 
 
 def _make_node_group(world: Any, load: str) -> Any:
-    names = _names_of_nodes(world, f"{load or 'node_group()'}, ranks of a node")
+    names = tell_all(world, f"{load or 'node_group()'}, ranks of a node", node_of_this_process())
     if len(set(names)) == 1:
         return world
     mine = None
@@ -174,9 +174,8 @@ def has_cpu_backend(group: Any) -> bool:
     return any(device.type == "cpu" for device in group._device_types)
 
 
-def _names_of_nodes(group: Any, stage: str) -> list[str]:
-    """Every rank's node. A collective call."""
-    mine = node_of_this_process()
+def tell_all(group: Any, stage: str, mine: str) -> list[str]:
+    """A few words of every rank's. A collective call; ``stage``: for errors, the load and what it is at."""
     if has_cpu_backend(group):
         # Felt by Ctrl-C, unlike torch's own.
         asked = _C.Group(group, None, "cpu", _C.Strategy.broadcast, stage)
@@ -186,14 +185,14 @@ def _names_of_nodes(group: Any, stage: str) -> list[str]:
             asked.close()
         if any(record[:1] != NODE for record in records):
             raise GroupError(f"{stage}: other ranks are at another call")
-        return [record[1:].decode() for record in records]
-    names: list[Any] = [None] * torch.distributed.get_world_size(group)
+        return [record[1:].decode().rstrip() for record in records]
+    texts: list[Any] = [None] * torch.distributed.get_world_size(group)
     try:
-        torch.distributed.all_gather_object(names, mine, group=group)
+        torch.distributed.all_gather_object(texts, mine, group=group)
     except (RuntimeError, OSError) as error:
         pass_on(error)
         raise GroupError(f"{stage}: {error}") from error
-    return names
+    return texts
 
 
 def _nodes_of(group: ProcessGroup, load: str) -> int:
@@ -201,7 +200,7 @@ def _nodes_of(group: ProcessGroup, load: str) -> int:
     for known, nodes in _nodes:
         if known() is group:
             return nodes
-    nodes = len(set(_names_of_nodes(group, f"{load}, nodes of the group")))
+    nodes = len(set(tell_all(group, f"{load}, nodes of the group", node_of_this_process())))
     _nodes[:] = [(known, number) for known, number in _nodes if known() is not None] + [(weakref.ref(group), nodes)]
     return nodes
 

@@ -13,12 +13,13 @@ import torch
 
 from weightload import _C
 from weightload._base.addresses import is_address
-from weightload._base.paths import Paths, path_list
+from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload._checkpoint.selection import open_files
 from weightload._group.agreement import NOT_CHECKED, of_files
+from weightload._group.cached import cache_of, require_cache, using
 from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
 from weightload._into.filling import Filled, devices_of, fill, shares
 from weightload._into.load_report import LoadReport
@@ -34,6 +35,8 @@ from weightload._parts.shards import go_back_to_shards, is_dtensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from weightload._cache.folder import Cache
+
 
 def load_into(
     target: Target,
@@ -46,6 +49,7 @@ def load_into(
     duplicates: Duplicates = "error",
     show_progress: bool | None = None,
     verify: Verify | None = None,
+    cache: Path | None = None,
 ) -> LoadReport:
     """Load a checkpoint into a module, or into a mapping of tensors, without a second copy of it.
 
@@ -99,6 +103,9 @@ def load_into(
         verify: check the SHA-256 of every file while it is loaded, as for ``safetensors_weights_iterator``. All is
             checked before this returns. But the bytes are in the target by then, and modules that take part in their
             own loading have seen them: after a ``ChecksumError`` the target must not be used.
+        cache: a folder for copies of what servers have, as for ``safetensors_weights_iterator``. Loads into DTensors,
+            which read parts of files, use copies and make none. Of a file of which the target lacks more than an
+            eighth there is no copy either.
 
     Returns:
         The names that were loaded, missing and unexpected, bytes, and seconds by stage.
@@ -109,10 +116,11 @@ def load_into(
             takes no copy, or a DTensor that is no shard (of ``Partial`` placements, or in a module that takes part in
             its own loading).
         FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError, ValueError, TypeError, GroupError,
-        ChecksumError, CheckpointError: as ``safetensors_weights_iterator``.
+        ChecksumError, CheckpointError, CacheError: as ``safetensors_weights_iterator``.
     """
     first = _first_device(target)
     paths: list[str] = []
+    folder: str | None = None
     together = of_group(None, first.type)
     has_shards = False
     try:
@@ -132,6 +140,7 @@ def load_into(
         require_rename(rename)
         if verify is not None:
             require_verify(verify)
+        folder = require_cache(cache)
     except Exception as error:
         if has_shards:
             together.begin({}, error)
@@ -146,11 +155,32 @@ def load_into(
         together = of_group(group, first.type)
         together.load = load_name(paths)
     checking = Checking(paths, verify, together.checking(strategy)) if verify is not None else None
+    copies = cache_of(
+        folder,
+        paths,
+        fill=not has_shards,
+        at_end=verify is not None,
+        group=group,
+        shared=shares(group, strategy),
+    )
     load = functools.partial(
-        _load, target, paths, strict, group, strategy, rename, duplicates, show_progress, first, together, checking
+        _load,
+        target,
+        paths,
+        strict,
+        group,
+        strategy,
+        rename,
+        duplicates,
+        show_progress,
+        first,
+        together,
+        checking,
+        copies,
     )
     try:
-        report = load() if checking is None else checking.run(load, together.look)
+        with using(copies):
+            report = load() if checking is None else checking.run(load, together.look)
     except BaseException as error:
         if together.should_hear(error):
             together.shout(error)
@@ -172,12 +202,13 @@ def _load(
     first: torch.device,
     together: Together,
     checking: Checking | None,
+    copies: Cache | None,
 ) -> LoadReport:
     begin = time.perf_counter()
     opened: list[_C.CheckpointFile] = []
     try:
         try:
-            open_them = functools.partial(open_files, paths)
+            open_them = functools.partial(open_files, paths, copies)
             opened = open_them() if checking is None else checking.opening(open_them)()
             renamed: Renamed | None = None
             if rename is None:
@@ -186,6 +217,8 @@ def _load(
                 renamed = rename_opened(opened, rename, duplicates, lambda names: wanted_of(target, names))
             at_match = time.perf_counter()
             matched = match(target, opened, strict, renamed)
+            if copies is not None:
+                copies.skip_others(opened, matched.places.keys() | matched.given())
         except BaseException as error:
             if group is not None:  # the others are about to agree on the load
                 fail_together(error, group, strategy, paths, first)

@@ -18,6 +18,7 @@ from weightload._checkpoint.duplicates import Duplicates, require_duplicates
 from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
 from weightload._group.agreement import Check, Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
+from weightload._group.cached import CachedWeights, cache_of, require_cache
 from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
 from weightload._load import devices, progress
 from weightload._load.checking import CheckedWeights, Checking, Ranks
@@ -184,6 +185,9 @@ def load_to_host(
         sharing.close()
 
 
+Weights = WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights | CachedWeights
+
+
 def safetensors_weights_iterator(
     hf_weights_files: Paths,
     to_cpu: bool = False,
@@ -200,7 +204,8 @@ def safetensors_weights_iterator(
     show_progress: bool | None = None,
     backend: Backend = "mmap",
     verify: Verify | None = None,
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights | progress.WeightsWithBar:
+    cache: Path | None = None,
+) -> Weights | progress.WeightsWithBar:
     """Iterate over the tensors of safetensors files: files in the given order, tensors by offset.
 
     Headers are opened and checked, and reading starts, before this returns. A yielded tensor may be used at once,
@@ -263,6 +268,16 @@ def safetensors_weights_iterator(
             must have the same digests. On one node they deal the files out, and what one of them finds is raised on
             all; each waits at its end for the others. Over several nodes each rank checks all local files. What a
             server has ``"auto"`` has one rank read, which checks it; ``"striped"`` costs each rank a reading of all.
+        cache: a folder for copies of what servers have; it is made where it is missing. A file of which the folder has
+            a copy is loaded from there, like any other local file, after one request that asks the server for size,
+            tag and time; none for ``hf://`` addresses with a commit, which always mean the same. Any other is
+            loaded from the server, and what is read is written on the way. A copy appears under its name when it is
+            whole, at the latest when the iteration ends (with ``verify``, then, and if it was right). A load that is
+            left early or fails leaves whole copies only. A load that picks tensors (``names``, ``shard``) uses copies
+            and makes none. What else it leaves out, of ``duplicates`` and ``rename``, is asked for at the end if it is
+            no more than an eighth of a file; else there is no copy of that file. Ranks that share a load write one
+            copy together: their folder must be the same one, on one node. Nothing in the folder is ever removed but
+            copies of earlier states of an object, and what processes that died have left.
 
     Returns:
         An iterator with ``close()`` (also a context manager), ``len()``, ``total_bytes`` and ``stats()``: at any time
@@ -290,11 +305,15 @@ def safetensors_weights_iterator(
         RankLeftError: a rank of the group left the load before its end.
         ChecksumError: ``verify``: a file has another digest; raised at the end of the iteration. CheckpointError: no
             digest of a file is known, or one name is two files'; raised by this call.
+        CacheError: (an ``OSError``) ``cache``: the folder cannot be written or read, a full disk for example; with its
+            ``errno``. The load does not go on without its copies. Of ranks that share it one that finds this out on
+            the way raises a ``ReadError`` of the same words on all, at the end a ``CacheError`` on itself alone.
 
     An error of one rank is raised on every rank of the group, with its ``rank``, before any yields a tensor that
     depended on what failed.
     """
     paths: list[str] = []
+    folder: str | None = None
     alone = to_cpu or (strategy == "auto" and not broadcast)
     chosen = "independent" if alone else strategy
     try:
@@ -307,13 +326,17 @@ def safetensors_weights_iterator(
             require_verify(verify)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
+        folder = require_cache(cache)
         target = _target(to_cpu, device)
     except Exception as error:
         fail_arguments_together(error, group, chosen, device, paths)
         raise
     remote = any(map(is_address, paths))
     group, chosen = resolve_group(group, chosen, target.type, load_name(paths), remote, verify is not None)
-    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths)
+    shared = group is not None and chosen != "independent"
+    fill = names is None and shard is None
+    copies = cache_of(folder, paths, fill=fill, at_end=verify is not None, group=group, shared=shared)
+    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths, copies)
     checking: Checking | None = None
     if verify is not None:
         checking = Checking(paths, verify, Ranks.of(group, chosen) if group is not None else None)
@@ -355,7 +378,15 @@ def safetensors_weights_iterator(
             )
         return weights if renamed is None else renamed.fuse(weights)
 
-    weights = start() if checking is None else checking.start(start)
+    weights: Weights
+    try:
+        weights = start() if checking is None else checking.start(start)
+    except BaseException as error:
+        if copies is not None:
+            copies.stop(error)
+        raise
+    if copies is not None:
+        weights = CachedWeights(weights, copies)
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights

@@ -22,6 +22,10 @@ ATTEMPTS = 5
 FIRST_PAUSE = 0.1  # seconds
 
 
+Saver = Callable[[int, Any], Awaitable[None]]
+"""Takes bytes from an offset on; an answer waits for it, so that what is saved can be slower than what comes."""
+
+
 class Answer:
     """What a request will bring. For the core's threads, see csrc/bindings/remote_source.h."""
 

@@ -9,6 +9,7 @@ from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Saver,
     Tap,
     broken_off,
     header_end,
@@ -51,9 +52,10 @@ class InOrder:
     def __init__(self, place: Place, where: str, meta: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._same = identity(meta)
+        self.same = identity(meta)
         self.start = memoryview(b"")
         self.tap: Tap | None = None  # told of all that a load is given
+        self.saver: Saver | None = None  # told of all that comes
         self._turn = asyncio.Lock()
         self._stream: Any = None
         self._kept: list[Chunk] = []  # one behind the other, the last ends at _position; some in between may be gone
@@ -87,6 +89,8 @@ class InOrder:
         """A range; a stream that breaks off is begun again, a few times."""
         async with self._turn:
             data: bytearray = await tried_again(lambda: self._read_anew(begin, end))
+        if self.saver is not None:
+            await self.saver(begin, data)
         return data
 
     async def _read_anew(self, begin: int, end: int) -> bytearray:
@@ -123,7 +127,7 @@ class InOrder:
 
     async def _begin_again(self) -> None:
         answer = await self._begin(self.place, self.where)
-        require_same(answer, self._same, self.where)
+        require_same(answer, self.same, self.where)
         self._stream, self._position = answer.stream(min_chunk_size=CHUNK), 0
         self._kept.clear()
 

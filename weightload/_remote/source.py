@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +13,7 @@ from weightload._remote.answers import (
     FIRST_BYTES,
     Answer,
     InHand,
+    Saver,
     Tap,
     broken_off,
     header_end,
@@ -35,9 +36,10 @@ class RemoteObject:
     def __init__(self, place: Place, where: str, meta: Any, start: Any) -> None:
         self.place, self.where = place, where
         self.size: int = meta["size"]
-        self._tag, self._same = meta["e_tag"], identity(meta)
+        self._tag, self.same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
         self.tap: Tap | None = None  # told of all that a load is given
+        self.saver: Saver | None = None  # told of all that comes
 
     def ask(self, offset: int, count: int, tapped: bool = True) -> Answer | InHand:
         return asked(self.fetch, self.start, offset, count, self.tap if tapped else None)
@@ -48,7 +50,10 @@ class RemoteObject:
         Raises:
             ReadError, OSError: as ``translated``, and for an object that is another one now.
         """
-        return await tried_again(lambda: self._fetch(begin, end))
+        data = await tried_again(lambda: self._fetch(begin, end))
+        if self.saver is not None:
+            await self.saver(begin, data)
+        return data
 
     async def _fetch(self, begin: int, end: int) -> Any:
         try:
@@ -56,7 +61,7 @@ class RemoteObject:
         except Exception as error:  # which the library has tried again by itself, where that may help
             raise translated(error, self.where) from None
         require_plain(answer, self.where)
-        require_same(answer, self._same, self.where)
+        require_same(answer, self.same, self.where)
         if tuple(answer.range) != (begin, end):
             raise read_error(self.where, "the server gave another range than it was asked for")
         return await body_of(answer, end - begin, self.where)
@@ -115,8 +120,15 @@ async def _open_empty(place: Place, where: str) -> RemoteObject:
     return RemoteObject(place, where, meta, b"")
 
 
-def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
+Source = RemoteObject | InOrder
+
+
+def open_addresses(
+    addresses: Sequence[str], begin: Callable[[str, Source], object] | None = None
+) -> list[_C.CheckpointFile]:
     """Open what servers have, and validate the headers; several at once.
+
+    ``begin`` is called of each address with what it is read by, before anything is read beyond its ``start``.
 
     Raises:
         FileNotFoundError, PermissionError, ReadError, HeaderError: of the first that fails.
@@ -136,12 +148,14 @@ def open_addresses(addresses: Sequence[str]) -> list[_C.CheckpointFile]:
         return await asyncio.gather(*map(one, addresses), return_exceptions=True)
 
     files: list[_C.CheckpointFile] = []
-    for one in finish(open_all()):
+    for address, one in zip(addresses, finish(open_all()), strict=True):
         if isinstance(one, BaseException):
             files.clear()
             raise bare(one)
+        if begin is not None:
+            begin(address, one)
         files.append(_C.open_source(one, one.where, one.size))
     return files
 
 
-__all__ = ["RemoteObject", "open_addresses"]
+__all__ = ["RemoteObject", "Source", "open_addresses"]
