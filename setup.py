@@ -74,7 +74,7 @@ def json_include() -> str:
 
 
 def joined(sources: list[str], folder: Path) -> list[str]:
-    """Three files that include all others, for a build that is done once: most of its time goes into torch's headers.
+    """Three files that include all others: one by one, most of the time would go into torch's headers.
 
     Two processors need as long for the first as for the other two.
     """
@@ -115,9 +115,7 @@ class BuildAgainstTorch(BuildExtension):
             depends=ext.depends,
         )
         rest = copy.copy(ext)
-        rest.sources = [source for source in ext.sources if source != PARSER]
-        if not self.inplace:
-            rest.sources = joined(rest.sources, Path(self.build_temp, "joined"))
+        rest.sources = joined([source for source in ext.sources if source != PARSER], Path(self.build_temp, "joined"))
         rest.extra_objects = [*ext.extra_objects, *parser]
         rest.depends = [*ext.depends, PARSER]  # so that a change of it is linked, too
         super().build_extension(rest)

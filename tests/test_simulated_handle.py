@@ -119,3 +119,49 @@ def test_load_model(simulated: Any, tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.cpu(), state[name])
     del model, tensor
+
+
+def test_slices_that_come_ahead_take_little_memory_in_any_order(
+    simulated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken in another order than the file's, and dropped: what waits for its turn is bounded, and each comes once."""
+    from weightload._install import read_ahead
+
+    path = write_tensors(tmp_path / "t.safetensors", [(f"{i:02}", "F32", [256, 1024]) for i in range(64)])
+    reference = reference_of(path)
+    asked: list[str] = []
+    start = read_ahead.start_prefetch
+
+    def watched(reader: Any, plan: dict[str, None], *arguments: Any, **options: Any) -> Any:
+        asked.extend(plan)
+        return start(reader, plan, *arguments, **options)
+
+    monkeypatch.setattr(read_ahead, "start_prefetch", watched)
+    monkeypatch.setattr(read_ahead, "PILE", 8 << 20)
+    device = torch.device(DEVICE)
+    for order in (sorted(reference), sorted(reference, reverse=True)):
+        asked.clear()
+        simulated.reset_peak(0)
+        with settings.override(**SMALL), read_ahead.SafeOpen(path, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in order}
+            for one in slices.values():
+                one.will_be_wanted(device)
+            for name, one in slices.items():
+                assert torch.equal(raw(one.to(device)), raw(reference[name]))
+        assert sorted(asked) == sorted(reference)
+        assert simulated.peak_bytes(0) <= 12 << 20
+
+
+def test_slices_come_one_by_one_where_memory_runs_out(simulated: Any, tmp_path: Path) -> None:
+    from weightload._install import read_ahead
+
+    path = write_tensors(tmp_path / "t.safetensors", [(f"{i:02}", "F32", [256, 1024]) for i in range(16)])
+    reference = reference_of(path)
+    device = torch.device(DEVICE)
+    with settings.override(**SMALL), read_ahead.SafeOpen(path, framework="pt") as handle:
+        slices = {name: handle.get_slice(name) for name in sorted(reference, reverse=True)}
+        for one in slices.values():
+            one.will_be_wanted(device)
+        simulated.limit_device_memory(6 << 20)
+        for name, one in slices.items():
+            assert torch.equal(raw(one.to(device)), raw(reference[name]))

@@ -90,6 +90,8 @@ void PyGroup::close() { leave(std::move(exchange_), generation_, nullptr); }
 void PyVerdict::conclude(const std::string& kind, const py::bytes& message, const py::bytes& path) {
   const auto exchange = exchange_;
   if (!exchange) throw Error(ErrorKind::usage, "the load has been left");
+  if (generation_ != fork_generation())
+    throw Error(ErrorKind::usage, "this load was begun before fork(); its communicator is the parent's");
   std::optional<Error> failure;
   if (!kind.empty()) {
     const ErrorKind known = kind == "checksum" ? ErrorKind::checksum

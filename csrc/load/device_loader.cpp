@@ -51,7 +51,9 @@ DeviceLoader::~DeviceLoader() {
     // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
     shared_.forget();
     static_cast<void>(pool_.release());
-    new (&pace_) Pace;  // in place of one whose condition variable the parent's threads may wait on
+    // In place of what the parent's threads may wait on: destroying that waits for them.
+    new (&pace_) Pace;
+    new (&allocated_) std::condition_variable;
     new std::vector<DeviceBlockRef>(std::move(blocks_));
     new std::shared_ptr<Device>(device_);
     return;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,13 @@ import pytest
 import torch
 from conftest import evict
 from counting import Counted, counted_loads, files_of, require, same  # noqa: F401
+from safetensors.torch import load_file, save_file
 
 require("diffusers")
 
 from diffusers import AutoencoderKL, WanTransformer3DModel  # noqa: E402
 
-from weightload._api import files  # noqa: E402
+from weightload.integrations import diffusers as integration  # noqa: E402
 
 
 def wan() -> WanTransformer3DModel:
@@ -81,21 +85,53 @@ def test_to_an_accelerator(
 
     expected = WanTransformer3DModel.from_pretrained(sharded, torch_dtype=dtype)
     monkeypatch.setattr(modeling, "HF_ENABLE_PARALLEL_LOADING", at_once)
-    went: list[str] = []
+    straight: list[Path] = []
     calls = counted("diffusers")
-    load_file = files.load_file
+    load_apart = integration.load_apart
 
-    def watched(filename: Any, device: Any = "cpu", **options: Any) -> Any:
-        went.append(torch.device(device).type)
-        return load_file(filename, device, **options)
+    def watched(filename: Any, device: torch.device) -> Any:
+        straight.append(filename)
+        return load_apart(filename, device)
 
-    monkeypatch.setattr(files, "load_file", watched)
+    monkeypatch.setattr(integration, "load_apart", watched)
     found = WanTransformer3DModel.from_pretrained(sharded, torch_dtype=dtype, device_map={"": "simulated:0"})
-    assert calls["load_file"] == len(files_of(sharded))
-    assert set(went) == {"simulated" if dtype == torch.float32 else "cpu"}
+    count = len(files_of(sharded))
+    assert (len(straight), calls.get("load_file", 0)) == ((count, 0) if dtype == torch.float32 else (0, count))
     for name, tensor in found.state_dict().items():
         assert tensor.device.type == "simulated"
         assert torch.equal(tensor.cpu(), expected.state_dict()[name])
+        if tensor.nbytes > 4096:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.simulated
+def test_an_accelerator_that_is_full(sharded: Path, counted: Counted, simulated: Any) -> None:
+    """What diffusers raises without weightload, and not that the file cannot be read."""
+    counted("diffusers")
+    simulated.limit_device_memory(4 << 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        WanTransformer3DModel.from_pretrained(sharded, torch_dtype=torch.float32, device_map={"": "simulated:0"})
+
+
+@pytest.mark.simulated
+def test_what_the_model_lacks_takes_no_memory_of_the_accelerator(
+    sharded: Path, counted: Counted, simulated: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(sharded, tmp_path / "model")
+    index_path = next((tmp_path / "model").glob("*.index.json"))
+    index = json.loads(index_path.read_text())
+    path = files_of(tmp_path / "model")[0]
+    extra = {"extra.weight": torch.ones(1 << 20)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(extra, path.name)
+    index_path.write_text(json.dumps(index))
+    counted("diffusers")
+    model = WanTransformer3DModel.from_pretrained(
+        tmp_path / "model", torch_dtype=torch.float32, device_map={"": "simulated:0"}
+    )
+    gc.collect()
+    held = sum(-(-parameter.nbytes // 512) * 512 for parameter in model.parameters())
+    assert simulated.live_bytes(0) <= 1.05 * held
 
 
 def test_a_step(whole: Path, counted: Counted) -> None:

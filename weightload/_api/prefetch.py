@@ -15,12 +15,10 @@ from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
 from weightload._group.apart import SharedAndOwn
-from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
+from weightload._load.device_iterator import LEAST_BLOCK, DeviceWeightIterator, load_to_device
 from weightload._load.fetch import find
 from weightload._load.iterator import WeightIterator
 from weightload.errors import TensorError, located
-
-LEAST_BLOCK = 4096  # bytes: a tensor that is larger shares its memory with no other
 
 
 class PrefetchLoader(_C.Prefetch):
@@ -69,8 +67,9 @@ def start_prefetch(
 ) -> PrefetchLoader:
     """Start loading what a plan picks of an open file; see ``safe_open.prefetch``.
 
-    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of what was taken last, to an
-    accelerator ``device_block_bytes``. There, tensors are in memory of their own, so that each may be dropped alone.
+    ``in_window``: not all of it at once, but the setting ``window_bytes`` ahead of the last in the file's order that
+    was taken, to an accelerator ``device_block_bytes``. There, each tensor is in memory of its own, and may be dropped
+    alone.
     """
     part = file = reader.file
     if plan is not None:

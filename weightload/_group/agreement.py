@@ -30,6 +30,7 @@ AGREED, FAILED = b"\1", b"\0"
 TOLD = "weightload_was_told"  # an attribute of exceptions
 WISH_BYTES = 32  # at the end of a record: what the rank wants
 
+STATES = "tags or times of what a server has"
 VERIFY, DISK = "verify=", "files on disk, which verify= would have one rank check for all"
 NOT_CHECKED: Mapping[str, object] = {VERIFY: "nothing", DISK: ""}
 """What of a check must be the same on every rank, where there is none."""
@@ -213,19 +214,21 @@ def agreed_record(load: str, same: Mapping[str, object], wish: str = "") -> byte
 
 
 def of_files(files: Sequence[_C.CheckpointFile], named: bool = True) -> dict[str, object]:
-    """What of files must be the same on every rank: their names, sizes and headers, which are read for it.
+    """What of files must be the same on every rank: their names, sizes, headers, which are read for it, and tags.
 
     ``named``: false where ranks may have copies of their own, by other names.
     """
     names = [os.path.basename(file.path) if named else "" for file in files]
     sizes = [str(file.size) for file in files]
     headers = [f"{file.header_digest():016x}" for file in files]
+    states = [repr(file.remote.same) if named and file.is_remote else "" for file in files]
     return {
         "number of files": len(files),
         "file names": digest(names),
         "file sizes": digest(sizes),
         "headers": digest(headers),
-        "files": [digest(one)[:8] for one in list(zip(names, sizes, headers, strict=True))[:NAMED_FILES]],
+        STATES: digest(states),
+        "files": [digest(one)[:8] for one in list(zip(names, sizes, headers, states, strict=True))[:NAMED_FILES]],
     }
 
 
@@ -298,7 +301,7 @@ def _raise_failure(records: list[bytes], failure: BaseException | None) -> None:
 
 
 def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    if name in ("file names", "file sizes", "headers", "selection", "parts", DISK):
+    if name in ("file names", "file sizes", "headers", STATES, "selection", "parts", DISK):
         return name
     values = dict.fromkeys(str(view.get(name)) for view in others if view.get(name) != right[name])
     return f"{name} ({', '.join(values)} where the others have {right[name]})"

@@ -13,7 +13,9 @@ from weightload._api.safe_open import TensorSlice, safe_open
 from weightload._base.handlers import pass_on
 from weightload._load.devices import CPU
 from weightload._load.fetch import LEAST_FOR_PIPELINE, fetch, find
-from weightload.errors import TensorError, WeightLoadError
+from weightload.errors import OutOfMemoryError, TensorError, WeightLoadError
+
+PILE = 256 << 20  # bytes of a device's memory; a load of so many takes several times as long as to begin one
 
 
 class SafeOpen(safe_open):
@@ -94,7 +96,9 @@ class ReadAhead:
 
     Whoever takes the first begins with all that are known by then, in the order in which they lie in the file, at most
     a window ahead of what is taken (see ``start_prefetch``). What becomes known later is begun when one of it is taken.
-    Many threads; a signal's handler may call it, too.
+    To an accelerator, whose memory is short, it begins with the next ``PILE`` bytes of them: frameworks take them in
+    another order than that of the file, and what comes before its turn takes memory. Where that runs out, each
+    tensor is read when it is asked for. Many threads; a signal's handler may call it, too.
     """
 
     def __init__(self, reader: _C.TensorReader, device: torch.device) -> None:
@@ -116,7 +120,7 @@ class ReadAhead:
             return None
         with self._lock:  # not before: another thread may be about to begin with it
             if name in self._expected:
-                self._begin()
+                self._begin(name)
             loader = self._coming.pop(name, None)
         if loader is None:
             return None
@@ -126,6 +130,9 @@ class ReadAhead:
         except WeightLoadError as error:
             self._forget(loader)  # it has the error, which has this frame
             pass_on(error)
+            if isinstance(error, OutOfMemoryError) and self._device.type != "cpu":
+                loader.close()  # gives back what has come and is not taken
+                return None
             if type(error) is WeightLoadError:  # closed meanwhile
                 return None
             raise
@@ -147,9 +154,9 @@ class ReadAhead:
             for name in [name for name, loader in self._coming.items() if loader is failed]:
                 del self._coming[name]
 
-    def _begin(self) -> None:
+    def _begin(self, first: str) -> None:
         """With the lock held. A signal's handler that comes in here, and takes one, reads for itself."""
-        plan, self._expected = self._expected, {}
+        plan = self._next_of_expected(first)
         if self._is_of_use is None:
             self._is_of_use = self._would_be_of_use()
         if not self._is_of_use or len(plan) < 2:
@@ -160,6 +167,20 @@ class ReadAhead:
             pass_on(error)
             return
         self._coming.update(dict.fromkeys(plan, loader))
+
+    def _next_of_expected(self, first: str) -> dict[str, None]:
+        """With the lock held."""
+        if self._device.type == "cpu":
+            plan, self._expected = self._expected, {}
+            return plan
+        plan, total = {}, 0
+        for name in dict.fromkeys([first, *self._expected]):
+            *_, begin, end = self._reader.info(find(self._reader, name))
+            if plan and total + end - begin > PILE:
+                break
+            plan[name] = self._expected.pop(name)
+            total += end - begin
+        return plan
 
     def _would_be_of_use(self) -> bool:
         size: int = self._reader.file.size

@@ -89,8 +89,10 @@ class Checker:
 
         Raises:
             ChecksumError: a file has another digest; ReadError: it cannot be read; whenever it is called.
-            WeightLoadError: it was closed before that was known.
+            WeightLoadError: it was closed before that was known, or this is a forked child.
         """
+        if os.getpid() != self._process:  # which has none of the threads, and may find locks that nobody gives back
+            raise WeightLoadError("this load was begun before fork(): the threads that check it are the parent's")
         self._over.set()
         with self._turn:
             self._wait(look)
@@ -378,17 +380,24 @@ class CheckedWeights(StandsForALoad):
         if self._verdict is None:
             self._checker.finish()
             return
+        own: Exception | None = None
         try:
-            said = "", b"", b""
             try:
                 self._checker.finish()
             except Exception as error:
                 pass_on(error)
-                said = _said(error)
-            self._verdict.conclude(*said)
+                own = error.with_traceback(None)
+            try:
+                self._verdict.conclude(*(_said(own) if own is not None else ("", b"", b"")))
+            except WeightLoadError:
+                if own is None or isinstance(own, (ChecksumError, ReadError)):
+                    raise
+                raise own from None  # of a class that the ranks do not tell one another
         except BaseException:
             self.close()
             raise
+        finally:
+            own = None
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -412,4 +421,6 @@ def _said(error: Exception) -> tuple[str, bytes, bytes]:
     where = getattr(error, "filename", None)
     path = where if isinstance(where, str) else ""
     message = str(error).removeprefix(f"{path}: ").removeprefix(f"{printable(path)}: ")
+    if kind == "other":
+        message = f"{type(error).__name__}: {message}"
     return kind, message.encode("utf-8", "surrogateescape"), os.fsencode(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from weightload._base.addresses import is_address
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.load_stats import LoadStats
 from weightload._base.plain_torch import empty, plainly
-from weightload._checkpoint.selection import Names, Path, open_and_choose, parts_in_order
+from weightload._checkpoint.selection import Names, Path, open_and_choose, open_files, parts_in_order
 from weightload._group.agreement import Check, Chosen, Sharing
 from weightload._group.apart import SharedAndOwn, start_both
 from weightload._group.ranks import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
@@ -25,6 +26,7 @@ from weightload._parts.shards import NO_PARTS, Parts
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+LEAST_BLOCK = 4096  # bytes: a tensor that is larger shares its memory with no other
 LEAST_SLOT = 256 << 10  # bytes; below, a read costs more in calls than in copying
 
 
@@ -118,6 +120,19 @@ def _slots(slot_bytes: int, enough_bytes: int, pinned_bytes: int, most_bytes: in
     enough = max(1, min(enough_bytes // locked, needed))
     # What a slot has no room for begins the next: any two in a row are more than one full slot.
     return max(1, min(pinned_bytes // locked, 2 * needed)), slot_bytes, enough
+
+
+def load_apart(filename: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Every tensor of a file on an accelerator, in memory of its own, so that each may be dropped alone.
+
+    Raises:
+        FileNotFoundError, HeaderError, ReadError, TensorError, OutOfMemoryError: as ``safetensors_weights_iterator``.
+    """
+    window = settings.current().device_block_bytes
+    with settings.override(device_block_bytes=LEAST_BLOCK):
+        most = bytes_of_files([filename])
+        open_it = functools.partial(open_files, [filename])
+        return dict(load_to_device(device, most, [filename], open_it, None, window_bytes=window))
 
 
 def load_to_device(

@@ -1,8 +1,8 @@
 """diffusers: a shard at a time is loaded whole, one after the other or several at once (parallel loading).
 
 With a device map of one accelerator a shard is loaded straight to it, where diffusers would copy each tensor out of
-pageable memory. Not if much of it has to be cast, which takes memory of the accelerator: diffusers does that on the
-CPU.
+pageable memory. Not if much of it has to be cast, or is not the model's, which takes memory of the accelerator:
+diffusers does that on the CPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from weightload._api.safe_open import safe_open
 from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._install.framework import Framework
+from weightload._load.device_iterator import load_apart
 from weightload.errors import WeightLoadError
 
-LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator
+LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator, or dropped there
 _straight_to: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("weightload_diffusers", default=None)
 
 
@@ -45,7 +46,13 @@ def _pairs() -> Iterable[tuple[object, object]]:
         private = given.get("disable_mmap")
         without = {"disable_mmap": False} if private else {}
         if (device := _straight_to.get()) is not None:
-            return original(**given | without | {"map_location": device})
+            try:
+                return load_apart(given["checkpoint_file"], device)
+            except (
+                OSError,
+                WeightLoadError,
+            ) as error:  # for diffusers to say; where memory runs out its way takes less
+                pass_on(error)
         if not private:
             return original(*arguments, **options)
         with private_memory():
@@ -56,9 +63,7 @@ def _pairs() -> Iterable[tuple[object, object]]:
 
     @functools.wraps(load_shard)
     def load_shard_file(*arguments: Any, **options: Any) -> Any:
-        device = None
-        if "map_location" in signature.parameters:
-            device = _where_all_goes(_given(takes, arguments, options))
+        device = _where_all_goes(_given(takes, arguments, options))
         token = _straight_to.set(device)
         try:
             return load_shard(*arguments, **options)
@@ -93,25 +98,28 @@ def _where_all_goes(given: dict[str, Any]) -> torch.device | None:
     target = usable(device) if isinstance(device, (str, int, torch.device)) else None
     if target is None or target.type == "cpu" or not given.get("low_cpu_mem_usage"):
         return None
-    return target if _is_cast_little(path, given["dtype"], given.get("keep_in_fp32_modules") or ()) else None
+    few = _is_taken_as_it_is(path, given["dtype"], given.get("keep_in_fp32_modules") or (), given["model_state_dict"])
+    return target if few else None
 
 
-def _is_cast_little(path: Any, dtype: object, in_fp32: Iterable[str]) -> bool:
-    """Whether almost all of a file's bytes are of the dtypes that the model is to have."""
+def _is_taken_as_it_is(path: Any, dtype: object, in_fp32: Iterable[str], model: Iterable[str]) -> bool:
+    """Whether almost all of a file's bytes are the model's, and of the dtypes that it is to have."""
     try:
         with safe_open(path) as file:
             tensors = file._opened().file.tensors()
     except (OSError, WeightLoadError) as error:  # for the load to say
         pass_on(error)
         return False
-    cast = total = 0
+    other = total = 0
+    model = set(model)
     for name, dtype_name, _, begin, end in tensors:
         is_now = TORCH_DTYPES.get(dtype_name)
         becomes = torch.float32 if set(in_fp32) & set(name.split(".")) else dtype
         total += end - begin
-        if is_now is not None and is_now.is_floating_point and is_now != becomes:
-            cast += end - begin
-    return cast * LITTLE <= total
+        is_cast = is_now is not None and is_now.is_floating_point and is_now != becomes
+        if is_cast or name not in model:
+            other += end - begin
+    return other * LITTLE <= total
 
 
 FRAMEWORK = Framework(
