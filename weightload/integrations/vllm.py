@@ -132,7 +132,7 @@ def weights_of(
         )
     _log.info("weightload reads %d files to the device %s", len(hf_weights_files), options.device)
     with contextlib.closing(weights):
-        yield from in_name_order(weights, files)
+        yield from in_name_order(weights, files, names)
 
 
 def in_parts(
