@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from engine_support import needs, run_ranks, write_shards
+from safetensors.torch import load_file
+
+from weightload.integrations.in_parts import LEAST_BYTES
 
 pytestmark = needs("vllm")
 
@@ -20,6 +23,18 @@ LLAMA = {
 MIXTRAL = {
     **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
     "num_experts_per_tok": 2, "sliding_window": None,
+}  # fmt: skip
+# Of these, tensors are large enough to be read in parts.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4, "vocab_size": 1024}
+# Weights of 8 bits with a scale for each row, which vLLM cannot run on the CPU without kernels of its wheel, but loads.
+INT8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True},
+    }},
 }  # fmt: skip
 
 
@@ -47,7 +62,12 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
             shapes |= {f"{at}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
             shapes[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
     generator = torch.Generator().manual_seed(1)
-    write_shards(folder, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, 3)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if "quantization_config" in config:
+        for name in [name for name in tensors if "_proj." in name]:
+            tensors[f"{name}_scale"] = tensors[name].abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensors[name] / tensors[f"{name}_scale"]).round().to(torch.int8)
+    write_shards(folder, tensors, 3)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -63,7 +83,7 @@ def load(folder: Path, ranks: int, extra: dict[str, Any] | None = None, **option
     for rank in said:
         assert rank["before"] == 0  # the format was not chosen yet
         assert rank["parameters"] == rank["same"] > 10
-        assert len(rank["calls"]) == 1
+        assert len(rank["calls"]) + len(rank["parts"]) == 1
     return said
 
 
@@ -93,3 +113,20 @@ def test_expert_parallel_ranks_read_their_own_experts(tmp_path: Path, strategy: 
         experts = {int(name.split(".experts.")[1].split(".")[0]) for name in names if ".experts." in name}
         assert experts == {2 * number, 2 * number + 1}
         assert sum(".experts." not in name for name in names) == 3 + 2 * 7
+
+
+@pytest.mark.parametrize("model", ["llama", "int8", "mixtral", "mixtral_experts"])
+def test_ranks_that_read_what_they_narrow_to(tmp_path: Path, model: str) -> None:
+    """Half of each large tensor of the two ranks' layers, and all of what both have."""
+    config = {**(MIXTRAL if model.startswith("mixtral") else LLAMA), **WIDE, "num_hidden_layers": 3}
+    if model == "int8":
+        config |= {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024, "quantization_config": INT8}
+    options = {"enable_expert_parallel": True} if model == "mixtral_experts" else {}
+    folder = write_model(tmp_path, config)
+    for rank in load(folder, 2, {"parts": True, "backend": "pread", "threads": 2}, **options):
+        (counts,) = rank["parts"]
+        sizes = [tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
+        large = sum(size for size in sizes if size >= LEAST_BYTES)
+        assert counts["checkpoint"] == sum(sizes)
+        assert counts["ahead"] + counts["asked"] == large // 2 + sum(sizes) - large
+        assert counts["asked"] < counts["ahead"]

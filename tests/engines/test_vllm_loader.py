@@ -14,6 +14,7 @@ from engine_support import STAND_INS, needs, same_weights, some_tensors, write_s
 from safetensors.torch import save_file
 
 import weightload
+from weightload._parts.lazy import LazyTensor
 from weightload.integrations import vllm as plugin
 
 pytestmark = needs("vllm")
@@ -140,12 +141,33 @@ def test_extra_config_is_taken_out_before_the_engine_sees_it(
         ({"strategy": "fast"}, "strategy"),
         ({"backend": "io_uring"}, "backend 'io_uring'"),
         ({"device": "cuda:1"}, "device 'cuda:1'"),
+        ({"parts": "yes"}, "parts 'yes'"),
+        ({"parts": True, "strategy": "striped"}, "parts: .* 'striped'"),
         ({"enable_multithread_load": True}, "enable_multithread_load"),
     ],
 )
 def test_extra_config_that_is_refused(engine: Any, extra: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make(engine, extra=extra)
+
+
+def test_in_parts(engine: Any, folder: Path, calls: list[dict[str, Any]], said: pytest.LogCaptureFixture) -> None:
+    """Without a call of the iterator, and with the engine's filters, order and settings."""
+    loader = make(engine, extra={"parts": True, "threads": 3})
+    loader.local_expert_ids = {0}
+    save_file(
+        {"m.experts.1.w1.weight": torch.ones(3), "layers.0.wide": torch.ones(128, 256)}, folder / "more.safetensors"
+    )
+    (folder / "model.safetensors.index.json").unlink()
+    own = make(engine, "safetensors")
+    own.local_expert_ids = {0}
+    ours = load(loader, folder)
+    assert isinstance(ours["at.layers.0.wide"], LazyTensor)
+    assert "at.m.experts.1.w1.weight" not in ours
+    assert same_weights(load(own, folder), {name: tensor.clone() for name, tensor in ours.items()})
+    assert calls == []
+    assert "weightload reads 4 files to the device cpu, in parts" in said.text
+    assert "weightload has read" in said.text
 
 
 def test_a_corrupt_shard(engine: Any, folder: Path) -> None:

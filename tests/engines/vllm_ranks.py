@@ -5,9 +5,11 @@ Arguments: rank, ranks, port, folder of the model, extra config as JSON, options
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +27,11 @@ vllm._custom_ops.cpu_prepack_moe_weight = lambda weight, isa: weight
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.model_loader import get_model  # noqa: E402
+from vllm.model_executor.model_loader import base_loader, get_model  # noqa: E402
 
 import weightload  # noqa: E402
 from weightload import settings  # noqa: E402
+from weightload.integrations import vllm as plugin  # noqa: E402
 
 calls: list[dict[str, Any]] = []
 
@@ -48,6 +51,16 @@ def counted(*arguments: Any, **named: Any) -> Any:
 
 
 original, weightload.safetensors_weights_iterator = weightload.safetensors_weights_iterator, counted
+in_parts: list[InParts] = []
+
+
+def counted_parts(*arguments: Any) -> InParts:
+    """A load in parts, written down."""
+    in_parts.append(InParts(*arguments))
+    return in_parts[-1]
+
+
+InParts, plugin.InParts = plugin.InParts, counted_parts
 
 
 def parameters(folder: str, load_format: str, extra: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -69,6 +82,9 @@ def parameters(folder: str, load_format: str, extra: dict[str, Any], options: di
 
 rank, ranks, port = map(int, sys.argv[1:4])
 folder, extra, options = sys.argv[4], json.loads(sys.argv[5]), json.loads(sys.argv[6])
+if "quantization_config" in json.loads(Path(folder, "config.json").read_text()):
+    # Kernels of the wheel lay the weights out in another way. Before that they are compared.
+    base_loader.process_weights_after_loading = lambda *arguments: None
 # As under a launcher, which vLLM is not: the loads have to go by vLLM's ranks.
 os.environ["LOCAL_RANK"] = str(rank)
 own = parameters(folder, "safetensors", {}, options)
@@ -78,6 +94,8 @@ same = [
     name for name in own if own[name].dtype == ours[name].dtype
     and torch.equal(own[name].view(torch.uint8), ours[name].view(torch.uint8))
 ]  # fmt: skip
-sys.stdout.write(
-    "\n" + json.dumps({"before": before, "calls": calls, "parameters": len(own), "same": len(same)}) + "\n"
-)
+said = {
+    "before": before, "calls": calls, "parameters": len(own), "same": len(same),
+    "parts": [dataclasses.asdict(load.counts) for load in in_parts],
+}  # fmt: skip
+sys.stdout.write("\n" + json.dumps(said) + "\n")

@@ -6,29 +6,33 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from weightload._checkpoint.selection import open_files
+from weightload import _C
+from weightload._checkpoint.selection import Names, open_files, select_all
 
 
 def in_name_order(
-    weights: Iterator[tuple[str, torch.Tensor]], files: Sequence[str]
+    weights: Iterator[tuple[str, torch.Tensor]], files: Sequence[str], names: Names | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hold the tensors of a file until all of them are there.
+    """Hold a tensor until those of its file that come before it by name are there.
 
     Models rely on it: a weight and its scale, which lie apart in the file as their dtypes differ, come together.
-    ``files``: where a name is in several of them, ``weights`` has that of the last.
+    Tensors of one dtype mostly lie by name, and are not held. ``files``, ``names``: those of ``weights``, which has a
+    name that several files have from the last of them.
     """
-    home = {name: number for number, file in enumerate(open_files(list(files))) for name in file.names()}
+    opened = open_files(list(files))
+    selection = select_all(opened, names, "last")
+    order = [name for file, numbers in zip(opened, selection, strict=True) for name in _sorted_names(file, numbers)]
+    del opened
     held: dict[str, torch.Tensor] = {}
-    at: int | None = None
-    for name, tensor in weights:
-        if home[name] != at:
-            yield from _by_name(held)
-            at = home[name]
-        held[name] = tensor
-        del tensor
-    yield from _by_name(held)
-
-
-def _by_name(held: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in sorted(held):
+    for name in order:
+        while name not in held:
+            found, tensor = next(weights)
+            held[found] = tensor
+            del tensor
         yield name, held.pop(name)
+    yield from weights  # nothing is left but how the load ends
+
+
+def _sorted_names(file: _C.CheckpointFile, numbers: Sequence[int]) -> list[str]:
+    names = file.names()
+    return sorted(names[number] for number in numbers)

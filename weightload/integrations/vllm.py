@@ -19,13 +19,14 @@ import torch
 import weightload
 from weightload import settings
 from weightload._group.ranks import require_strategy
-from weightload._load.devices import accelerator
+from weightload._load.devices import accelerator, resolve
 from weightload._load.iterator import require_backend
 from weightload.integrations.in_name_order import in_name_order
+from weightload.integrations.in_parts import InParts
 
 LOAD_FORMAT = "weightload"
-CALL_KEYS = ("device", "strategy", "backend")
-"""Of ``model_loader_extra_config``, next to the settings: what is the iterator's."""
+CALL_KEYS = ("device", "strategy", "backend", "parts")
+"""Of ``model_loader_extra_config``, next to the settings."""
 
 ITERATOR = "safetensors_weights_iterator"
 METHOD = "_get_weights_iterator"
@@ -47,12 +48,18 @@ class Options:
     """Who reads, among the ranks of the engine's tensor-parallel group."""
     backend: str | None = None
     """``"mmap"`` or ``"pread"``; None: what the engine's load strategy says."""
+    parts: bool = False
+    """Whether large tensors are read as far as the engine narrows them, rather than whole."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of ``weightload.settings``."""
 
     def __post_init__(self) -> None:
         require_strategy(self.strategy)
         require_backend(self.backend or "mmap")
+        if not isinstance(self.parts, bool):
+            raise ValueError(f"parts {self.parts!r}: must be true or false")
+        if self.parts and self.strategy != "independent":
+            raise ValueError(f"parts: each rank reads its own, which cannot be shared (strategy {self.strategy!r})")
         kind = accelerator()
         if self.device != "cpu" and (kind is None or self.device != kind.type):
             raise ValueError(
@@ -105,22 +112,39 @@ def weights_of(
         arguments = {"safetensors_load_strategy": safetensors_load_strategy, "local_expert_ids": local_expert_ids}
         yield from original(hf_weights_files, use_tqdm_on_load, **arguments, **more)
         return
-    group = options.group()
     files = in_order(hf_weights_files)
+    names = None if local_expert_ids is None else functools.partial(is_local, local_expert_ids)
+    backend: Any = options.backend or BACKENDS[safetensors_load_strategy]
+    if options.parts:
+        yield from in_parts(options, files, backend, names)
+        return
+    group = options.group()
     with settings.override(**options.settings):
         weights = weightload.safetensors_weights_iterator(
             files,
             device=options.device,  # of an accelerator the current one, which the engine has set for this process
             group=group,
             strategy="independent" if group is None else options.strategy,
-            names=None if local_expert_ids is None else functools.partial(is_local, local_expert_ids),
+            names=names,
             duplicates="last",
             show_progress=None if use_tqdm_on_load else False,
-            backend=options.backend or BACKENDS[safetensors_load_strategy],  # type: ignore[arg-type]
+            backend=backend,
         )
     _log.info("weightload reads %d files to the device %s", len(hf_weights_files), options.device)
     with contextlib.closing(weights):
-        yield from in_name_order(weights, files)
+        yield from in_name_order(weights, files, names)
+
+
+def in_parts(
+    options: Options, files: list[str], backend: Any, names: Callable[[str], bool] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, of which this rank reads what the engine's loaders of parameters narrow them to."""
+    weights = InParts(files, resolve(options.device), backend, names, options.settings)
+    _log.info("weightload reads %d files to the device %s, in parts", len(files), options.device)
+    yield from weights
+    counts = weights.counts
+    read = counts.ahead + counts.asked
+    _log.info("weightload has read %d of %d bytes, %d of them ahead", read, counts.checkpoint, counts.ahead)
 
 
 def in_order(files: list[str]) -> list[str]:
