@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,6 +51,49 @@ def test_questions_read_nothing(matrix: torch.Tensor) -> None:
         assert ask(lazy) == ask(matrix)
     assert "shape" not in repr(lazy)
     assert reads == []
+
+
+def test_strides_are_those_of_the_tensor(matrix: torch.Tensor) -> None:
+    for view in (*VIEWS, lambda t: t.unsqueeze(0), lambda t: t.unsqueeze(-1)[2:4], lambda t: t.t().unsqueeze(1)):
+        lazy, reads = make(matrix)
+        ours, theirs = view(lazy), view(matrix)
+        if isinstance(ours, LazyTensor):
+            assert ours.is_contiguous() == theirs.is_contiguous()
+            for at in range(ours.dim()):
+                assert ours.size(at) == 1 or ours.numel() == 0 or ours.stride(at) == theirs.stride(at)
+            assert reads == []
+
+
+def test_contiguous_is_itself_where_it_is_so(matrix: torch.Tensor) -> None:
+    lazy, _ = make(matrix)
+    lazy[0:2].contiguous().zero_()
+    assert float(lazy[0:2].sum()) == 0
+    lazy.t().contiguous().zero_()
+    assert float(lazy[2:].sum()) > 0
+
+
+def test_threads_write_to_one_memory(matrix: torch.Tensor) -> None:
+    """Rows of their own, at once: the first writes wait for one reading of all."""
+    met = threading.Barrier(4)
+
+    def read(box: tuple[slice, ...]) -> torch.Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(0.2)  # only others that read, too, come here
+        return matrix[box].clone()
+
+    lazy = LazyTensor(Unread((8, 6), torch.float32, CPU, read))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: lazy[2 * row : 2 * row + 2].fill_(-1.0), range(4)))
+    assert bool((lazy == -1.0).all())
+
+
+def test_splits_at_the_edge(matrix: torch.Tensor) -> None:
+    lazy, _ = make(matrix)
+    assert [one.shape for one in lazy.unsqueeze(0).split([0, 1], 0)] == [(0, 8, 6), (1, 8, 6)]
+    for sizes in ([-1, 9], -3):
+        with pytest.raises(RuntimeError):
+            lazy.split(sizes)  # type: ignore[no-untyped-call]
+    assert float(lazy[0, 1].transpose(0, 0)) == float(matrix[0, 1])
 
 
 VIEWS: list[Callable[[torch.Tensor], Any]] = [

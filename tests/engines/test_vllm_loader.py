@@ -231,5 +231,6 @@ def test_an_accelerator_where_it_is_asked_for(
     assert same_weights(own, {name: tensor.cpu() for name, tensor in ours.items()})
     assert simulated.live_bytes(0) == 0
     assert calls[1]["settings"].pinned_bytes == 64 << 10
-    with pytest.raises(ValueError, match="device 'cuda'"):
-        make(engine, extra={"device": "cuda"})
+    if kind.type != "cuda":
+        with pytest.raises(ValueError, match="device 'cuda'"):
+            make(engine, extra={"device": "cuda"})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import email.utils
 import errno
 import fcntl
 import hashlib
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ import weightload
 from weightload._cache import copies
 from weightload._cache import folder as caches
 from weightload._remote.source import open_addresses
-from weightload.errors import CacheError, ChecksumError, ReadError
+from weightload.errors import CacheError, ChecksumError, ReadError, WeightLoadError
 
 NAMES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -208,9 +211,60 @@ def test_an_object_that_has_changed_is_loaded_anew(web: Web, folder: Path, cache
 
 def test_a_server_that_tells_no_change_is_refused(web: Web, cache: Path) -> None:
     web.tags = False
-    with pytest.raises(CacheError, match="neither a tag nor a time"):
+    with pytest.raises(CacheError, match="no tag, and no time"):
         load(addresses(web), cache)
     assert files_in(cache) == []
+
+
+def test_a_time_that_may_still_be_that_of_another_change_is_refused(web: Web, cache: Path) -> None:
+    def before(handler: Handler) -> bool:
+        handler.extra = {"Last-Modified": email.utils.formatdate(time.time(), usegmt=True)}
+        return False
+
+    web.tags, web.before = False, before
+    with pytest.raises(CacheError, match="no tag, and no time"):
+        load(addresses(web), cache)
+    assert files_in(cache) == []
+
+
+def test_a_file_of_the_users_own_stays(web: Web, cache: Path) -> None:
+    """With a wrong digest, in a folder that is the cache's, too."""
+    own = cache / "mine" / "own.safetensors"
+    own.parent.mkdir(parents=True)
+    save_file({"own": torch.ones(3)}, own)
+    with pytest.raises(ChecksumError):
+        load([str(own), addresses(web)[0]], cache, verify={own.name: "0" * 64, NAMES[0]: "0" * 64})
+    assert own.exists()
+    assert files_in(cache) == [own]
+
+
+@pytest.mark.parametrize("how", ["close", "next", "exit"])
+def test_a_forked_child_leaves_the_copies_to_its_parent(web: Web, folder: Path, cache: Path, how: str) -> None:
+    released = threading.Event()
+
+    def before(handler: Handler) -> bool:
+        if int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0]) >= 16 << 20:
+            released.wait()
+        return False
+
+    web.before = before
+    weights = weightload.safetensors_weights_iterator(addresses(web), device="cpu", cache=cache)
+    got = dict([next(weights)])
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # which ends it, should it wait
+        with contextlib.suppress(WeightLoadError):
+            if how == "exit":
+                copies._leave_interpreter()
+            elif how == "next":
+                list(weights)
+                os._exit(1)
+        weights.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    released.set()
+    require_same(got | dict(weights), expected(folder))
+    assert copies_of(folder, cache)
 
 
 def test_what_is_gone_from_the_server_is_not_loaded(web: Web, folder: Path, cache: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from weightload._base.handlers import forgiven, pass_on
 from weightload._remote.transport import SECONDS_BETWEEN_LOOKS
-from weightload.errors import CacheError, ReadError, located
+from weightload.errors import CacheError, ReadError, WeightLoadError, located
 
 # Bytes that wait to be written. With more, answers are held back until the disk has caught up.
 MOST_WAITING = 256 << 20
@@ -180,7 +180,7 @@ class Copy:
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
             os.replace(self._part, self.path)
-        self._close()
+        self.let_go()
         remove_others(folder)
 
     def drop(self) -> None:
@@ -192,9 +192,10 @@ class Copy:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(self._part, self._descriptor):
                 os.unlink(self._part)
-        self._close()
+        self.let_go()
 
-    def _close(self) -> None:
+    def let_go(self) -> None:
+        """This process has no more to do with it."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             with forgiven(OSError):  # of network file systems; by then fsync has said the same
@@ -365,6 +366,7 @@ class Copies:
         self._writer, self._sealer = Worker("weightload-cache"), Worker("weightload-sync")
         self._lock = threading.Lock()  # of finish
         self._finished = False
+        self._process = os.getpid()
 
     @property
     def failure(self) -> BaseException | None:
@@ -410,6 +412,10 @@ class Copies:
         Raises:
             CacheError: it cannot be written. ReadError: a server has failed.
         """
+        if os.getpid() != self._process:
+            raise WeightLoadError(
+                "this load was begun before fork(): the threads that write its copies are the parent's"
+            )
         with self._lock:
             if self._finished:
                 return
@@ -446,7 +452,11 @@ class Copies:
                     raise
 
     def close(self) -> None:
-        """Stop; what is not whole goes."""
+        """Stop; what is not whole goes. In a forked child, which has none of the threads, it is the parent's."""
+        if os.getpid() != self._process:
+            for copy in self._copies:
+                copy.let_go()
+            return
         self._writer.close()
         self._sealer.close()
         for copy in self._copies:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Container, Sequence
 from types import TracebackType
 from typing import Any
@@ -43,6 +44,7 @@ AZURES = {"sv", "ss", "srt", "sr", "sp", "st", "se", "sip", "spr", "sig", "skoid
 Agree = Callable[[str], list[str]]
 """Tells all ranks that share a load a text, and gives the texts of all, in their order; a collective call."""
 FAILED = "failed"
+SETTLED = 10  # seconds: times are whole ones, so what has just changed may change again without a sign
 
 
 def digest(value: object, count: int) -> str:
@@ -90,9 +92,13 @@ def is_pinned(address: str) -> bool:
 def state_of(same: tuple[object, ...]) -> str | None:
     """The second part of the name of a copy's folder, of an ``identity``; None if that does not tell a change."""
     size, tag, changed = same
-    if tag is None and (changed is None or changed.timestamp() == 0):  # type: ignore[attr-defined]
+    if tag is None and not 0 < _seconds(changed) < time.time() - SETTLED:
         return None
     return digest((size, tag, str(changed)), 12)
+
+
+def _seconds(changed: Any) -> float:
+    return 0 if changed is None else float(changed.timestamp())
 
 
 class Cache:
@@ -119,6 +125,7 @@ class Cache:
         self._folder, self._fill, self._at_end = os.path.abspath(folder), fill, at_end
         self._agree, self._rank, self._node = agree, rank, node
         self._found: dict[str, _C.CheckpointFile] = {}
+        self._used: set[str] = set()  # paths of the copies that the load may read
         self._failed: BaseException | None = None
         self._copies: Copies | None = None
         self._parts = 0
@@ -227,7 +234,9 @@ class Cache:
             if not stat.S_ISREG(status.st_mode):
                 return None
             if same is None or status.st_size == same[0]:
-                return _C.open_files([os.fsencode(path)], 1)[0]
+                opened = _C.open_files([os.fsencode(path)], 1)[0]
+                self._used.add(path)
+                return opened
         except HeaderError as bad:
             pass_on(bad)
         except (FileNotFoundError, NotADirectoryError) as missing:
@@ -261,7 +270,10 @@ class Cache:
             return
         state = PINNED if is_pinned(address) else state_of(source.same)
         if state is None:
-            what = f"{source.where}: the server tells neither a tag nor a time, so cache= could not see a change"
+            what = (
+                f"{source.where}: the server tells no tag, and no time or one of the last {SETTLED} s, so cache= could "
+                "not see a change"
+            )
             raise located(CacheError(what), source.where)
         self._parts += 1
         rank = self._copies.rank
@@ -299,7 +311,7 @@ class Cache:
         """
         failure = self._copies.failure if self._copies is not None and self._agree is None else None
         self.close()
-        if isinstance(error, ChecksumError) and error.filename and error.filename.startswith(f"{self._folder}/"):
+        if isinstance(error, ChecksumError) and error.filename in self._used:
             self.discard(error.filename)
         if failure is not None and isinstance(error, Exception):
             raise failure.with_traceback(None) from None

@@ -6,6 +6,8 @@ is neither a question about the shape, nor a view, nor a copy is done with the w
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +67,7 @@ class Unread:
         self._read = read
         self._ahead = ahead
         self._whole: torch.Tensor | None = None
+        self._making = threading.Lock()  # two would be two memories, and what is written to one of them be lost
 
     def box(self, box: Bounds) -> torch.Tensor:
         """The elements of a box."""
@@ -82,8 +85,9 @@ class Unread:
 
     def make_whole(self) -> None:
         """Read all of it. From now on every box is of the same memory, as those of a tensor are."""
-        if self._whole is None:
-            self._whole = self.box(tuple((0, size) for size in self.shape))
+        with self._making:
+            if self._whole is None:
+                self._whole = self.box(tuple((0, size) for size in self.shape))
 
 
 class LazyTensor(torch.Tensor):
@@ -106,7 +110,13 @@ class LazyTensor(torch.Tensor):
         # of another tensor (``parameter.data = lazy``), which would have none.
         with torch.inference_mode(False):  # else it is refused as a view of one that was made before
             made: LazyTensor = torch.Tensor._make_wrapper_subclass(
-                cls, lengths, dtype=unread.dtype, device=_META, dispatch_device=True, requires_grad=False
+                cls,
+                lengths,
+                strides=_strides(unread.shape, order, lengths),
+                dtype=unread.dtype,
+                device=_META,
+                dispatch_device=True,
+                requires_grad=False,
             )
         made._unread, made._box, made._order = unread, box, order
         return made
@@ -137,8 +147,10 @@ class LazyTensor(torch.Tensor):
             name = function.__self__.__name__
         elif name in ("__set__", "__delete__"):
             raise RuntimeError(f"{function.__self__.__name__} of a tensor that is read in parts cannot be set")
-        if name == "contiguous":  # it would be itself, and each of its chunks be read by itself
-            return function(*tree_map(_plain, arguments), **(options or {}))
+        if name == "contiguous":
+            # One that is so already is itself, to whom it is written to; of another one the chunks are not read apart.
+            seen = _whole if arguments[0].is_contiguous() else _plain
+            return function(*tree_map(seen, arguments), **(options or {}))
         if name in QUESTIONS or name in VIEWS or name in COPIES:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*arguments, **(options or {}))
@@ -179,6 +191,17 @@ NEW = -1
 """A dimension of one index that is none of the file's."""
 
 
+def _strides(shape: Sequence[int], order: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Of a view of a contiguous tensor, as torch counts them."""
+    found: list[int] = []
+    for number in reversed(range(len(order))):
+        if order[number] != NEW:
+            found.append(math.prod(max(size, 1) for size in shape[order[number] + 1 :]))
+        else:
+            found.append(found[-1] * lengths[number + 1] if found else 1)
+    return found[::-1]
+
+
 def _plain(value: Any) -> Any:
     return value.read() if isinstance(value, LazyTensor) else value
 
@@ -216,7 +239,9 @@ def _permute(tensor: LazyTensor, dims: Sequence[int]) -> LazyTensor | None:
     return LazyTensor(tensor._unread, tensor._box, [tensor._order[dim] for dim in dims])
 
 
-def _transpose(tensor: LazyTensor, dim0: int, dim1: int) -> LazyTensor:
+def _transpose(tensor: LazyTensor, dim0: int, dim1: int) -> LazyTensor | None:
+    if tensor.dim() == 0:
+        return None
     order = list(tensor._order)
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return LazyTensor(tensor._unread, tensor._box, order)
@@ -231,14 +256,15 @@ def _unsqueeze(tensor: LazyTensor, dim: int) -> LazyTensor | None:
 
 def _split(tensor: LazyTensor, size: int, dim: int = 0) -> list[LazyTensor | None] | None:
     length = tensor.shape[dim]
-    return [_slice(tensor, dim, at, at + size) for at in range(0, length, size)] if size and length else None
+    return [_slice(tensor, dim, at, at + size) for at in range(0, length, size)] if size > 0 and length else None
 
 
 def _split_sizes(tensor: LazyTensor, sizes: Sequence[int], dim: int = 0) -> list[LazyTensor | None] | None:
-    if sum(sizes) != tensor.shape[dim]:
+    if sum(sizes) != tensor.shape[dim] or min(sizes, default=0) < 0:
         return None  # torch's to refuse
     ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
-    return [_slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    found = [_slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return None if any(one is None for one in found) else found
 
 
 def _unbind(tensor: LazyTensor, dim: int = 0) -> list[LazyTensor | None]:
