@@ -34,6 +34,7 @@ PEERS = {
     "instanttensor": ("instanttensor==0.2.2",),
     "safetensors-rc": ("safetensors==0.9.0rc1",),
 }
+BUILT_FOR_TORCH = ("torch", "functorch", "nvidia", "triton")
 COPIED = ("csrc", "weightload", "tests", "benchmarks")
 COPIED_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "MANIFEST.in")
 LEFT_OUT = ("*.so", "__pycache__", "_build_info.py")
@@ -98,6 +99,27 @@ def install_peers() -> Path:
         except subprocess.CalledProcessError:
             continue
         part.rename(folder / name)
+    return folder
+
+
+def link_engines() -> Path:
+    """A folder of links to the engines' packages, and to what they need, but for what this environment has itself.
+
+    Raises:
+        Unavailable: the engines are not installed: ``make test-engines`` does that.
+    """
+    folder, own = BUILD / "engines", {path.name for path in site_packages().iterdir()}
+    found = [next((ROOT / name / "lib").glob("python3*/site-packages"), None) for name in (".build/engines", ".venv")]
+    if None in found:
+        raise Unavailable("no .build/engines: run make test-engines first")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for packages in found:
+        for path in packages.iterdir() if packages is not None else ():
+            # Built for another torch, or in the copy of the tree; weightload's metadata has the entry points.
+            other = path.name.startswith(BUILT_FOR_TORCH) or path.suffix == ".pth" or path.name == "weightload"
+            if not other and path.name not in own and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
     return folder
 
 

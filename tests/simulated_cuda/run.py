@@ -40,9 +40,11 @@ STEPS: dict[str, list[str]] = {
     ],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed
+    # Where make test-engines has been run, and only where it is asked for.
+    "engines": ["tests/engines/test_vllm_loader.py", "tests/engines/test_in_parts.py", "tests/engines/test_vllm.py"],
     "benchmarks": [],  # benchmarks/gpu/check.sh, with the other loaders; only where it is asked for
 }  # fmt: skip
-DEFAULT = [name for name in STEPS if name != "benchmarks"]
+DEFAULT = [name for name in STEPS if name not in ("engines", "benchmarks")]
 
 
 def variables(seed: int, reports: Path) -> dict[str, str]:
@@ -63,6 +65,8 @@ def run_step(name: str, seed: int, seeds: int, options: list[str]) -> tuple[bool
     if name == "seeds":
         command = [environment.PYTHON, STRESS, "--first", str(seed), "--seeds", str(seeds)]
     environ = variables(seed, reports)
+    if name == "engines":
+        environ["PYTHONPATH"] += os.pathsep + str(environment.link_engines())
     if name == "benchmarks":
         command = ["bash", "benchmarks/gpu/check.sh", environment.BUILD / "gpu-check"]
         environ |= {
