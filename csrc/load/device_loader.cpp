@@ -172,8 +172,10 @@ void DeviceLoader::work(size_t number, const Look& look) {
     slot.release_to_device();
     mark_blocks(task);
   }
+  // Not with a block's first slot, which may be read while nothing else of the block may.
   copies([&](const SlotCopy& copy) {
-    if (copy.block_offset == 0) allocate_ahead(copy.block + 1);
+    const uint64_t half = layout_.blocks[copy.block].bytes / 2;
+    if (copy.block_offset <= half && half - copy.block_offset < copy.bytes) allocate_ahead(copy.block + 1);
   });
 }
 

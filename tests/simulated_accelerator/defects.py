@@ -70,8 +70,8 @@ DEFECTS = (
     Defect(
         "slot's event on the wrong stream",
         ACCELERATOR,
-        "static_cast<Slot&>(slot).copied().record(side_);",
-        "static_cast<Slot&>(slot).copied().record(owner_);",
+        "static_cast<TorchSlot&>(slot).copied().record(side_);",
+        "static_cast<TorchSlot&>(slot).copied().record(owner_);",
         (ORDER + "slots_are_not_filled_again_before_they_were_copied_from",),
     ),
     Defect(
@@ -168,14 +168,14 @@ DEFECTS = (
     Defect(
         "collective before the copies' event",
         ACCELERATOR,
-        "static_cast<Block&>(block).copied().block(collective_stream());",
+        "static_cast<TorchBlock&>(block).copied().block(collective_stream());",
         "static_cast<void>(block);",
         (GROUP + "every_rank_gets_every_byte",),
     ),
     Defect(
         "consumer does not wait for the collective",
         ACCELERATOR,
-        "static_cast<Block&>(block).copied().record(collective_stream());",
+        "static_cast<TorchBlock&>(block).copied().record(collective_stream());",
         "static_cast<void>(block);",
         (GROUP + "every_rank_gets_every_byte",),
     ),
