@@ -381,7 +381,7 @@ def test_tensors_in_memory_files_are_compared_too(checkpoint: Path, tmp_path: Pa
         if each["reason"]:  # little memory
             continue
         assert [len(row["seconds"]) for row in each["rows"]] == [1, 1]
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert set(os.listdir("/dev/shm")) <= set(before)  # others may have files there, too
 
 
 def test_loads_by_two_ranks_are_in_the_same_table(checkpoint: Path, tmp_path: Path) -> None:
