@@ -44,7 +44,11 @@ class Native:
                 ctypes.c_void_p(chosen.cuda_stream), ctypes.c_uint64(word.data_ptr()), ctypes.c_uint32(1), EQUAL
             )
         assert code == 0, f"cuStreamWaitValue32 failed: {code}"
-        return lambda: word.fill_(1) and None
+
+        def release() -> None:
+            word.fill_(1)
+
+        return release
 
     def synchronize(self, device: int) -> None:
         if self.has_context(device):

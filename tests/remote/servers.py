@@ -126,3 +126,39 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def hang(web: Web, path: str = "", first: int = 1) -> threading.Event:
+    """From there on, bytes of what begins with this path never come. Set when they are asked for."""
+    asked = threading.Event()
+
+    def before(handler: Handler) -> bool:
+        begin = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if not handler.path.startswith(f"/{path}") or begin < first:
+            return False
+        asked.set()
+        web.released.wait()
+        return True
+
+    web.before = before
+    return asked
+
+
+def damage_once(web: Web, path: Path, at: int, times: int = 1) -> list[str]:
+    """Answers with a wrong bit, which no tag shows; asked again, the server is right. Returns what was damaged."""
+    data = path.read_bytes()
+    damaged: list[str] = []
+
+    def damage(handler: Handler) -> bool:
+        begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        if handler.path != f"/{path.name}" or len(damaged) >= times or not begin <= at <= end < len(data):
+            return False
+        damaged.append(handler.path)
+        body = bytearray(data[begin : end + 1])
+        body[at - begin] ^= 1
+        tag = {"ETag": f'"{abs(hash(data))}"', "Content-Range": f"bytes {begin}-{end}/{len(data)}"}
+        handler.reply(206, bytes(body), tag)
+        return True
+
+    web.before = damage
+    return damaged

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import Handler, Web, environment, serving
+from servers import Handler, Web, environment, hang, serving
 
 import weightload
 from weightload._cache import copies
@@ -103,22 +103,6 @@ def _no_child_is_left() -> Iterator[None]:
     for child in children:
         child.kill()  # nothing to one that has ended
     children.clear()
-
-
-def hang(web: Web, path: str = NAMES[0], first: int = 16 << 20) -> threading.Event:
-    """From there on its bytes never come. Set when they are asked for."""
-    asked = threading.Event()
-
-    def before(handler: Handler) -> bool:
-        begin = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if not handler.path.startswith(f"/{path}") or begin < first:
-            return False
-        asked.set()
-        web.released.wait()
-        return True
-
-    web.before = before
-    return asked
 
 
 CALLS: dict[str, Callable[[list[str], Path | None, dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
@@ -489,7 +473,7 @@ def test_a_copy_that_has_become_wrong_goes_when_it_is_checked(web: Web, folder: 
 
 
 def test_a_load_that_is_left_leaves_nothing(web: Web, cache: Path) -> None:
-    asked = hang(web)
+    asked = hang(web, NAMES[0], 16 << 20)
     for leave in ("close", "break", "raise"):
         weights = weightload.safetensors_weights_iterator(addresses(web)[:1], to_cpu=True, cache=cache)
         assert asked.wait(60)
@@ -530,7 +514,7 @@ SCRIPT = """
 
 
 def test_ctrl_c(web: Web, cache: Path) -> None:
-    asked = hang(web)
+    asked = hang(web, NAMES[0], 16 << 20)
     child = python(SCRIPT, cache, *addresses(web))
     assert asked.wait(60)
     assert files_in(cache) != []
@@ -541,7 +525,7 @@ def test_ctrl_c(web: Web, cache: Path) -> None:
 
 
 def test_the_exit_in_the_middle_of_a_load(web: Web, cache: Path) -> None:
-    asked = hang(web)
+    asked = hang(web, NAMES[0], 16 << 20)
     script = """
         import sys, weightload
         weights = weightload.safetensors_weights_iterator(sys.argv[2:], to_cpu=True, cache=sys.argv[1])
@@ -556,7 +540,7 @@ def test_the_exit_in_the_middle_of_a_load(web: Web, cache: Path) -> None:
 
 
 def test_what_dead_processes_left_is_swept_and_what_live_ones_write_is_not(web: Web, folder: Path, cache: Path) -> None:
-    asked = hang(web)
+    asked = hang(web, NAMES[0], 16 << 20)
     child = python(SCRIPT, cache, addresses(web)[0])
     assert asked.wait(60)
     (part,) = files_in(cache)

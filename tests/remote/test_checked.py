@@ -11,7 +11,7 @@ import pytest
 import torch
 from group_support import assert_done, run_ranks
 from safetensors.torch import load_file, save_file
-from servers import Handler, Web, serving
+from servers import Handler, Web, damage_once, serving
 
 import weightload
 from weightload._remote import tap
@@ -40,26 +40,6 @@ def asked_of(web: Web) -> int:
     """Bytes that were asked for."""
     ranges = [handler.removeprefix("bytes=").split("-") for _, _, handler in web.asked if handler]
     return sum(int(end) + 1 - int(begin) for begin, end in ranges)
-
-
-def damage_once(web: Web, path: Path, at: int, times: int = 1) -> list[str]:
-    """Answers with a wrong bit, which no tag shows; asked again, the server is right. Returns what was damaged."""
-    data = path.read_bytes()
-    damaged: list[str] = []
-
-    def damage(handler: Handler) -> bool:
-        begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
-        if handler.path != f"/{path.name}" or len(damaged) >= times or not begin <= at <= end < len(data):
-            return False
-        damaged.append(handler.path)
-        body = bytearray(data[begin : end + 1])
-        body[at - begin] ^= 1
-        tag = {"ETag": f'"{abs(hash(data))}"', "Content-Range": f"bytes {begin}-{end}/{len(data)}"}
-        handler.reply(206, bytes(body), tag)
-        return True
-
-    web.before = damage
-    return damaged
 
 
 CALLS: dict[str, Callable[..., object]] = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import Handler, Web, serving
+from servers import Handler, Web, hang, serving
 
 import weightload
 from weightload.errors import CheckpointError, ChecksumError, HeaderTooSmall, HtmlPage, ReadError
@@ -284,21 +284,6 @@ def test_credentials_stay_with_their_host(web: Web, folder: Path) -> None:
         assert all("authorization" in headers for headers in web.headers)
         assert other.headers
         assert not any("authorization" in headers for headers in other.headers)
-
-
-def hang(web: Web) -> threading.Event:
-    """Tensors' bytes never come. Set when the first is asked for."""
-    asked = threading.Event()
-
-    def before(handler: Handler) -> bool:
-        if handler.headers.get("Range", "").startswith("bytes=0-"):
-            return False
-        asked.set()
-        web.released.wait()
-        return True
-
-    web.before = before
-    return asked
 
 
 def test_a_load_that_waits_for_a_server_can_be_left(web: Web, folder: Path) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import Handler, serving
+from servers import Handler, damage_once, serving
 
 import weightload
 from weightload._remote import in_order, tap
@@ -303,22 +303,8 @@ def test_a_verdict_is_on_the_bytes_that_were_loaded(
     data = model.read_bytes()
     right = hashlib.sha256(data).hexdigest()
     with serving(model.parent) as web:
-        damaged: list[str] = []
-
-        def damage(handler: Handler) -> bool:
-            begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
-            at = len(data) // 2 + 1000  # in c
-            if damaged or not begin <= at <= end < len(data):
-                return False
-            damaged.append(handler.path)
-            body = bytearray(data[begin : end + 1])
-            body[at - begin] ^= 1
-            tag = {"ETag": f'"{abs(hash(data))}"', "Content-Range": f"bytes {begin}-{end}/{len(data)}"}
-            handler.reply(206, bytes(body), tag)
-            return True
-
         for broken in (False, True):
-            web.before = damage if broken else lambda handler: False
+            damaged = damage_once(web, model, len(data) // 2 + 1000) if broken else []  # in c
             weights = weightload.safetensors_weights_iterator(
                 [web.address(model.name)], to_cpu=True, names=names, verify={model.name: right}
             )
