@@ -293,6 +293,27 @@ def test_the_exit_while_a_daemon_thread_waits_for_a_server(model: Path) -> None:
             assert child.wait(60) == 0
 
 
+def test_the_exit_while_the_library_hands_over_an_answer(model: Path) -> None:
+    """Its threads run Python code to do so, and must not be in it when the interpreter ends: they would abort it."""
+    script = """
+        import asyncio.selector_events, sys, threading, time, weightload
+        Loop = asyncio.selector_events.BaseSelectorEventLoop
+        wake = Loop._write_to_self
+
+        def wake_slowly(loop):
+            wake(loop)
+            if isinstance(threading.current_thread(), threading._DummyThread):
+                time.sleep(0.3)  # as a thread that the machine has no time for
+
+        Loop._write_to_self = wake_slowly
+        print(*weightload.safe_open(sys.argv[1], "pt").keys())
+    """
+    with serving(model.parent) as web:
+        command = [sys.executable, "-c", textwrap.dedent(script), web.address(model.name)]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.split()[:1], ended.stderr) == (0, ["a"], "")
+
+
 @pytest.mark.parametrize("room", [512 << 20, 0])
 @pytest.mark.parametrize("names", [None, {"c"}])
 def test_a_verdict_is_on_the_bytes_that_were_loaded(

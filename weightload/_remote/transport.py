@@ -11,20 +11,23 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from weightload._remote.answers import Answer, InHand, Tap, told
+from weightload._remote.loop import CountingLoop
 from weightload.errors import WeightLoadError
 
 _Result = TypeVar("_Result")
 
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_FOR_FUTURES = 2.0  # a thread that has come so far is at Python code, and needs milliseconds
 
 
 class Transport:
     """An event loop in a thread. Requests are given to it from any thread, and can be broken off at any moment."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = CountingLoop()
         self._lock = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="weightload-remote", daemon=True)
         self._thread.start()
 
@@ -39,11 +42,17 @@ class Transport:
         return refused
 
     def close(self) -> None:
-        """Break off what is under way, and join the thread."""
+        """Break off what is under way, and join the thread; the library's threads are done with Python after it.
+
+        In a forked child there is nothing of it, and what wakes the loop is shared with the parent.
+        """
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.wait_for_futures(SECONDS_FOR_FUTURES)
 
     def _run(self) -> None:
         self._loop.run_forever()
