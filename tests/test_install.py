@@ -510,9 +510,12 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return begun
 
 
-def test_what_will_be_wanted_comes_ahead(framework: Any, large: Path, begun: list[list[str]]) -> None:
+@pytest.mark.parametrize("cold", [True, False])
+def test_what_will_be_wanted_comes_ahead(framework: Any, large: Path, begun: list[list[str]], cold: bool) -> None:
     with weightload.installed(NAME):
         evict([large])
+        if not cold:
+            large.read_bytes()
         handle = framework.safe_open(str(large), framework="pt")
         slices = [handle.get_slice(f"{i:02}") for i in range(12)]
         for each in slices[:6]:
