@@ -120,6 +120,10 @@ class OptionError(WeightLoadError, ValueError, RuntimeError):
     """
 
 
+class AddressError(WeightLoadError, ValueError):
+    """An address that nothing can be asked of: without a bucket, a host or an account, say."""
+
+
 class GroupError(WeightLoadError):
     """The ranks of a group could not share a load: one died, stopped or never called, or the network failed."""
 

@@ -31,6 +31,7 @@ from servers import Handler, Web, environment, hang, serving
 import weightload
 from weightload._cache import copies
 from weightload._cache import folder as caches
+from weightload._remote.answers import FIRST_BYTES
 from weightload._remote.source import open_addresses
 from weightload.errors import CacheError, ChecksumError, ReadError, WeightLoadError
 
@@ -885,3 +886,28 @@ def test_ranks_that_do_not_end_together(web: Web, folder: Path, cache: Path, tmp
     assert "File too large" in told[1]["full"]
     assert told[0]["full"] == "none" or "File too large" in told[0]["full"]
     assert copies_of(folder, cache.with_name(f"{cache.name}-raced"))
+
+
+def test_the_command(web: Web, folder: Path, cache: Path) -> None:
+    """`weightload load --cache --verify` makes whole copies, and then loads from them; a wrong digest is an error."""
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "weightload", "load", web.url, "--cache", str(cache), "--verify", "sha256"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    index = {name: file for file in NAMES for name in load_file(folder / file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in NAMES}
+    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert copies_of(folder, cache)
+    web.asked.clear()
+    again = run()
+    assert again.returncode == 0, again.stderr
+    asked = [span for _, path, span in web.asked if path.endswith(".safetensors")]
+    assert all(int(span.rpartition("-")[2]) < FIRST_BYTES for span in asked)  # headers, and the question of one byte
+    (folder / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in NAMES))
+    wrong = run()
+    assert wrong.returncode == 1
+    assert "0" * 64 in wrong.stderr

@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, Web, hang, serving
 
 import weightload
-from weightload.errors import CheckpointError, ChecksumError, HeaderTooSmall, HtmlPage, ReadError
+from weightload.cli.main import main
+from weightload.errors import (
+    AddressError,
+    CheckpointError,
+    ChecksumError,
+    HeaderTooSmall,
+    HtmlPage,
+    ReadError,
+    WeightLoadError,
+)
 
 SECRET = "sig=SECRET"
 
@@ -381,6 +390,28 @@ def test_commands(web: Web, folder: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert web.address("model-00002-of-00003.safetensors") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("s3://", "names no bucket"),
+        ("s3:///key", "names no bucket"),
+        ("az://container/key", "Azure wants an account"),
+        ("http://host:99999/key.safetensors", "the server's name or its port"),
+        ("hf://one", "must be hf://organisation/repository"),
+    ],
+)
+def test_addresses_that_nothing_can_be_asked_of(
+    address: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    for error in (AddressError, ValueError, WeightLoadError):
+        with pytest.raises(error, match=reason):
+            weightload.load_file(address)
+    assert main(["load", address]) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_without_the_library(web: Web, folder: Path) -> None:

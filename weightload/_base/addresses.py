@@ -7,7 +7,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from weightload._base.handlers import pass_on
 
-BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+AZURE = ("az", "azure", "abfs", "abfss", "adl")
+BUCKETS = ("s3", "s3a", "gs", *AZURE)
 CONTAINERS_OF_ACCOUNTS = ("abfs", "abfss")  # container@account.dfs.core.windows.net
 WEB = ("http", "https")
 HUB = "hf"

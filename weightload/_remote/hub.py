@@ -12,7 +12,7 @@ from weightload._base.addresses import HUB, is_hub, shown
 from weightload._base.handlers import pass_on
 from weightload._remote.failures import read_error
 from weightload._remote.optional import optional
-from weightload.errors import WeightLoadError
+from weightload.errors import AddressError
 
 
 class Repo(NamedTuple):
@@ -32,13 +32,13 @@ def parse(address: str) -> Repo:
     """The parts of an address.
 
     Raises:
-        WeightLoadError: it names no repository.
+        AddressError: it names no repository.
     """
     organisation, _, rest = address.partition("://")[2].partition("/")
     repository, _, path = rest.partition("/")
     name, _, revision = repository.partition("@")
     if not organisation or not name:
-        raise WeightLoadError(
+        raise AddressError(
             f"{shown(address)}: must be hf://organisation/repository, with @revision and a path or without"
         )
     return Repo(f"{organisation}/{name}", revision or None, path.strip("/"))

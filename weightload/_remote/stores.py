@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlunsplit
 
-from weightload._base.addresses import HUB, WEB, scheme_of, shown, split
+from weightload._base.addresses import AZURE, HUB, WEB, scheme_of, shown, split
+from weightload._base.handlers import pass_on
 from weightload._remote.hub import url_of
 from weightload._remote.optional import optional
-from weightload.errors import WeightLoadError
+from weightload.errors import AddressError
 
 # Environment variables that the library makes a store by: credentials, endpoints.
 PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
+ACCOUNTS = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
 # The whole of a request may take long, as its bytes do on slow networks; nothing of it may come for so long.
@@ -52,7 +54,7 @@ def place_of(address: str) -> Place:
 
     Raises:
         ModuleNotFoundError: as ``library``.
-        WeightLoadError: no store can be made of it.
+        AddressError: no store can be made of it.
     """
     stores = library().store
     scheme = scheme_of(address)
@@ -69,11 +71,22 @@ def place_of(address: str) -> Place:
             options = {**CLIENT, "allow_http": True} if plain else CLIENT
             _stores[key] = stores.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=RETRIES)
         return Place(_stores[key], path)
-    except (ModuleNotFoundError, WeightLoadError):
+    except (ModuleNotFoundError, AddressError):
         raise
     except Exception as error:
-        failed = type(error).__name__
-    raise WeightLoadError(f"{shown(address)}: no store can be made of this address ({failed})")
+        pass_on(error)  # not its words, which may have secrets in them
+    raise AddressError(f"{shown(address)}: no store can be made of this address: {_what_is_missing(address)}")
+
+
+def _what_is_missing(address: str) -> str:
+    scheme, host = scheme_of(address), split(address).netloc
+    if scheme in WEB:
+        return "the server's name or its port"
+    if not host:
+        return "it names no bucket"
+    if scheme in AZURE and not any(name in os.environ for name in ACCOUNTS):
+        return f"Azure wants an account ({ACCOUNTS[0]}), and credentials where the container is not public"
+    return "the library does not take it, or what the environment says of it"
 
 
 def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Any:

@@ -25,6 +25,10 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--device", default="cpu", help="where to load to, such as cuda:0 (default: cpu)")
     command.add_argument("--backend", choices=("mmap", "pread"), default="mmap", help="of loads to the CPU")
+    command.add_argument("--verify", choices=("sha256",), help="check every file's SHA-256 while it is loaded")
+    command.add_argument(
+        "--cache", metavar="FOLDER", help="of addresses: read copies that are there, and make those that are not"
+    )
     command.add_argument("--touch", action="store_true", help="read one byte of each 4 KiB of CPU tensors")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--stats", action="store_true", help="show every stage, how files were read, and the bottleneck")
@@ -38,7 +42,13 @@ def run(options: argparse.Namespace) -> int:
     paths = resolve(options)
     begin = time.perf_counter()
     with safetensors_weights_iterator(
-        paths, device=device, strategy="independent", backend=options.backend, show_progress=False
+        paths,
+        device=device,
+        strategy="independent",
+        backend=options.backend,
+        show_progress=False,
+        verify=options.verify,
+        cache=options.cache,
     ) as weights:
         for _, tensor in weights:
             if options.touch and tensor.device.type == "cpu":

@@ -26,6 +26,7 @@ from weightload.cli.common import (
     flush,
     tell,
 )
+from weightload.errors import AddressError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("weightload: stopped")
         return STOPPED
+    except AddressError as error:
+        tell(f"weightload: {error}")
+        return USAGE
     except SafetensorError as error:
         tell(f"weightload: {error}")
         return UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN
