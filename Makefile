@@ -6,6 +6,8 @@
 #               its own (.build/engines, 2 GB); needs no GPU.
 # make test-cuda: the tests of accelerators on CUDA's torch, on a simulated CUDA; needs no GPU.
 #
+# make wheel:   a wheel for the torch at hand, in dist/; its version says which torch that is.
+#
 # They work in a virtual environment of their own (.venv) and are quick the second time. TORCH names the torch to
 # install there; an environment that already has one keeps it.
 SHELL = /bin/bash
@@ -34,7 +36,7 @@ SMALL_S ?= 40
 
 SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp') setup.py
 
-.PHONY: bench compare peers test test-frameworks test-engines test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz clean
+.PHONY: bench compare peers test test-frameworks test-engines test-cuda setup lint stubs stress defects defects-cuda gpu-check-cuda fuzz wheel clean
 
 setup: $(VENV)/built
 
@@ -53,6 +55,10 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 
 test: setup
 	$(RUN) -m pytest -q
+
+wheel: setup
+	WEIGHTLOAD_WHEEL=1 $(RUN) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 # transformers, diffusers, accelerate, PEFT and sentence-transformers in an environment of their own, which sees the
 # project's for all that they share. FRAMEWORKS names versions.

@@ -137,4 +137,15 @@ def extension() -> Extension:
     return made
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildAgainstTorch})
+def label() -> str:
+    """What a wheel's version ends in, so that one for this torch is not taken for one for another (`make wheel`)."""
+    if os.environ.get("WEIGHTLOAD_WHEEL") != "1":
+        return ""
+    return "+torch" + torch.__version__.replace("+", ".")
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildAgainstTorch},
+    options={"egg_info": {"tag_build": label()}},
+)

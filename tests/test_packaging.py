@@ -47,16 +47,26 @@ def plain_environment() -> dict[str, str]:
     }
 
 
-def pip_install(python: Path, source: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "pip", "install", "-v", "--no-cache-dir", "--no-deps", str(source)]
-    return subprocess.run(command, capture_output=True, text=True, env=plain_environment(), timeout=900)
+def pip(python: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-m", "pip", *map(str, arguments)]
+    environment = plain_environment() | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
-def test_install_under_build_isolation_uses_the_torch_of_the_environment(tmp_path: Path, source: Path) -> None:
-    python = make_environment(tmp_path / "env", with_torch=True)
-    done = pip_install(python, source)
+def test_a_wheel_built_under_isolation_is_for_the_torch_of_the_environment(tmp_path: Path, source: Path) -> None:
+    """Which pip installs in one step as well."""
+    builder = make_environment(tmp_path / "builder", with_torch=True)
+    folder = tmp_path / "dist"
+    done = pip(builder, "wheel", "-v", "--no-cache-dir", "--no-deps", "-w", folder, source, WEIGHTLOAD_WHEEL="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "Collecting torch" not in done.stdout
+    (wheel,) = folder.iterdir()
+    label = f"+torch{torch.__version__.replace('+', '.')}"
+    assert wheel.name.startswith(f"weightload-{weightload.__version__}{label}-cp3")
+    python = make_environment(tmp_path / "env", with_torch=True)
+    done = pip(python, "install", "--no-index", "--no-deps", wheel)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"weightload {weightload.__version__}{label}" in " ".join(pip(python, "list").stdout.split())
     script = "import weightload, torch, pathlib; from weightload import _C; "
     script += "print(weightload.__version__, torch.__version__, _C.__file__, pathlib.Path(weightload.__file__).parent)"
     plain = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path, "env": plain_environment()}
@@ -72,7 +82,8 @@ def test_install_under_build_isolation_uses_the_torch_of_the_environment(tmp_pat
 
 
 def test_install_without_torch_names_the_command_to_run(tmp_path: Path, source: Path) -> None:
-    done = pip_install(make_environment(tmp_path / "env", with_torch=False), source)
+    python = make_environment(tmp_path / "env", with_torch=False)
+    done = pip(python, "install", "-v", "--no-cache-dir", "--no-deps", source)
     assert done.returncode != 0
     assert "pip install 'torch>=2.8'" in done.stdout + done.stderr
     assert "Collecting torch" not in done.stdout
