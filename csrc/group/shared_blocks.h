@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/fork_generation.h"
 #include "base/stopwatch.h"
 #include "group/exchange.h"
 #include "group/registry.h"
@@ -77,17 +78,17 @@ class SharedBlocks {
     if (exchange_) exchange_->give_reason(error);
   }
 
+  // In a forked child without a word: the communicator belongs to the parent.
   void leave() noexcept {
     const auto exchange = std::move(exchange_);
-    if (exchange && !exchange->awaits_verdict()) group_registry::leave(exchange);
+    if (!exchange || generation_ != fork_generation() || exchange->awaits_verdict()) return;
+    group_registry::leave(exchange);
   }
-
-  // In a forked child: the communicator belongs to the parent.
-  void forget() noexcept { new std::shared_ptr<GroupExchange>(std::move(exchange_)); }
 
  private:
   static constexpr size_t kStays = SIZE_MAX;  // of empty blocks
 
+  const uint32_t generation_ = fork_generation();
   ReadPlanOptions reads_;
   std::shared_ptr<GroupExchange> exchange_;
   std::vector<uint32_t> turns_;  // blocks that travel

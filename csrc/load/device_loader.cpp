@@ -34,7 +34,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
       shared_(std::move(exchange)),
       selected_(std::move(files), selection, parts),
       counts_(selected_.files().size()),
-      pace_(std::max(options.threads, 1u)),
+      pace_(new Pace(std::max(options.threads, 1u))),
       fork_generation_(fork_generation()) {
   plan(std::move(places), options);
   open_readers(options.read);
@@ -48,14 +48,10 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
 
 DeviceLoader::~DeviceLoader() {
   if (forked()) {
-    // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
-    shared_.forget();
-    static_cast<void>(pool_.release());
-    // In place of what the parent's threads may wait on: destroying that waits for them.
-    new (&pace_) Pace;
+    // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed. In place of
+    // what the parent's threads may wait on: destroying that waits for them.
     new (&allocated_) std::condition_variable;
     new std::vector<DeviceBlockRef>(std::move(blocks_));
-    new std::shared_ptr<Device>(device_);
     return;
   }
   close();
@@ -124,7 +120,7 @@ void DeviceLoader::open_readers(ReadMode mode) {
     if (reader) continue;
     const CheckpointFile& file = *files[task.file];
     reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file],
-                                           file.file() ? pace_ : unpaced_, filler_, mappings_);
+                                           file.file() ? *pace_ : unpaced_, filler_, mappings_);
   }
 }
 
@@ -137,9 +133,9 @@ void DeviceLoader::start(const DeviceLoaderOptions& options) {
   // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
-  pool_ = std::make_unique<OrderedPool>(
+  pool_.reset(new OrderedPool(
       std::move(ends), options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
-      options.pause);
+      options.pause));
   counts_.threads = pool_->thread_count();
 }
 
@@ -338,7 +334,7 @@ void DeviceLoader::interrupt() noexcept {
   interrupted_ = true;
   if (forked()) return;
   if (pool_) pool_->stop();
-  pace_.stop();
+  pace_->stop();
   ring_->stop();
 }
 

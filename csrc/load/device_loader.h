@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/delete_unless_forked.h"
 #include "base/look.h"
 #include "checkpoint/selected_tensors.h"
 #include "device/device.h"
@@ -126,7 +127,7 @@ class DeviceLoader {
   uint64_t block_bytes_ = 0;  // as options
   uint64_t slot_bytes_ = 0;   // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
-  Pace pace_;
+  ForkOwned<Pace> pace_;
   Pace unpaced_{Pace::Unpaced{}};  // of what is no file
   LoadMappings mappings_;
   CacheFiller filler_{mappings_};
@@ -150,7 +151,7 @@ class DeviceLoader {
   bool places_awaited_ = true;  // false while the caller's memory may be written
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};
-  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
+  ForkOwned<OrderedPool> pool_;  // last: its threads use everything above
 };
 
 }  // namespace weightload

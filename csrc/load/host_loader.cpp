@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "base/error.h"
@@ -46,7 +45,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       counts_(selected_.files().size()),
       readiness_(selected_.size()),
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
-      pace_(std::max({options.threads, options.cold_threads, 1u})),
+      pace_(new Pace(std::max({options.threads, options.cold_threads, 1u}))),
       fork_generation_(fork_generation()) {
   map_files(places, options);
   plan(std::move(places), options);
@@ -59,15 +58,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
   counts_.made();
 }
 
-HostLoader::~HostLoader() {
-  close();
-  // In a forked child the threads do not exist and the pool's mutex may be held for ever by one of them:
-  // neither joining nor destroying is possible. The child keeps the few kilobytes.
-  if (!forked()) return;
-  static_cast<void>(pool_.release());
-  // Nor can a condition variable that the parent's threads wait on be destroyed: a new one takes its place.
-  new (&pace_) Pace;
-}
+HostLoader::~HostLoader() { close(); }
 
 bool HostLoader::needs_others() const {
   return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
@@ -149,7 +140,7 @@ void HostLoader::open_readers(ReadMode mode) {
     const CheckpointFile& file = *selected_.files()[task.file];
     reader =
         std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable, counts_.files[task.file],
-                                      file.file() ? pace_ : unpaced_, filler_, mappings_);
+                                      file.file() ? *pace_ : unpaced_, filler_, mappings_);
   }
 }
 
@@ -201,9 +192,9 @@ void HostLoader::start(const HostLoaderOptions& options) {
   uint64_t total = 0;
   for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
   const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
-  pool_ = std::make_unique<OrderedPool>(
+  pool_.reset(new OrderedPool(
       std::move(ends), threads, shared_.own_part(options.window_bytes),
-      [this](size_t task, const Look& look) { work(task, look); }, options.pause);
+      [this](size_t task, const Look& look) { work(task, look); }, options.pause));
   counts_.threads = pool_->thread_count();
 }
 
@@ -225,7 +216,7 @@ void HostLoader::work(size_t task, const Look& look) {
   if (layout_.blocks[read.block].mapped && !page_in_) return;
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, filler_.prices(), look);
+    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, *pace_, filler_.prices(), look);
     file.source().require_unchanged(read.bytes.begin);
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     counts_.was_read(read.file, read.bytes.size());
@@ -449,12 +440,11 @@ void HostLoader::interrupt() noexcept {
   interrupted_ = true;
   if (forked()) return;
   if (pool_) pool_->stop();
-  pace_.stop();
+  pace_->stop();
 }
 
 void HostLoader::close() noexcept {
   interrupt();
-  if (forked()) shared_.forget();
   if (pool_ && !forked()) pool_->join();
   shared_.leave();
   counts_.end();

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/delete_unless_forked.h"
 #include "base/look.h"
 #include "checkpoint/selected_tensors.h"
 #include "group/shared_blocks.h"
@@ -172,7 +173,7 @@ class HostLoader {
   uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
-  Pace pace_;
+  ForkOwned<Pace> pace_;
   Pace unpaced_{Pace::Unpaced{}};  // of what is no file
   BackedPages backed_pages_;
   FreshPages fresh_pages_{backed_pages_};
@@ -181,7 +182,7 @@ class HostLoader {
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
   uint32_t fork_generation_;
   std::atomic<bool> interrupted_{false};
-  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
+  ForkOwned<OrderedPool> pool_;  // last: its threads use everything above
 };
 
 }  // namespace weightload
