@@ -9,7 +9,6 @@
 #include "base/pages.h"
 #include "base/stopwatch.h"
 #include "checkpoint/cached_reads.h"
-#include "memory/spare_memory.h"
 #include "page_cache/free_page_reporting.h"
 #include "page_cache/page_in.h"
 #include "read/strided_reads.h"
@@ -108,7 +107,6 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
     if (!block.mapped && !in_place_[b]) largest = std::max(largest, block.bytes + kHugePage);
   }
   block_cache_ = std::make_shared<BlockCache>(largest);
-  spare_memory::set_limit(options.spare_bytes);
 }
 
 void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options) {

@@ -47,9 +47,6 @@ struct HostLoaderOptions {
   uint64_t task_bytes = 8ull << 20;
   uint64_t block_bytes = 64ull << 20;
 
-  // How much private memory the process keeps for later loads; see memory/spare_memory.h.
-  uint64_t spare_bytes = 0;
-
   // Of private memory and the caller's. What is not shared with other ranks may be read directly.
   ReadMode read = ReadMode::automatic;
 
