@@ -1,6 +1,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -44,7 +45,8 @@ class SharedBlocks {
   }
 
   // `prepare` as GroupExchange::Prepare, for blocks of the layout by their number there; empty ones do not travel.
-  void begin(const Layout& layout, GroupExchange::Prepare prepare, const CheckpointFiles& files) {
+  using Prepare = std::function<bool(uint32_t block, std::chrono::milliseconds patience, Payload& payload)>;
+  void begin(const Layout& layout, Prepare prepare, const CheckpointFiles& files) {
     if (!exchange_) return;
     for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
       const bool travels = layout.blocks[b].bytes > 0;
