@@ -27,6 +27,7 @@ __all__: list[str] = [
     "disarm_fault",
     "finish",
     "from_bytes",
+    "keep_memory",
     "leave_interpreter",
     "measure_page_costs",
     "open_files",
@@ -247,7 +248,6 @@ class HostLoader:
         window_bytes: int,
         task_bytes: int,
         block_bytes: int,
-        spare_bytes: int,
         read: ReadMode,
     ) -> None: ...
     def __iter__(self) -> typing_extensions.Self: ...
@@ -401,6 +401,11 @@ def finish(self: typing.Any) -> None:
     """
 
 def from_bytes(data: bytes) -> CheckpointFile: ...
+def keep_memory(most: int) -> None:
+    """
+    From now on the process keeps at most so many bytes for later loads.
+    """
+
 def leave_interpreter() -> None:
     """
     The exit hook: from now on no load begins, and those that are under way are stopped and joined.

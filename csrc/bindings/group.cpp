@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/delete_unless_forked.h"
 #include "base/fork_generation.h"
 #include "bindings/device_target.h"
 #include "bindings/gil.h"
@@ -39,11 +40,7 @@ void wait_for(Step&& step) {
 
 // `turn`, if not null, is taken for it.
 void leave(std::shared_ptr<GroupExchange> exchange, uint32_t generation, std::mutex* turn) {
-  if (!exchange) return;
-  if (generation != fork_generation()) {
-    new std::shared_ptr<GroupExchange>(std::move(exchange));  // the communicator belongs to the parent
-    return;
-  }
+  if (!exchange || generation != fork_generation()) return;
   const ReleaseGil release(AtExit::go_on);
   std::unique_lock<std::mutex> lock;
   if (turn) lock = std::unique_lock<std::mutex>(*turn);
@@ -58,9 +55,10 @@ std::unique_ptr<PyGroup> join(const py::object& python_group, std::optional<cons
   wait_for([&] { return group_registry::settled(group, kSignalInterval); });
   auto collective = make_collective(c10::intrusive_ptr<c10d::ProcessGroup>::reclaim_copy(group), c10::Device(device),
                                     target ? (*target)->device : nullptr);
-  auto exchange = std::make_shared<GroupExchange>(std::move(collective), strategy, std::move(load));
+  const std::shared_ptr<GroupExchange> exchange(new GroupExchange(std::move(collective), strategy, std::move(load)),
+                                                DeleteUnlessForked{});
   group_registry::claim(group, exchange);
-  return std::make_unique<PyGroup>(std::move(exchange));
+  return std::make_unique<PyGroup>(exchange);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ void register_host_loader(py::module_& module) {
   loader.def(py::init([](const py::list& files, const std::vector<std::vector<uint32_t>>& selection,
                          const py::list& places, std::optional<PyGroup*> group, const WantedParts& parts, bool map,
                          bool must_map, bool read_ahead, unsigned threads, unsigned cold_threads, uint64_t window_bytes,
-                         uint64_t task_bytes, uint64_t block_bytes, uint64_t spare_bytes, ReadMode read) {
+                         uint64_t task_bytes, uint64_t block_bytes, ReadMode read) {
                HostLoaderOptions options;
                options.map = map;
                options.must_map = must_map;
@@ -37,7 +37,6 @@ void register_host_loader(py::module_& module) {
                options.window_bytes = window_bytes;
                options.task_bytes = task_bytes;
                options.block_bytes = block_bytes;
-               options.spare_bytes = spare_bytes;
                options.read = read;
                options.pause = check_signals;
                auto memory = adopt_places<HostMemoryRef>(places, tensor_memory);
@@ -49,7 +48,7 @@ void register_host_loader(py::module_& module) {
              py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"), py::arg("parts"),
              py::kw_only(), py::arg("map"), py::arg("must_map"), py::arg("read_ahead"), py::arg("threads"),
              py::arg("cold_threads"), py::arg("window_bytes"), py::arg("task_bytes"), py::arg("block_bytes"),
-             py::arg("spare_bytes"), py::arg("read"));
+             py::arg("read"));
   define_iteration(loader);
   refuse_copies(loader);
 }

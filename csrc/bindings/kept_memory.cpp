@@ -1,5 +1,7 @@
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 #include "bindings/gil.h"
 #include "bindings/register.h"
 #include "memory/spare_memory.h"
@@ -9,6 +11,13 @@ namespace py = pybind11;
 namespace weightload {
 
 void register_kept_memory(py::module_& module) {
+  module.def(
+      "keep_memory",
+      [](uint64_t most) {
+        const ReleaseGil release;
+        spare_memory::set_limit(most);
+      },
+      py::arg("most"), "From now on the process keeps at most so many bytes for later loads.");
   module.def(
       "release_memory",
       [] {

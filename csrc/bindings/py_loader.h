@@ -13,20 +13,20 @@
 #include "bindings/load_counts.h"
 #include "bindings/signals.h"
 #include "checkpoint/checkpoint_file.h"
-#include "load/host_loader.h"
+#include "load/loader.h"
 
 namespace weightload {
 
 using FileList = std::vector<std::shared_ptr<CheckpointFile>>;
 
-// Says, once a load, what its user should know. Found by argument type, an overload for each Loader.
-inline void warn_of(const HostLoader&) {}
+// Says, once a load, what its user should know. Found by argument type: a kind of Loader may have its own.
+inline void warn_of(const Loader&) {}
 
 // A load of the pipeline, and whose turn it is to use it.
-template <typename Loader>
+template <typename Kind>
 class LoadOfPython final : public LiveLoad {
  public:
-  explicit LoadOfPython(std::unique_ptr<Loader> made) : loader(std::move(made)) {}
+  explicit LoadOfPython(std::unique_ptr<Kind> made) : loader(std::move(made)) {}
 
   void interrupt() noexcept override { loader->interrupt(); }
   void close() noexcept override {
@@ -37,17 +37,17 @@ class LoadOfPython final : public LiveLoad {
   // Taken with the GIL released, or not waited for. Recursive: a signal handler that runs while next() waits may close
   // the iterator it interrupted.
   std::recursive_mutex mutex;
-  const std::unique_ptr<Loader> loader;
+  const std::unique_ptr<Kind> loader;
 };
 
-// Iterator of (name, tensor) over a Loader of the pipeline (HostLoader, DeviceLoader), whose items `wrap` makes Python
-// objects of. Threads may share it: each call has the loader to itself.
+// Iterator of (name, tensor) over a kind of Loader (HostLoader, DeviceLoader), whose items `wrap` makes Python objects
+// of. Threads may share it: each call has the loader to itself.
 //
 // Note [No Python code in between]
 // Python code can run wherever Python is called: a handler of signals, a hook for warnings, a finaliser that the
 // garbage collector calls when an object is made. It may do anything, close this iterator too. So it runs before an
 // item is taken or when its objects have been made; while they are made the files are held.
-template <typename Loader, typename Item, PyObject* (*wrap)(Item&)>
+template <typename Kind, typename Item, PyObject* (*wrap)(Item&)>
 class PyLoader {
  public:
   // Calls `make` with the files, without the GIL.
@@ -59,10 +59,8 @@ class PyLoader {
     }
     {
       const ReleaseGil release;
-      load_ = std::make_shared<LoadOfPython<Loader>>(make(CheckpointFiles(list.begin(), list.end())));
+      load_ = std::make_shared<LoadOfPython<Kind>>(make(CheckpointFiles(list.begin(), list.end())));
     }
-    total_bytes_ = loader().total_bytes();
-    tensor_count_ = loader().tensor_count();
     close_at_exit(load_);
   }
   ~PyLoader() { close(); }
@@ -115,9 +113,9 @@ class PyLoader {
   // Has the ranks that share another load hear of an error of this one, when that one is closed.
   void tell_ranks_of(const PyLoader& other) { partner_ = other.load_; }
 
-  uint64_t total_bytes() const { return total_bytes_; }
-  size_t tensor_count() const { return tensor_count_; }
-  Loader& loader() const { return *load_->loader; }
+  uint64_t total_bytes() const { return loader().total_bytes(); }
+  size_t tensor_count() const { return loader().tensor_count(); }
+  Kind& loader() const { return *load_->loader; }
   pybind11::dict counts() const { return load_counts(loader().counts()); }
 
  private:
@@ -126,7 +124,7 @@ class PyLoader {
     // Almost always the tensor is there; then letting go of the GIL would cost more than all the rest. Collectives are
     // never issued with the GIL held: a backend's thread may want it, to free a tensor of the caller's, under the lock
     // that issuing takes (Gloo's does).
-    typename Loader::Step step = Loader::Step::not_ready;
+    Loader::Step step = Loader::Step::not_ready;
     if (!loader().needs_others()) step = loader().next(item, std::chrono::milliseconds(0));
     while (step == Loader::Step::not_ready) {
       check_signals();
@@ -171,10 +169,8 @@ class PyLoader {
   };
 
   pybind11::list python_files_;  // keeps what they read from alive, for files over a bytes object
-  std::shared_ptr<LoadOfPython<Loader>> load_, partner_;
+  std::shared_ptr<LoadOfPython<Kind>> load_, partner_;
   bool running_ = false;  // next() of the loader runs, in the thread that has the mutex; guarded by it
-  uint64_t total_bytes_ = 0;
-  size_t tensor_count_ = 0;
 };
 
 // Memory to load into: what `adopt` makes of the tensors of a list, and an empty Memory for its Nones.

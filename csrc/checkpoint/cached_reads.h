@@ -3,18 +3,16 @@
 #include <vector>
 
 #include "checkpoint/selected_tensors.h"
-#include "memory/host_memory.h"
 #include "plan/read_plan.h"
 
 namespace weightload {
 
-// Whether what a load will read is in the page cache. `maps` are of its files, where they are mapped.
+// Whether what a load will read is in the page cache. `maps`: where each of its files is mapped, or null.
 
 // All of it; nothing where the kernel does not say.
-std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps,
-                               const ReadPlan& plan);
+std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<char*>& maps, const ReadPlan& plan);
 
 // By some samples: asking of every page costs 34 ns a page, a tenth of reading it. Not, where it cannot be told.
-bool looks_cached(const SelectedTensors& selected, const std::vector<HostMemoryRef>& maps, const ReadPlan& plan);
+bool looks_cached(const SelectedTensors& selected, const std::vector<char*>& maps, const ReadPlan& plan);
 
 }  // namespace weightload

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "base/byte_range.h"
+#include "base/delete_unless_forked.h"
 #include "base/error.h"
 #include "device/plain_torch.h"
 
@@ -248,7 +249,7 @@ at::Tensor pinned_bytes(c10::Device device, uint64_t bytes) {
                                    std::nullopt);
 }
 
-std::shared_ptr<Device> make_accelerator(c10::Device device) { return std::make_shared<Accelerator>(device); }
+std::shared_ptr<Device> make_accelerator(c10::Device device) { return {new Accelerator(device), DeleteUnlessForked{}}; }
 
 DeviceBlockRef adopt_tensor(const at::Tensor& tensor) {
   const PlainTorch plain;

@@ -1,11 +1,13 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "base/fork_generation.h"
 #include "base/stopwatch.h"
 #include "group/exchange.h"
 #include "group/registry.h"
@@ -43,7 +45,8 @@ class SharedBlocks {
   }
 
   // `prepare` as GroupExchange::Prepare, for blocks of the layout by their number there; empty ones do not travel.
-  void begin(const Layout& layout, GroupExchange::Prepare prepare, const CheckpointFiles& files) {
+  using Prepare = std::function<bool(uint32_t block, std::chrono::milliseconds patience, Payload& payload)>;
+  void begin(const Layout& layout, Prepare prepare, const CheckpointFiles& files) {
     if (!exchange_) return;
     for (uint32_t b = 0; b < layout.blocks.size(); ++b) {
       const bool travels = layout.blocks[b].bytes > 0;
@@ -77,17 +80,17 @@ class SharedBlocks {
     if (exchange_) exchange_->give_reason(error);
   }
 
+  // In a forked child without a word: the communicator belongs to the parent.
   void leave() noexcept {
     const auto exchange = std::move(exchange_);
-    if (exchange && !exchange->awaits_verdict()) group_registry::leave(exchange);
+    if (!exchange || generation_ != fork_generation() || exchange->awaits_verdict()) return;
+    group_registry::leave(exchange);
   }
-
-  // In a forked child: the communicator belongs to the parent.
-  void forget() noexcept { new std::shared_ptr<GroupExchange>(std::move(exchange_)); }
 
  private:
   static constexpr size_t kStays = SIZE_MAX;  // of empty blocks
 
+  const uint32_t generation_ = fork_generation();
   ReadPlanOptions reads_;
   std::shared_ptr<GroupExchange> exchange_;
   std::vector<uint32_t> turns_;  // blocks that travel

@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <new>
 #include <utility>
 
 #include "base/error.h"
-#include "base/fork_generation.h"
 #include "base/stopwatch.h"
 #include "checkpoint/cached_reads.h"
 #include "read/strided_reads.h"
@@ -29,43 +27,16 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
                            const std::vector<std::vector<uint32_t>>& selection, std::vector<DeviceBlockRef> places,
                            std::shared_ptr<GroupExchange> exchange, const DeviceLoaderOptions& options,
                            const WantedParts& parts)
-    : device_(std::move(device)),
-      ring_(std::move(ring)),
-      shared_(std::move(exchange)),
-      selected_(std::move(files), selection, parts),
-      counts_(selected_.files().size()),
-      pace_(std::max(options.threads, 1u)),
-      fork_generation_(fork_generation()) {
+    : Loader(std::move(files), selection, parts, std::move(exchange), options.threads),
+      device_(std::move(device)),
+      ring_(std::move(ring)) {
   plan(std::move(places), options);
-  open_readers(options.read);
-  start(options);
-  const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
-    return prepare(static_cast<uint32_t>(block), patience, payload);
-  };
-  shared_.begin(layout_, ready, selected_.files());
+  shared_.begin(layout_, [this](auto&&... block) { return prepare(block...); }, selected_.files());
+  start_reading(options);
   counts_.made();
 }
 
-DeviceLoader::~DeviceLoader() {
-  if (forked()) {
-    // Neither the threads nor the device's driver came along: nothing can be joined, waited for or freed.
-    shared_.forget();
-    static_cast<void>(pool_.release());
-    // In place of what the parent's threads may wait on: destroying that waits for them.
-    new (&pace_) Pace;
-    new (&allocated_) std::condition_variable;
-    new std::vector<DeviceBlockRef>(std::move(blocks_));
-    new std::shared_ptr<Device>(device_);
-    return;
-  }
-  close();
-}
-
-bool DeviceLoader::needs_others() const {
-  return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
-}
-
-bool DeviceLoader::forked() const { return fork_generation_ != fork_generation(); }
+DeviceLoader::~DeviceLoader() { close(); }
 
 void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options) {
   std::vector<TensorExtent> extents;
@@ -89,17 +60,13 @@ void DeviceLoader::plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOp
   const ReadPlan reads = plan_reads(layout_, shared_.reads(slot_bytes_));
   slots_ = plan_slots(reads.tasks, layout_.blocks.size(), slot_bytes_);
 
-  blocks_.resize(layout_.blocks.size());
-  in_allocation_.resize(layout_.blocks.size());
-  in_place_.resize(layout_.blocks.size());
-  awaited_.resize(layout_.blocks.size());
-  unfinished_ = std::vector<std::atomic<uint32_t>>(layout_.blocks.size());
-  for (size_t b = 0; b < layout_.blocks.size(); ++b) unfinished_[b] = slots_.tasks_of_block[b];
+  blocks_.reset(new Blocks(layout_.blocks.size()));
+  for (size_t b = 0; b < layout_.blocks.size(); ++b) blocks_->states[b].unfinished = slots_.tasks_of_block[b];
   for (size_t i = 0; i < places.size(); ++i) {
     if (!places[i]) continue;
-    const uint32_t block = layout_.places[i].block;
-    blocks_[block] = std::move(places[i]);
-    in_place_[block] = true;
+    BlockState& block = blocks_->states[layout_.places[i].block];
+    block.memory = std::move(places[i]);
+    block.in_place = true;
     places_awaited_ = false;
   }
 }
@@ -110,37 +77,18 @@ bool DeviceLoader::looks_cold(const DeviceLoaderOptions& options) const {
   if (std::none_of(files.begin(), files.end(), [](const auto& file) { return file->file() != nullptr; })) return false;
   const ReadPlan reads = plan_reads(layout_, shared_.reads(options.cold->slot_bytes));
   if (reads.tasks.empty()) return false;
-  return options.read == ReadMode::direct || !looks_cached(selected_, std::vector<HostMemoryRef>(files.size()), reads);
+  return options.read == ReadMode::direct || !looks_cached(selected_, maps(), reads);
 }
 
-void DeviceLoader::open_readers(ReadMode mode) {
-  const CheckpointFiles& files = selected_.files();
-  readers_.resize(files.size());
-  last_task_of_file_.resize(files.size());
-  for (size_t t = 0; t < slots_.tasks.size(); ++t) {
-    const SlotTask& task = slots_.tasks[t];
-    last_task_of_file_[task.file] = t;
-    auto& reader = readers_[task.file];
-    if (reader) continue;
-    const CheckpointFile& file = *files[task.file];
-    reader = std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pinned, counts_.files[task.file],
-                                           file.file() ? pace_ : unpaced_, filler_, mappings_);
-  }
-}
-
-void DeviceLoader::start(const DeviceLoaderOptions& options) {
+void DeviceLoader::start_reading(const DeviceLoaderOptions& options) {
   if (slots_.tasks.empty()) return;
-  std::vector<uint64_t> ends;
-  ends.reserve(slots_.tasks.size());
-  uint64_t total = 0;
-  for (const SlotTask& task : slots_.tasks) ends.push_back(total += task.bytes.size());
+  for (const SlotTask& task : slots_.tasks) open_reader(task.file, options.read, ReadInto::pinned);
   // Of a block's size by default: the block in hand, and one more. Where ranks share the reading, the block that
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
-  pool_ = std::make_unique<OrderedPool>(
-      std::move(ends), options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
+  start(
+      slots_.tasks, options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
       options.pause);
-  counts_.threads = pool_->thread_count();
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
@@ -181,7 +129,7 @@ void DeviceLoader::work(size_t number, const Look& look) {
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
 void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& look) {
-  RangeReader& reader = *readers_[task.file];
+  RangeReader& reader = *held_[task.file].reader;
   char* const image = slot.data() + slot.place_for(slot_bytes_) + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
   const SlotPiece* const last = slots_.pieces.data() + task.last_piece;
@@ -206,16 +154,18 @@ void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& 
 }
 
 DeviceBlock& DeviceLoader::block(uint32_t number) {
-  std::unique_lock<std::mutex> lock(allocating_);
-  allocated_.wait(lock, [&] { return blocks_[number] || !in_allocation_[number]; });
-  if (!blocks_[number]) allocate(number, lock);
-  return *blocks_[number];
+  BlockState& state = blocks_->states[number];
+  std::unique_lock<std::mutex> lock(blocks_->allocating);
+  blocks_->allocated.wait(lock, [&] { return state.memory || !state.in_allocation; });
+  if (!state.memory) allocate(number, lock);
+  return *state.memory;
 }
 
-// With allocating_ held, which others may have meanwhile: the driver can take as long as a fifth of the block's
+// With `allocating` held, which others may have meanwhile: the driver can take as long as a fifth of the block's
 // reading.
 void DeviceLoader::allocate(uint32_t number, std::unique_lock<std::mutex>& lock) {
-  in_allocation_[number] = true;
+  BlockState& state = blocks_->states[number];
+  state.in_allocation = true;
   lock.unlock();
   DeviceBlockRef made;
   std::exception_ptr failure;
@@ -228,9 +178,9 @@ void DeviceLoader::allocate(uint32_t number, std::unique_lock<std::mutex>& lock)
     failure = std::current_exception();
   }
   lock.lock();
-  in_allocation_[number] = false;
-  blocks_[number] = std::move(made);
-  allocated_.notify_all();  // also of a failure: whoever else needs the block tries as well
+  state.in_allocation = false;
+  state.memory = std::move(made);
+  blocks_->allocated.notify_all();  // also of a failure: whoever else needs the block tries as well
   if (failure) std::rethrow_exception(failure);
 }
 
@@ -238,8 +188,9 @@ void DeviceLoader::allocate(uint32_t number, std::unique_lock<std::mutex>& lock)
 // may not have room for beside them is more than a block as there are many.
 void DeviceLoader::allocate_ahead(uint32_t number) {
   if (number >= layout_.blocks.size() || layout_.blocks[number].bytes > block_bytes_) return;
-  std::unique_lock<std::mutex> lock(allocating_);
-  if (blocks_[number] || in_allocation_[number]) return;
+  const BlockState& state = blocks_->states[number];
+  std::unique_lock<std::mutex> lock(blocks_->allocating);
+  if (state.memory || state.in_allocation) return;
   try {
     allocate(number, lock);
   } catch (const std::exception&) {
@@ -251,64 +202,41 @@ void DeviceLoader::allocate_ahead(uint32_t number) {
 void DeviceLoader::mark_blocks(const SlotTask& task) {
   for (uint32_t c = task.first_copy; c < task.last_copy; ++c) {
     const uint32_t number = slots_.copies[c].block;
-    if (unfinished_[number].fetch_sub(1, std::memory_order_acq_rel) == 1) device_->mark_block(block(number));
-  }
-}
-
-// A reader may have a second descriptor.
-void DeviceLoader::let_go_of_passed_files(uint32_t current_file) {
-  while (first_held_file_ < current_file) {
-    const size_t f = first_held_file_;
-    if (pool_ && !pool_->is_done(last_task_of_file_[f])) return;
-    readers_[f] = {};
-    ++first_held_file_;
+    std::atomic<uint32_t>& unfinished = blocks_->states[number].unfinished;
+    if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) device_->mark_block(block(number));
   }
 }
 
 DeviceLoader::Step DeviceLoader::next(DeviceTensor& tensor, std::chrono::milliseconds patience) {
   if (interrupted_) return Step::end;
-  if (forked())
-    throw Error(ErrorKind::usage, "this load was begun before fork(); its threads are in the parent process only");
+  require_process();
   if (next_ == selected_.size()) {
     await_places();
     return Step::end;
   }
   const TensorPlace& place = layout_.places[next_];
   const uint32_t number = place.block;
+  BlockState& state = blocks_->states[number];
   const bool empty = selected_.info(next_).bytes.empty();
   if (!empty) {
     const bool complete = shared_ ? shared_.complete(number, patience, counts_.shared_ns) : await(number, patience);
-    if (!complete) return interrupted_ ? Step::end : Step::not_ready;
-    if (!in_place_[number]) device_->await_block(*blocks_[number]);
-    awaited_[number] = true;
+    if (!complete) return no_tensor();
+    if (!state.in_place) device_->await_block(*state.memory);
+    state.awaited = true;
   }
-  if (selected_.file_index(next_) > first_held_file_) let_go_of_passed_files(selected_.file_index(next_));
-  tensor.file = selected_.file(next_);
-  tensor.info = &selected_.info(next_);
-  tensor.in_place = in_place_[number];
-  tensor.block = tensor.in_place ? nullptr : empty ? empty_block() : blocks_[number];
+  tensor.in_place = state.in_place;
+  tensor.block = state.in_place ? nullptr : empty ? empty_block() : state.memory;
   tensor.block_offset = empty ? 0 : place.block_offset;
-  ++next_;
-  counts_.deliver(tensor.info->bytes.size());
-  if (next_ == selected_.size()) counts_.end();
+  hand_out(tensor);
   // The last tensor of a block takes the loader's own reference with it.
-  if (next_ == layout_.blocks[number].last_tensor && !in_place_[number]) blocks_[number] = nullptr;
+  if (next_ == layout_.blocks[number].last_tensor && !state.in_place) state.memory = nullptr;
   return Step::tensor;
 }
 
 // Until this rank's copies into the block are queued.
 bool DeviceLoader::await(uint32_t block, std::chrono::milliseconds patience) {
-  if (slots_.tasks_of_block[block] == 0) return true;
-  const uint32_t last_task = slots_.last_task_of_block[block];
-  pool_->advance(last_task);
-  if (pool_->is_done(last_task)) return true;
-  Stopwatch watch(counts_.wait_ns);
-  try {
-    return pool_->wait(last_task, patience);
-  } catch (const Error& error) {
-    if (interrupted_) return false;  // the threads were stopped: nothing has failed
-    throw selected_.name_tensor(error, layout_.blocks[block].first_tensor);
-  }
+  return slots_.tasks_of_block[block] == 0 ||
+         await_task(slots_.last_task_of_block[block], layout_.blocks[block].first_tensor, patience);
 }
 
 // GroupExchange::Prepare.
@@ -317,14 +245,14 @@ bool DeviceLoader::prepare(uint32_t number, std::chrono::milliseconds patience, 
   DeviceBlock& memory = block(number);
   // What is only received must still be written after its memory's last user.
   if (slots_.tasks_of_block[number] == 0) device_->mark_block(memory);
-  payload.device = blocks_[number];
+  payload.device = blocks_->states[number].memory;
   payload.bytes = shared_.buffer(layout_.blocks[number].bytes);
   return true;
 }
 
 DeviceBlockRef DeviceLoader::empty_block() {
-  if (!empty_) empty_ = device_->allocate_block(0);
-  return empty_;
+  if (!blocks_->empty) blocks_->empty = device_->allocate_block(0);
+  return blocks_->empty;
 }
 
 // The caller's memory is written on the side stream: the stream that is current now must not run ahead of that.
@@ -335,32 +263,25 @@ void DeviceLoader::await_places() {
 }
 
 void DeviceLoader::interrupt() noexcept {
-  interrupted_ = true;
-  if (forked()) return;
-  if (pool_) pool_->stop();
-  pace_.stop();
-  ring_->stop();
+  stop();
+  if (!forked()) ring_->stop();
 }
 
 void DeviceLoader::close() noexcept {
   interrupt();
-  counts_.end();
-  if (forked()) return;
-  if (pool_) pool_->join();
-  shared_.leave();
-  for (size_t b = 0; b < blocks_.size(); ++b) {
-    if (blocks_[b] && !in_place_[b] && !awaited_[b]) device_->abandon(*blocks_[b]);
+  end();
+  if (forked()) return;  // the device's driver did not come along: nothing can be waited for or freed
+  for (BlockState& block : blocks_->states) {
+    if (block.memory && !block.in_place && !block.awaited) device_->abandon(*block.memory);
   }
   try {
     await_places();
   } catch (const std::exception&) {
     // The device has failed; whoever uses the places next will hear of it.
   }
-  blocks_.clear();
-  empty_ = nullptr;
+  for (BlockState& block : blocks_->states) block.memory = nullptr;
+  blocks_->empty = nullptr;
   ring_->close();
-  readers_.clear();
-  selected_.close();
 }
 
 bool DeviceLoader::found_pageable() {
@@ -375,7 +296,7 @@ DeviceLoadStats DeviceLoader::stats() const {
   stats.slots_filled = slots_.tasks.size();
   stats.copies = slots_.copies.size();
   for (size_t b = 0; b < layout_.blocks.size(); ++b) {
-    if (in_place_[b]) continue;
+    if (blocks_->states[b].in_place) continue;
     ++stats.blocks;
     stats.block_bytes += shared_.buffer(layout_.blocks[b].bytes);
   }

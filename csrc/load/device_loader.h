@@ -8,18 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include "base/look.h"
-#include "checkpoint/selected_tensors.h"
 #include "device/device.h"
-#include "group/shared_blocks.h"
-#include "load/load_counts.h"
+#include "load/loader.h"
 #include "memory/pinned_ring.h"
-#include "page_cache/cache_filler.h"
-#include "plan/layout.h"
 #include "plan/slot_plan.h"
-#include "read/range_reader.h"
-#include "threads/ordered_pool.h"
-#include "threads/pace.h"
 
 namespace weightload {
 
@@ -44,14 +36,10 @@ struct DeviceLoaderOptions {
   Look pause = no_look;
 };
 
-// A tensor on the device, which the calling thread's current stream may use at once. The pointers into the header are
-// valid while the loader (or its files) lives.
-struct DeviceTensor {
-  const CheckpointFile* file = nullptr;
-  const TensorInfo* info = nullptr;
-  DeviceBlockRef block;  // null for a tensor that was read into memory of the caller's
+// A tensor on the device, which the calling thread's current stream may use at once.
+struct DeviceTensor : LoadedTensor {
+  DeviceBlockRef block;
   uint64_t block_offset = 0;
-  bool in_place = false;  // such a one
 };
 
 // What the threads of a load did beyond reading, in nanoseconds of all threads together, and in bytes.
@@ -67,7 +55,7 @@ struct DeviceLoadStats {
 // A tensor is handed out when all copies of its block have been queued, not when they are done: the consumer's current
 // stream waits for them, the host does not. An error of a reading thread is thrown at the first tensor of a block that
 // it kept from being complete.
-class DeviceLoader {
+class DeviceLoader final : public Loader {
  public:
   // `selection` as for SelectedTensors. `places`, if not empty, has an element for each tensor in order: the memory to
   // load it into (the whole of the block), or null for memory of the loader's making. `exchange`, if not null, is an
@@ -78,33 +66,38 @@ class DeviceLoader {
                const WantedParts& parts = {});
   ~DeviceLoader();
 
-  enum class Step : uint8_t { tensor, not_ready, end };
-
   // As HostLoader's. Tensors read in place are complete, for the stream that is current then, once `end` was returned.
   Step next(DeviceTensor& tensor, std::chrono::milliseconds patience);
   void interrupt() noexcept;
-  // What keeps this rank from taking part any longer. The ranks that share the load raise it when it is closed.
-  void give_reason(const Error& error) { shared_.give_reason(error); }
-
   void close() noexcept;
-  bool forked() const;
 
-  // Whether the next next() communicates with other ranks.
-  bool needs_others() const;
-
-  uint64_t total_bytes() const { return selected_.total_bytes(); }
-  size_t tensor_count() const { return selected_.size(); }
   DeviceLoadStats stats() const;
-  const LoadCounts& counts() const { return counts_; }
 
   // True once, when page-locking has failed. The consumer's call.
   bool found_pageable();
 
  private:
+  struct BlockState {
+    // Both guarded by `allocating` until the block's tasks are done.
+    DeviceBlockRef memory;
+    bool in_allocation = false;  // a thread is at it
+
+    bool in_place = false;                // the caller's memory
+    bool awaited = false;                 // handed to the consumer
+    std::atomic<uint32_t> unfinished{0};  // tasks that have yet to queue a copy into it
+  };
+
+  struct Blocks {
+    explicit Blocks(size_t count) : states(count) {}
+    std::vector<BlockState> states;
+    DeviceBlockRef empty;  // of no bytes, for the consumer's empty tensors
+    std::mutex allocating;
+    std::condition_variable allocated;  // a thread is no longer at it
+  };
+
   void plan(std::vector<DeviceBlockRef> places, const DeviceLoaderOptions& options);
   bool looks_cold(const DeviceLoaderOptions& options) const;
-  void open_readers(ReadMode mode);
-  void start(const DeviceLoaderOptions& options);
+  void start_reading(const DeviceLoaderOptions& options);
   void work(size_t task, const Look& look);
   void fill(const SlotTask& task, const HostSlot& slot, const Look& look);
   DeviceBlock& block(uint32_t block);
@@ -115,42 +108,16 @@ class DeviceLoader {
   bool await(uint32_t block, std::chrono::milliseconds patience);
   void await_places();
   DeviceBlockRef empty_block();
-  void let_go_of_passed_files(uint32_t current_file);
 
   const std::shared_ptr<Device> device_;
   const std::shared_ptr<PinnedRing> ring_;
-  SharedBlocks shared_;  // before what may fail to be made: the others are told
-  SelectedTensors selected_;
-  LoadCounts counts_;
-  Layout layout_;
   uint64_t block_bytes_ = 0;  // as options
   uint64_t slot_bytes_ = 0;   // that a slot carries at most: see PinnedRing::room
   SlotPlan slots_;
-  Pace pace_;
-  Pace unpaced_{Pace::Unpaced{}};  // of what is no file
-  LoadMappings mappings_;
-  CacheFiller filler_{mappings_};
-  std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; null where nothing was selected
-  std::vector<size_t> last_task_of_file_;
-  uint32_t first_held_file_ = 0;  // those before have neither map nor reader any more
-  std::vector<bool> in_place_;    // by block
-
-  DeviceBlockRef empty_;  // of no bytes, for the consumer's empty tensors
-
-  std::mutex allocating_;               // guards the elements of the next two until the block's tasks are done
-  std::vector<DeviceBlockRef> blocks_;  // by block
-  std::vector<char> in_allocation_;     // by block: a thread is at it
-  std::condition_variable allocated_;   // it has ended
-  std::vector<std::atomic<uint32_t>> unfinished_;  // by block: tasks that have yet to queue a copy into it
-  std::vector<bool> awaited_;                      // by block: handed to the consumer
-
+  ForkOwned<Blocks> blocks_;
   std::atomic<uint64_t> copy_ns_{0}, allocate_ns_{0};
-  size_t next_ = 0;
   bool pageable_found_ = false;
   bool places_awaited_ = true;  // false while the caller's memory may be written
-  uint32_t fork_generation_;
-  std::atomic<bool> interrupted_{false};
-  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
 };
 
 }  // namespace weightload

@@ -2,15 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "base/error.h"
-#include "base/fork_generation.h"
 #include "base/pages.h"
-#include "base/stopwatch.h"
 #include "checkpoint/cached_reads.h"
-#include "memory/spare_memory.h"
 #include "page_cache/free_page_reporting.h"
 #include "page_cache/page_in.h"
 #include "read/strided_reads.h"
@@ -41,37 +37,18 @@ constexpr auto kUnchangedFor = std::chrono::microseconds(20);
 HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint32_t>>& selection,
                        std::vector<HostMemoryRef> places, std::shared_ptr<GroupExchange> exchange,
                        const HostLoaderOptions& options, const WantedParts& parts)
-    : shared_(std::move(exchange)),
-      selected_(std::move(files), selection, parts),
-      counts_(selected_.files().size()),
+    : Loader(std::move(files), selection, parts, std::move(exchange), std::max(options.threads, options.cold_threads)),
       readiness_(selected_.size()),
-      read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read),
-      pace_(std::max({options.threads, options.cold_threads, 1u})),
-      fork_generation_(fork_generation()) {
+      read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read) {
   map_files(places, options);
   plan(std::move(places), options);
   find_tasks();
-  start(options);
-  const auto ready = [this](size_t block, std::chrono::milliseconds patience, Payload& payload) {
-    return prepare(static_cast<uint32_t>(block), patience, payload);
-  };
-  shared_.begin(layout_, ready, selected_.files());
+  shared_.begin(layout_, [this](auto&&... block) { return prepare(block...); }, selected_.files());
+  start_reading(options);
   counts_.made();
 }
 
-HostLoader::~HostLoader() {
-  close();
-  // In a forked child the threads do not exist and the pool's mutex may be held for ever by one of them:
-  // neither joining nor destroying is possible. The child keeps the few kilobytes.
-  if (!forked()) return;
-  static_cast<void>(pool_.release());
-  // Nor can a condition variable that the parent's threads wait on be destroyed: a new one takes its place.
-  new (&pace_) Pace;
-}
-
-bool HostLoader::needs_others() const {
-  return shared_ && next_ < selected_.size() && !shared_.is_complete(layout_.places[next_].block);
-}
+HostLoader::~HostLoader() { close(); }
 
 // Whether a tensor, or the part of it that is wanted, can be a view of its mapped file.
 bool HostLoader::can_view(size_t tensor) const {
@@ -79,15 +56,13 @@ bool HostLoader::can_view(size_t tensor) const {
   return info.bytes.begin % dtype_alignment(info.dtype) == 0 && selected_.runs(tensor) == nullptr;
 }
 
-bool HostLoader::forked() const { return fork_generation_ != fork_generation(); }
-
 void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options) {
   std::vector<TensorExtent> extents;
   extents.reserve(selected_.size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorInfo& info = selected_.info(i);
     const bool alone = !places.empty() && places.at(i);
-    const bool mapped = maps_[selected_.file_index(i)] && can_view(i) && !alone;
+    const bool mapped = held_[selected_.file_index(i)].map && can_view(i) && !alone;
     extents.push_back(
         {selected_.file_index(i), info.bytes, dtype_alignment(info.dtype), mapped, alone, selected_.runs(i)});
   }
@@ -100,29 +75,24 @@ void HostLoader::plan(std::vector<HostMemoryRef> places, const HostLoaderOptions
 
   reads_ = plan_reads(layout_, shared_.reads(options.task_bytes));
   blocks_.resize(layout_.blocks.size());
-  in_place_.resize(layout_.blocks.size());
   for (size_t i = 0; i < places.size(); ++i) {
     if (!places[i]) continue;
     if (places[i]->size() < selected_.info(i).bytes.size()) {
       throw selected_.for_tensor(Error(ErrorKind::usage, "the memory to load the tensor into is smaller than it"), i);
     }
-    in_place_[layout_.places[i].block] = true;
-    blocks_[layout_.places[i].block] = std::move(places[i]);
+    blocks_[layout_.places[i].block] = {std::move(places[i]), true};
   }
 
   // A load's peak is its largest block and a window. Keeping as much for reuse does not raise it.
   uint64_t largest = options.window_bytes;
   for (size_t b = 0; b < blocks_.size(); ++b) {
     const Block& block = layout_.blocks[b];
-    if (!block.mapped && !in_place_[b]) largest = std::max(largest, block.bytes + kHugePage);
+    if (!block.mapped && !blocks_[b].in_place) largest = std::max(largest, block.bytes + kHugePage);
   }
   block_cache_ = std::make_shared<BlockCache>(largest);
-  spare_memory::set_limit(options.spare_bytes);
 }
 
 void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options) {
-  maps_.resize(selected_.files().size());
-  readers_.resize(selected_.files().size());
   if (!options.map || shared_) return;
   std::vector<bool> tried(selected_.files().size());
   for (size_t i = 0; i < selected_.size(); ++i) {
@@ -134,33 +104,18 @@ void HostLoader::map_files(const std::vector<HostMemoryRef>& places, const HostL
     try {
       // Who needs views is a caller that may write to them; who only prefers them copies from them.
       const bool only_copied = !places.empty() && !options.must_map;
-      maps_[f] = map_file(file.file()->descriptor().get(), file.size(), file.path(),
-                          only_copied ? Access::read : Access::write);
+      held_[f].map = map_file(file.file()->descriptor().get(), file.size(), file.path(),
+                              only_copied ? Access::read : Access::write);
     } catch (const Error&) {
       if (options.must_map) throw;
     }
   }
 }
 
-void HostLoader::open_readers(ReadMode mode) {
-  for (const ReadTask& task : reads_.tasks) {
-    auto& reader = readers_[task.file];
-    if (reader || layout_.blocks[task.block].mapped) continue;
-    const CheckpointFile& file = *selected_.files()[task.file];
-    reader =
-        std::make_unique<RangeReader>(file.source(), file.file(), mode, ReadInto::pageable, counts_.files[task.file],
-                                      file.file() ? pace_ : unpaced_, filler_, mappings_);
-  }
-}
-
 // Finds the task that holds each tensor's last byte. Both lists are in the order of blocks and offsets.
 void HostLoader::find_tasks() {
+  if (shared_) return;  // whole blocks count, not tensors
   uint32_t task = 0;
-  last_task_of_file_.resize(selected_.files().size());
-  if (shared_) {  // whole blocks count, not tensors
-    for (uint32_t t = 0; t < reads_.tasks.size(); ++t) last_task_of_file_[reads_.tasks[t].file] = t;
-    return;
-  }
   for (size_t i = 0; i < selected_.size(); ++i) {
     const TensorPlace& place = layout_.places[i];
     const ByteRange bytes = selected_.info(i).bytes;
@@ -172,19 +127,18 @@ void HostLoader::find_tasks() {
       while (ends_before(reads_.tasks[task])) ++task;
     }
     readiness_[i].last_task = task;
-    last_task_of_file_[selected_.file_index(i)] = task;
   }
 }
 
-void HostLoader::start(const HostLoaderOptions& options) {
+void HostLoader::start_reading(const HostLoaderOptions& options) {
   bool any_private = false;
   bool any_mapped = false;
   for (const Block& block : layout_.blocks) (block.mapped ? any_mapped : any_private) = true;
   page_in_ = options.read_ahead;
   if (page_in_ && !any_private && total_bytes() < kLeastCachedBytes) {
-    const std::optional<bool> cached = all_cached(selected_, maps_, reads_);
+    const std::optional<bool> cached = all_cached(selected_, maps(), reads_);
     // What seems to be in the page cache is mapped in this thread, for the same reason.
-    page_in_ = !cached.value_or(!cached && looks_cached(selected_, maps_, reads_) && map_here());
+    page_in_ = !cached.value_or(!cached && looks_cached(selected_, maps(), reads_) && map_here());
   }
   for (size_t i = 0; i < selected_.size(); ++i) {
     const bool mapped = layout_.blocks[layout_.places[i].block].mapped;
@@ -193,18 +147,15 @@ void HostLoader::start(const HostLoaderOptions& options) {
   if (reads_.tasks.empty() || !(any_private || page_in_)) return;
   if (any_mapped && page_in_) page_tables_.emplace();
   if (any_mapped && total_bytes() < kLeastToLearn && free_pages_are_reported()) filler_.prices().settle(Pages::single);
-  const bool from_storage = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps_, reads_);
-  if (any_private) open_readers(from_storage ? read_ : ReadMode::buffered);
-
-  std::vector<uint64_t> ends;
-  ends.reserve(reads_.tasks.size());
-  uint64_t total = 0;
-  for (const ReadTask& read : reads_.tasks) ends.push_back(total += read.bytes.size());
+  const bool from_storage = (any_private && read_ == ReadMode::direct) || !looks_cached(selected_, maps(), reads_);
+  for (const ReadTask& read : reads_.tasks) {
+    if (layout_.blocks[read.block].mapped) continue;
+    open_reader(read.file, from_storage ? read_ : ReadMode::buffered, ReadInto::pageable);
+  }
   const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
-  pool_ = std::make_unique<OrderedPool>(
-      std::move(ends), threads, shared_.own_part(options.window_bytes),
+  start(
+      reads_.tasks, threads, shared_.own_part(options.window_bytes),
       [this](size_t task, const Look& look) { work(task, look); }, options.pause);
-  counts_.threads = pool_->thread_count();
 }
 
 // Whether all pages that will be read could be mapped; if not the threads find out what is wrong.
@@ -212,7 +163,7 @@ bool HostLoader::map_here() {
   const PageTables tables;
   return std::all_of(reads_.tasks.begin(), reads_.tasks.end(), [&](const ReadTask& read) {
     const ByteRange pages = pages_around(read.bytes);
-    char* const mapping = maps_[read.file]->data();
+    char* const mapping = held_[read.file].map->data();
     bool was_read;
     return tables.map_unknown(mapping + pages.begin, mapping + pages.end, was_read) == 0;
   });
@@ -225,7 +176,7 @@ void HostLoader::work(size_t task, const Look& look) {
   if (layout_.blocks[read.block].mapped && !page_in_) return;
   const LoadCounts::Read watch(counts_, read.file);
   if (layout_.blocks[read.block].mapped) {
-    page_in(*file.file(), maps_[read.file]->data(), read.bytes, *page_tables_, pace_, filler_.prices(), look);
+    page_in(*file.file(), held_[read.file].map->data(), read.bytes, *page_tables_, *pace_, filler_.prices(), look);
     file.source().require_unchanged(read.bytes.begin);
     counts_.files[read.file].mapped_bytes += read.bytes.size();
     counts_.was_read(read.file, read.bytes.size());
@@ -233,14 +184,15 @@ void HostLoader::work(size_t task, const Look& look) {
   }
   const HostMemoryRef memory = block_memory(read.block);
   // The caller's memory is mostly in single pages.
-  const bool huge = !in_place_[read.block] && memory->in_huge_pages();
-  const Destination to{*memory.get(), memory->data() + read.block_offset, huge, in_place_[read.block]};
+  const bool in_place = blocks_[read.block].in_place;
+  const Destination to{*memory.get(), memory->data() + read.block_offset, !in_place && memory->in_huge_pages(),
+                       in_place};
   if (read.piece != 0) {
     const bool past_caches = may_pass_caches(to.begin, read.bytes.size());
     if (!past_caches) fault_in(to, to.begin, read.bytes.size(), look);
-    read_strided(*readers_[read.file], read.run(), to.begin, look, past_caches);
+    read_strided(*held_[read.file].reader, read.run(), to.begin, look, past_caches);
   } else {
-    read_private(*readers_[read.file], read.bytes, to, look);
+    read_private(*held_[read.file].reader, read.bytes, to, look);
   }
   counts_.was_read(read.file, read.bytes.size());
   file.source().require_unchanged(read.bytes.begin);
@@ -336,7 +288,7 @@ HostMemoryRef HostLoader::allocate(uint64_t bytes) {
 
 HostMemoryRef HostLoader::block_memory(uint32_t block) {
   std::lock_guard<std::mutex> lock(allocating_);
-  HostMemoryRef& memory = blocks_[block];
+  HostMemoryRef& memory = blocks_[block].memory;
   if (!memory) {
     try {
       memory = allocate(shared_.buffer(layout_.blocks[block].bytes));
@@ -351,41 +303,10 @@ HostMemoryRef HostLoader::block_memory(uint32_t block) {
 bool HostLoader::prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload) {
   const uint32_t first = block == 0 ? 0 : reads_.block_ends[block - 1];
   const uint32_t last = reads_.block_ends[block];
-  if (first < last) {
-    pool_->advance(last - 1);
-    Stopwatch watch(counts_.wait_ns);
-    try {
-      if (!pool_->wait(last - 1, patience)) return false;
-    } catch (const Error& error) {
-      if (interrupted_) return false;  // the threads were stopped: not a failure to tell others of
-      throw selected_.name_tensor(error, layout_.blocks[block].first_tensor);
-    }
-  }
+  if (first < last && !await_task(last - 1, layout_.blocks[block].first_tensor, patience)) return false;
   payload.host = block_memory(block);
   payload.bytes = shared_.buffer(layout_.blocks[block].bytes);
   return true;
-}
-
-// A mapping costs page tables (1/512 of what was touched) for as long as anything holds it, and a reader a descriptor;
-// files that the consumer and the threads have left behind are held by their tensors alone.
-void HostLoader::let_go_of_passed_files(uint32_t current_file) {
-  while (first_held_file_ < current_file) {
-    const size_t f = first_held_file_;
-    if (pool_ && !pool_->is_done(last_task_of_file_[f])) return;
-    readers_[f] = {};
-    maps_[f] = {};
-    ++first_held_file_;
-  }
-}
-
-bool HostLoader::wait(size_t task, std::chrono::milliseconds patience) {
-  if (pool_->is_done(task)) return true;
-  Stopwatch watch(counts_.wait_ns);
-  try {
-    return pool_->wait(task, patience);
-  } catch (const Error& error) {
-    throw selected_.name_tensor(error, next_);
-  }
 }
 
 // A view of what is gone from the file would end the process when it is touched. Asking for every tensor (0.3 us) would
@@ -409,62 +330,45 @@ bool HostLoader::require_unchanged(std::chrono::milliseconds patience) {
 
 HostLoader::Step HostLoader::next(HostTensor& tensor, std::chrono::milliseconds patience) {
   if (next_ == selected_.size() || interrupted_) return Step::end;
-  if (forked())
-    throw Error(ErrorKind::usage, "this load was begun before fork(); its threads are in the parent process only");
+  require_process();
   const Readiness& wanted = readiness_[next_];
-  const uint32_t file = selected_.file_index(next_);
+  const ByteRange bytes = selected_.info(next_).bytes;
   const TensorPlace& place = layout_.places[next_];
   const Block& block = layout_.blocks[place.block];
+  BlockState& state = blocks_[place.block];
   if (shared_) {
-    if (!shared_.complete(place.block, patience, counts_.shared_ns)) return interrupted_ ? Step::end : Step::not_ready;
-  } else if (pool_) {
+    if (!shared_.complete(place.block, patience, counts_.shared_ns)) return no_tensor();
+  } else if (pool_ && !wanted.wait) {
     pool_->advance(wanted.last_task);
-    if (wanted.wait && !wait(wanted.last_task, patience)) return Step::not_ready;
+  } else if (pool_ && !await_task(wanted.last_task, next_, patience)) {
+    return no_tensor();
   }
-  const bool is_view = block.mapped && !selected_.info(next_).bytes.empty() && !in_place_[place.block];
+  const bool is_view = block.mapped && !bytes.empty() && !state.in_place;
   if (is_view && !require_unchanged(patience)) return Step::not_ready;
-  if (file > first_held_file_) let_go_of_passed_files(file);
-  tensor.file = selected_.file(next_);
-  tensor.info = &selected_.info(next_);
-  tensor.in_place = in_place_[place.block];
-  if (tensor.info->bytes.empty() || tensor.in_place) {
+  tensor.in_place = state.in_place;
+  if (bytes.empty() || state.in_place) {
     tensor.data = nullptr;
     tensor.memory = {};
   } else if (block.mapped) {
-    tensor.memory = maps_[file];
-    tensor.data = tensor.memory->data() + tensor.info->bytes.begin;
+    tensor.memory = held_[selected_.file_index(next_)].map;
+    tensor.data = tensor.memory->data() + bytes.begin;
   } else {
-    tensor.memory = blocks_[place.block];
+    tensor.memory = state.memory;
     tensor.data = tensor.memory->data() + place.block_offset;
   }
-  ++next_;
-  counts_.deliver(tensor.info->bytes.size());
-  if (next_ == selected_.size()) counts_.end();
+  hand_out(tensor);
   // The last tensor of a private block takes the loader's own reference with it.
-  if (next_ == block.last_tensor) blocks_[place.block] = {};
+  if (next_ == block.last_tensor) state.memory = {};
   return Step::tensor;
 }
 
-void HostLoader::interrupt() noexcept {
-  interrupted_ = true;
-  if (forked()) return;
-  if (pool_) pool_->stop();
-  pace_.stop();
-}
-
 void HostLoader::close() noexcept {
-  interrupt();
-  if (forked()) shared_.forget();
-  if (pool_ && !forked()) pool_->join();
-  shared_.leave();
-  counts_.end();
+  stop();
+  end();
   page_tables_.reset();
   backed_pages_.close();
-  readers_.clear();
   blocks_.clear();
   block_cache_->close();
-  maps_.clear();
-  selected_.close();
 }
 
 }  // namespace weightload

@@ -1,5 +1,4 @@
 #pragma once
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -7,21 +6,13 @@
 #include <optional>
 #include <vector>
 
-#include "base/look.h"
-#include "checkpoint/selected_tensors.h"
-#include "group/shared_blocks.h"
-#include "load/load_counts.h"
+#include "load/loader.h"
 #include "memory/backed_pages.h"
 #include "memory/block_cache.h"
 #include "memory/fresh_pages.h"
 #include "memory/host_memory.h"
-#include "page_cache/cache_filler.h"
 #include "page_cache/page_tables.h"
-#include "plan/layout.h"
 #include "plan/read_plan.h"
-#include "read/range_reader.h"
-#include "threads/ordered_pool.h"
-#include "threads/pace.h"
 
 namespace weightload {
 
@@ -46,9 +37,6 @@ struct HostLoaderOptions {
   uint64_t task_bytes = 8ull << 20;
   uint64_t block_bytes = 64ull << 20;
 
-  // How much private memory the process keeps for later loads; see memory/spare_memory.h.
-  uint64_t spare_bytes = 0;
-
   // Of private memory and the caller's. What is not shared with other ranks may be read directly.
   ReadMode read = ReadMode::automatic;
 
@@ -63,14 +51,10 @@ struct HostLoaderOptions {
   Look pause = no_look;
 };
 
-// A tensor ready to be used. The pointers into the header are valid while the loader (or its files) lives;
-// the memory lives as long as `memory` is held.
-struct HostTensor {
-  const CheckpointFile* file = nullptr;
-  const TensorInfo* info = nullptr;
+// A tensor ready to be used. The memory lives as long as `memory` is held.
+struct HostTensor : LoadedTensor {
   char* data = nullptr;  // null for an empty tensor
   HostMemoryRef memory;
-  bool in_place = false;  // read into memory of the caller's; data and memory are not set
 };
 
 // Yields the selected tensors of some files in order (files as given, tensors by offset), in host memory,
@@ -78,7 +62,7 @@ struct HostTensor {
 //
 // A mapped tensor is handed out when its pages are in the page cache and in the page tables, a private one when its
 // bytes have been copied. An error of a reading thread is thrown at the first tensor that needs what it could not read.
-class HostLoader {
+class HostLoader final : public Loader {
  public:
   // `selection[f]` lists tensors of file f by their number in its header, ascending. Throws on names that
   // occur twice, and on files that cannot be mapped.
@@ -91,31 +75,15 @@ class HostLoader {
              const HostLoaderOptions& options, const WantedParts& parts = {});
   ~HostLoader();
 
-  enum class Step : uint8_t { tensor, not_ready, end };
-
   // The next tensor, if it comes within `patience`. Throws what the reading threads threw, and after fork()
   // in the child, which has none of the threads. One thread at a time.
   Step next(HostTensor& tensor, std::chrono::milliseconds patience);
 
   // Makes a next() that waits in another thread return not_ready soon, and no further reading start.
-  void interrupt() noexcept;
-
-  // What keeps this rank from taking part any longer. The ranks that share the load raise it when it is closed.
-  void give_reason(const Error& error) { shared_.give_reason(error); }
+  void interrupt() noexcept { stop(); }
 
   // Stops and joins the threads and lets go of the files. Tensors handed out stay valid.
   void close() noexcept;
-
-  // True in a child forked after construction: it has none of the threads and can only let go.
-  bool forked() const;
-
-  // Whether the next next() communicates with other ranks.
-  bool needs_others() const;
-
-  const LoadCounts& counts() const { return counts_; }
-
-  uint64_t total_bytes() const { return selected_.total_bytes(); }
-  size_t tensor_count() const { return selected_.size(); }
 
  private:
   struct Readiness {
@@ -123,13 +91,17 @@ class HostLoader {
     bool wait = true;        // false: nothing is read ahead
   };
 
+  struct BlockState {
+    HostMemoryRef memory;   // none of mapped blocks; allocated by the first thread that needs it
+    bool in_place = false;  // the caller's memory
+  };
+
   bool can_view(size_t tensor) const;
   void map_files(const std::vector<HostMemoryRef>& places, const HostLoaderOptions& options);
   void plan(std::vector<HostMemoryRef> places, const HostLoaderOptions& options);
   bool map_here();
-  void open_readers(ReadMode mode);
   void find_tasks();
-  void start(const HostLoaderOptions& options);
+  void start_reading(const HostLoaderOptions& options);
   void work(size_t task, const Look& look);
   // Where a range of a file goes.
   struct Destination {
@@ -147,41 +119,22 @@ class HostLoader {
   uint64_t read_bounced(RangeReader& reader, RangeReader::Attempt& attempt, const Destination& to);
   HostMemoryRef block_memory(uint32_t block);
   bool prepare(uint32_t block, std::chrono::milliseconds patience, Payload& payload);
-  bool wait(size_t task, std::chrono::milliseconds patience);
   bool require_unchanged(std::chrono::milliseconds patience);
-  void let_go_of_passed_files(uint32_t current_file);
 
-  SharedBlocks shared_;  // before what may fail to be made: the others are told
-  SelectedTensors selected_;
-  LoadCounts counts_;
-  std::vector<HostMemoryRef> maps_;                    // by file; empty for those that need no mapping
-  std::vector<std::unique_ptr<RangeReader>> readers_;  // by file; of those with private blocks
-  std::vector<uint32_t> last_task_of_file_;            // by file; meaningful where tensors of it were selected
-  std::vector<Readiness> readiness_;                   // by tensor
-  Layout layout_;
+  std::vector<Readiness> readiness_;  // by tensor
   ReadPlan reads_;
 
   std::shared_ptr<BlockCache> block_cache_;
-  std::mutex allocating_;              // guards the elements of blocks_ until their tasks are done
-  std::vector<HostMemoryRef> blocks_;  // private blocks; allocated by the first thread that needs one
-  std::vector<bool> in_place_;         // by block: the caller's memory
+  std::mutex allocating_;           // guards the memory of blocks until their tasks are done
+  std::vector<BlockState> blocks_;  // by block
 
-  size_t next_ = 0;
   uint32_t unchanged_file_ = UINT32_MAX;  // the last mapped one that was found unchanged, and when
   std::chrono::steady_clock::time_point unchanged_at_;
-  uint32_t first_held_file_ = 0;  // maps and readers of files before this one have been let go
   bool page_in_ = true;
   ReadMode read_;
-  Pace pace_;
-  Pace unpaced_{Pace::Unpaced{}};  // of what is no file
   BackedPages backed_pages_;
   FreshPages fresh_pages_{backed_pages_};
-  LoadMappings mappings_;
-  CacheFiller filler_{mappings_};
   std::optional<PageTables> page_tables_;  // where mapped blocks are paged in
-  uint32_t fork_generation_;
-  std::atomic<bool> interrupted_{false};
-  std::unique_ptr<OrderedPool> pool_;  // last: its threads use everything above
 };
 
 }  // namespace weightload

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "base/delete_unless_forked.h"
 #include "base/error.h"
 #include "base/fork_generation.h"
 #include "base/of_this_process.h"
@@ -77,7 +78,7 @@ TensorReader::TensorReader(std::shared_ptr<const CheckpointFile> file) : file_(s
 
 TensorReader::~TensorReader() {
   State* const last = state_.load();
-  if (last->generation == fork_generation()) delete last;
+  DeleteUnlessForked{last->generation}(last);
 }
 
 TensorReader::State& TensorReader::state() const { return of_this_process(state_); }

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "base/byte_range.h"
+#include "base/delete_unless_forked.h"
 #include "base/error.h"
-#include "base/fork_generation.h"
 #include "base/start_thread.h"
 #include "base/stopwatch.h"
 #include "base/thread_name.h"
@@ -24,19 +24,13 @@ constexpr std::chrono::milliseconds kLate{2};
 }  // namespace
 
 PinnedRing::PinnedRing(size_t slots, Allocate allocate, size_t enough)
-    : allocate_(std::move(allocate)),
-      wanted_(slots),
-      enough_(enough),
-      capacity_(slots),
-      fork_generation_(fork_generation()) {
+    : allocate_(std::move(allocate)), wanted_(slots), enough_(enough), capacity_(slots) {
   idle_.reserve(slots);
   filler_ = start_thread([this] { fill(); });  // without one acquire() makes the slots
 }
 
 std::shared_ptr<PinnedRing> PinnedRing::make(size_t slots, Allocate allocate, size_t enough) {
-  return {new PinnedRing(slots, std::move(allocate), enough), [](PinnedRing* ring) {
-            if (ring->fork_generation_ == fork_generation()) delete ring;
-          }};
+  return {new PinnedRing(slots, std::move(allocate), enough), DeleteUnlessForked{}};
 }
 
 PinnedRing::~PinnedRing() { close(); }

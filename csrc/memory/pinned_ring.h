@@ -29,8 +29,7 @@ class PinnedRing {
   // Makes a slot; null or a std::exception when there is no memory of that kind. Called from several threads.
   using Allocate = std::function<std::unique_ptr<HostSlot>(bool pinned)>;
 
-  // Shared, because in a child forked meanwhile the ring can only be forgotten: its thread and the device's driver are
-  // in the parent, its mutex may be held, and destroying a condition variable waits for those who wait on it.
+  // Shared, so that a child forked meanwhile leaves it alone: see DeleteUnlessForked.
   static std::shared_ptr<PinnedRing> make(size_t slots, Allocate allocate, size_t enough = SIZE_MAX);
   ~PinnedRing();  // closes
 
@@ -112,7 +111,6 @@ class PinnedRing {
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
   std::atomic<uint64_t> wait_ns_{0}, make_ns_{0};
-  const uint32_t fork_generation_;
   std::thread filler_;  // last: it uses everything above
 };
 

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -286,6 +287,25 @@ TEST(memory_that_is_not_there_before_it_is_needed_may_be_there_then) {
   CHECK(device->blocks_left < 0);  // it was asked for
   device->blocks_left = 1;
   CHECK(load.drain() == 1);
+}
+
+// It has none of the threads: whoever waits for them, or for what they wait on, waits for ever.
+TEST(a_forked_child_is_told_and_lets_go) {
+  const Checkpoint checkpoint;
+  Load load(checkpoint.paths(), on_demand());
+  DeviceTensor tensor;
+  CHECK(load.next(tensor) == DeviceLoader::Step::tensor);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(60);
+    CHECK_THROWS(load.next(tensor), Error, error.kind == ErrorKind::usage);
+    const auto holders = tensor.block.use_count();
+    load.loader.reset();
+    ::_exit(tensor.block.use_count() == holders ? 0 : 1);  // nothing is freed without the driver
+  }
+  int status = -1;
+  CHECK(::waitpid(child, &status, 0) == child && status == 0);
+  CHECK(load.drain() == 308);
 }
 
 // Of which the kernel does not say what is there.

@@ -240,6 +240,26 @@ TEST(leaving_early_joins_and_keeps_what_was_taken) {
   }
 }
 
+// It has none of the threads: whoever waits for them, or for what they wait on, waits for ever.
+TEST(a_forked_child_is_told_and_lets_go) {
+  const Checkpoint checkpoint;
+  const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);
+  auto loader = std::make_unique<HostLoader>(files, everything(files), std::vector<HostMemoryRef>{}, nullptr,
+                                             small_options(false));
+  HostTensor tensor;
+  CHECK(take(*loader, tensor) == HostLoader::Step::tensor);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(60);
+    CHECK_THROWS(loader->next(tensor, milliseconds(0)), Error, error.kind == ErrorKind::usage);
+    loader.reset();
+    ::_exit(0);
+  }
+  int status = -1;
+  CHECK(::waitpid(child, &status, 0) == child && status == 0);
+  while (take(*loader, tensor) == HostLoader::Step::tensor) check_bytes(files, tensor);
+}
+
 TEST(two_loads_at_once) {
   const Checkpoint checkpoint;
   const auto files = CheckpointFile::open_all(checkpoint.paths(), 1);

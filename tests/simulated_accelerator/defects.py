@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 TREE = ROOT / ".build" / "defects"
 ACCELERATOR = "csrc/device/accelerator.cpp"
+ANY_LOADER = "csrc/load/loader.cpp"
 LOADER = "csrc/load/device_loader.cpp"
 ORDER = "tests/test_simulated_order.py::test_"
 PARITY = "tests/test_simulated.py::test_"
@@ -119,8 +120,8 @@ DEFECTS = (
     Defect(
         "block freed before its copies",
         LOADER,
-        "device_->abandon(*blocks_[b]);",
-        "static_cast<void>(b);",
+        "device_->abandon(*block.memory);",
+        "static_cast<void>(block);",
         (ORDER + "blocks_that_nobody_took_outlive_their_copies",),
     ),
     Defect(
@@ -139,8 +140,8 @@ DEFECTS = (
     ),
     Defect(
         "yielded before the copies are queued",
-        LOADER,
-        "return pool_->wait(last_task, patience);",
+        ANY_LOADER,
+        "return pool_->wait(task, patience);",
         "return pool_->wait(0, patience);",
         (PARITY + "any_cutting_gives_the_same_bytes",),
     ),

@@ -70,6 +70,7 @@ class WeightIterator(_C.HostLoader):
         self._counting.agreement_seconds = self.agreement_seconds
         self._counting.loading(files)
         try:
+            _C.keep_memory(now.spare_bytes)
             super().__init__(
                 files,
                 selection,
@@ -84,7 +85,6 @@ class WeightIterator(_C.HostLoader):
                 window_bytes=now.window_bytes,
                 task_bytes=now.task_bytes,
                 block_bytes=now.block_bytes,
-                spare_bytes=now.spare_bytes,
                 read=getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart))),
             )
         finally:
