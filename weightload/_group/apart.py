@@ -10,7 +10,7 @@ import torch
 
 from weightload import _C
 from weightload._base.load_stats import LoadStats, joined
-from weightload._base.uncopied import StandsForALoad
+from weightload._base.uncopied import Load, StandsForALoad
 from weightload._group.ranks import RECORD_BYTES
 from weightload._parts.shards import Parts, bytes_of_part
 
@@ -18,25 +18,11 @@ LEAST_SHARED = 0.1
 """Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
 
 
-class OneLoad(Protocol):
-    """iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
-
-    agreement_seconds: float
-
-    @property
-    def total_bytes(self) -> int:
-        """Of its tensors."""
-
-    def __next__(self) -> tuple[str, torch.Tensor]: ...
+class OneLoad(Load, Protocol):
+    """One of the core's."""
 
     def tell_ranks_of(self, other: Any) -> None:
         """Have the ranks that share another load hear of an error of this one."""
-
-    def close(self) -> None:
-        """Stop it."""
-
-    def stats(self) -> LoadStats:
-        """What it has done so far."""
 
 
 class SharedAndOwn(StandsForALoad):
@@ -49,12 +35,12 @@ class SharedAndOwn(StandsForALoad):
     """
 
     def __init__(self, shared: OneLoad, own: OneLoad, is_shared: Sequence[bool]) -> None:
+        super().__init__(shared)
         self._loads = own, shared
         self._is_shared = is_shared
         self._at = 0
         self._lock = threading.RLock()  # threads may share an iterator
-        self.agreement_seconds = shared.agreement_seconds
-        self.total_bytes = shared.total_bytes + own.total_bytes
+        self.total_bytes += own.total_bytes
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         with self._lock:
