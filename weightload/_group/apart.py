@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,7 @@ class SharedAndOwn(StandsForALoad):
 
     def __init__(self, shared: OneLoad, own: OneLoad, is_shared: Sequence[bool]) -> None:
         super().__init__(shared)
+        own.tell_ranks_of(shared)
         self._loads = own, shared
         self._is_shared = is_shared
         self._at = 0
@@ -67,29 +68,14 @@ class SharedAndOwn(StandsForALoad):
         return joined(*(load.stats() for load in self._loads))
 
 
-def start_both(
-    selection: Sequence[Sequence[int]],
-    common: list[list[int]],
-    start_shared: Callable[[list[list[int]]], OneLoad],
-    start_own: Callable[[list[list[int]]], OneLoad],
-) -> SharedAndOwn:
-    """The two loads of a selection of which all ranks want ``common``."""
-    wanted_by_all = [set(numbers) for numbers in common]
-    is_shared = [
-        number in wanted for numbers, wanted in zip(selection, wanted_by_all, strict=True) for number in numbers
-    ]
-    rest = [
-        [number for number in numbers if number not in wanted]
-        for numbers, wanted in zip(selection, wanted_by_all, strict=True)
-    ]
-    shared = start_shared(common)
-    try:
-        own = start_own(rest)
-        own.tell_ranks_of(shared)
-        return SharedAndOwn(shared, own, is_shared)
-    except BaseException:
-        shared.close()
-        raise
+def split(selection: Sequence[Sequence[int]], common: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[bool]]:
+    """Of a selection the tensors that are not ``common`` to all ranks; and of each, in order, whether it is."""
+    rest: list[list[int]] = []
+    is_common: list[bool] = []
+    for numbers, shared in zip(selection, map(set, common), strict=True):
+        rest.append([number for number in numbers if number not in shared])
+        is_common += [number in shared for number in numbers]
+    return rest, is_common
 
 
 class Wishes:

@@ -15,12 +15,10 @@ from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
 from weightload._group.agreement import Check
-from weightload._group.apart import SharedAndOwn
 from weightload._into.replicas import Replicas, reads_apart
 from weightload._into.state_dict import Match
 from weightload._load import devices, progress
-from weightload._load.device_iterator import DeviceWeightIterator, fail_together, load_to_device
-from weightload._load.iterator import WeightIterator, load_to_host
+from weightload._load.start import Source, Started, fail_together, start
 from weightload.errors import StateDictError, located
 
 if TYPE_CHECKING:
@@ -147,9 +145,7 @@ def _beside(
 
     Those that may not take a copy get theirs now, before anything else is written.
     """
-    with load_to_host(
-        None, "independent", paths, lambda: list(files), names, backend="either", parts=matched.parts
-    ) as weights:
+    with start(Source.of(files, paths), devices.CPU, names, parts=matched.parts, backend="either") as weights:
         held = {}
         for name, tensor in weights:
             held[name] = tensor
@@ -206,7 +202,7 @@ def _start(
     strategy: str,
     apart: bool,
     check: Check | None,
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
+) -> Started:
     """A load of these names to one device."""
     in_order = [name for file in files for name in file.names() if name in here]
     places = [matched.places[name] if name in matched.direct else None for name in in_order]
@@ -214,37 +210,22 @@ def _start(
         places = []
     elif device.type != "cpu":
         group = None
-    if device.type == "cpu":
-        return load_to_host(
-            group,
-            strategy,
-            paths,
-            lambda: list(files),
-            here,
-            backend="either",
-            places=places,
-            parts=matched.parts,
-            apart=apart,
-            check=check,
-        )
-    most_bytes = sum(file.size for file in files)
-    return load_to_device(
+    return start(
+        Source.of(files, paths),
         devices.resolve(device),
-        most_bytes,
-        paths,
-        lambda: list(files),
         here,
         group,
         strategy,
         places,
-        matched.parts,
+        parts=matched.parts,
+        backend="either",
         apart=apart,
         check=check,
     )
 
 
 def _take(
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn,
+    weights: Started,
     matched: Match,
     held: dict[str, torch.Tensor],
     advance: progress.Advance,

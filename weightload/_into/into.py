@@ -28,8 +28,8 @@ from weightload._into.state_dict import Match, Target, differing_names, match, r
 from weightload._into.together import Together, of_dtensors, of_group, of_meshes
 from weightload._load import devices
 from weightload._load.checking import Checking
-from weightload._load.device_iterator import fail_arguments_together, fail_together
 from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
+from weightload._load.start import fail_arguments_together, fail_together
 from weightload._parts.shards import go_back_to_shards, is_dtensor
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def load_into(
         require_strategy(strategy)
         require_duplicates(duplicates)
         require_rename(rename)
-        if verify is not None:
-            require_verify(verify)
+        require_verify(verify)
         folder = require_cache(cache)
     except Exception as error:
         if has_shards:

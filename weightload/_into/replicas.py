@@ -12,7 +12,7 @@ import torch
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
 from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group, world_is_one_node
-from weightload._load.device_iterator import fail_together
+from weightload._load.start import fail_together
 from weightload._parts.shards import Dealt
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from weightload._group.ranks import group_of_dimension, has_cpu_backend, is_one_
 from weightload._into.places import PLAIN
 from weightload._load import devices
 from weightload._load.checking import Ranks
-from weightload._load.device_iterator import make_target
+from weightload._load.ring import make_target
 from weightload._parts.shards import Dealt, is_dtensor
 from weightload.errors import GroupError, WeightLoadError
 

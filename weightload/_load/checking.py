@@ -16,6 +16,7 @@ from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
 from weightload._base.uncopied import Load, Process, StandsForALoad
 from weightload._checkpoint.digests import Verify, expected_digests
+from weightload._checkpoint.selection import Opening
 from weightload._group.agreement import DISK, NOT_CHECKED, VERIFY, digest
 from weightload._group.ranks import is_one_node
 from weightload._remote.tap import DIFFERENT, Budget, Reading, Tap
@@ -213,7 +214,7 @@ class Checking:
         self.meets = ranks is not None and ranks.meets
         self.verdict: _C.Verdict | None = None
 
-    def opening(self, open_them: Callable[[], list[_C.CheckpointFile]]) -> Callable[[], list[_C.CheckpointFile]]:
+    def opening(self, open_them: Opening) -> Opening:
         """The same, and the hashing begins."""
 
         def opened() -> list[_C.CheckpointFile]:
@@ -275,6 +276,14 @@ class Checking:
             self._checker.close()
         if self.verdict is not None:
             self.verdict.close()
+
+
+def checked(path: str, verify: Verify | None, open_it: Opening, load: Callable[[Opening], Result]) -> Result:
+    """What a load gives of a file that it opens, and ends before it returns; if the file is right."""
+    if verify is None:
+        return load(open_it)
+    checking = Checking([path], verify)
+    return checking.run(lambda: load(checking.opening(open_it)))
 
 
 class _StoppedError(Exception):

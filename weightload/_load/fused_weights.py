@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
 from weightload._base.uncopied import Load, StandsForALoad
-from weightload._checkpoint.selection import Names, predicate, select_all
+from weightload._checkpoint.selection import Names, Opening, predicate, select_all
 from weightload._load import devices
 from weightload._load.renaming import Rename, Renamed, ask, rename_files
 from weightload._parts import boxes
@@ -66,7 +66,7 @@ class RenamedLoad:
 
     def __init__(
         self,
-        open_them: Callable[[], list[_C.CheckpointFile]],
+        open_them: Opening,
         rename: Rename,
         names: Names | None,
         duplicates: str,
