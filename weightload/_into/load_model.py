@@ -15,7 +15,7 @@ from weightload._base.plain_torch import plainly
 from weightload._base.printable import printable
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.selection import Opening, open_files
-from weightload._into.filling import devices_of, fill
+from weightload._into.filling import Filling
 from weightload._into.own_loading import SAVING, is_overridden
 from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
@@ -23,6 +23,7 @@ from weightload._load import devices
 from weightload._load.checking import checked
 from weightload._load.fetch import load_all
 from weightload._load.options import Backend, device_of
+from weightload._load.start import Source
 from weightload._parts.shards import is_dtensor
 from weightload.errors import StateDictError, located
 
@@ -113,7 +114,7 @@ def _load(
     if strict and (missing or unexpected):
         raise located(StateDictError(_in_words(model, missing, unexpected)), files[0].path)
     if matched is not None:
-        fill(matched, devices_of(matched), files, [file.path for file in files])
+        Filling(matched, Source.of(files)).run()
     return missing, unexpected
 
 

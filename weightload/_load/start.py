@@ -149,11 +149,12 @@ def start(
         chosen: Chosen, target: _C.DeviceTarget | None, sharing: Sharing | None = None, counting: Counting = counting
     ) -> WeightIterator | DeviceWeightIterator:
         files, selection, wanted = chosen
-        now, core = settings.current(), sharing.core if sharing else None
-        counting.agreement_seconds = sharing.seconds if sharing else 0.0
-        counting.loading(files)
+        core = sharing.core if sharing else None
         weights: WeightIterator | DeviceWeightIterator
         try:
+            now = settings.current()
+            counting.agreement_seconds = sharing.seconds if sharing else 0.0
+            counting.loading(files)
             what = files, selection, [] if core else list(places), core, parts_in_order(files, selection, wanted)
             read = getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart)))
             if target is None:
