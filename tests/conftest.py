@@ -23,7 +23,7 @@ import torch
 
 import weightload
 from weightload import _C
-from weightload._load.iterator import WeightIterator
+from weightload._load.start import WeightIterator
 
 if TYPE_CHECKING:
     from simulated_ranks import Ranks

@@ -14,7 +14,7 @@ import torch
 
 import weightload
 from weightload._base.load_stats import LoadStats
-from weightload._load.iterator import DeviceWeightIterator
+from weightload._load.start import DeviceWeightIterator
 
 # Which stand-in: the backend of our own, CUDA's torch on the simulated CUDA ("cuda"), or none: a GPU ("gpu").
 CHOSEN = os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR", "simulated")

@@ -17,8 +17,10 @@ from conftest import BACKENDS, evict, interrupted_after, run_script, start, writ
 
 import weightload
 from weightload import _C, errors, settings
-from weightload._checkpoint.selection import open_files, select_all
-from weightload._load.iterator import WeightIterator
+from weightload._checkpoint.selection import open_files
+from weightload._load.devices import CPU
+from weightload._load.start import Source
+from weightload._load.start import start as start_load
 
 
 def test_a_signal_handler_may_close_the_iterator_it_interrupts(shards: list[Path], arm: Callable[..., None]) -> None:
@@ -92,9 +94,7 @@ def test_what_was_read_before_an_error_is_delivered(tmp_path: Path, arm: Callabl
     arm("error", first=10, count=10**6, error_number=errno.EIO)
     names = []
     with settings.override(task_bytes=1 << 20, threads=1), pytest.raises(errors.ReadError):
-        names.extend(
-            name for name, _ in WeightIterator(files, select_all(files, None), backend="pread", read_ahead=True)
-        )
+        names.extend(name for name, _ in start_load(Source.of(files), CPU, backend="pread"))
     assert names == [str(i) for i in range(9)]  # ten tasks of 1 MiB, shifted by the header, hold nine tensors
 
 

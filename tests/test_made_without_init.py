@@ -10,12 +10,12 @@ PROBE = """
     import copy, inspect, pickle, sys
     import torch, weightload
     from weightload import _C
-    from weightload._load import device_iterator, iterator, progress
+    from weightload._load import progress, start
     from weightload._api import prefetch
 
     path = sys.argv[1]
     classes = [kind for kind in vars(_C).values() if inspect.isclass(kind) and not hasattr(kind, "__members__")]
-    classes += [iterator.WeightIterator, device_iterator.DeviceWeightIterator, prefetch.PrefetchLoader]
+    classes += [start.WeightIterator, start.DeviceWeightIterator, prefetch.PrefetchLoader]
     classes += [progress.WeightsWithBar, weightload.safe_open, type(weightload.safe_open(path).get_slice("F32.matrix"))]
     arguments = ["t0"], [0], [], ["t0", True], [0, None], [[]], [b"", False], [object()]
 
@@ -52,15 +52,21 @@ PROBE = """
         made = kind.__new__(kind)
         use(made)
         del made
-    for kind in (iterator.WeightIterator, device_iterator.DeviceWeightIterator, prefetch.PrefetchLoader):
+    for kind in (start.WeightIterator, start.DeviceWeightIterator, prefetch.PrefetchLoader):
         for call in (next, len, lambda made: made.close()):
             require_error(kind.__name__, lambda: call(kind.__new__(kind)))
 
     # As arguments of others.
     file = _C.CheckpointFile.__new__(_C.CheckpointFile)
     require_error("reader of a file", lambda: _C.TensorReader(file))
-    require_error("load of a file", lambda: iterator.WeightIterator([file], [[0]], backend="mmap", read_ahead=True))
-    require_error("load of None", lambda: iterator.WeightIterator([None], [[0]], backend="mmap", read_ahead=True))
+    options = dict.fromkeys(("map", "must_map", "read_ahead"), True) | dict.fromkeys(
+        ("threads", "cold_threads", "window_bytes", "task_bytes", "block_bytes", "spare_bytes"), 4096
+    )
+    for wrong in (file, None):
+        made = lambda: start.WeightIterator([wrong], [[0]], [], None, [], read=_C.ReadMode.auto, **options)
+        require_error(f"load of {type(wrong).__name__}", made)
+    right = _C.open_files([path.encode()], 1)
+    assert next(start.WeightIterator(right, [[0]], [], None, [], read=_C.ReadMode.auto, **options))
 
     # Those that live.
     handle = weightload.safe_open(path)

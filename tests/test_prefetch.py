@@ -213,8 +213,8 @@ def test_what_has_come_can_be_taken_while_another_thread_waits(
             loader.take("39")
         done.set()
 
-    make = prefetch.WeightIterator
-    monkeypatch.setattr(prefetch, "WeightIterator", lambda *given, **options: Announced(make(*given, **options), waits))
+    make = prefetch.start
+    monkeypatch.setattr(prefetch, "start", lambda *given, **options: Announced(make(*given, **options), waits))
     with settings.override(task_bytes=MIB, threads=1), weightload.safe_open(path, backend="pread") as file:
         loader = file.prefetch()
         loader.take("1")  # "0" came before it

@@ -14,7 +14,7 @@ import random, time
 import safetensors.torch
 from torch.distributed.tensor import Replicate, Shard, _StridedShard, distribute_tensor, init_device_mesh
 from weightload import _C, errors, settings
-from weightload._into import filling, into
+from weightload._into import filling
 
 path = sys.argv[4]
 whole = safetensors.torch.load_file(path)
@@ -105,12 +105,12 @@ filling._put = put
 load(rows, strategy="striped")
 
 # What fails on one alone after the ranks have agreed, and before they begin to share, is raised on all.
-where = into.devices_of
+where = filling.reads_apart
 def failing_there(*arguments):
     if rank == 1:
         raise errors.OutOfMemoryError("none here")
     return where(*arguments)
-into.devices_of = failing_there
+filling.reads_apart = failing_there
 begin = time.monotonic()
 try:
     load(rows, strategy="striped")
@@ -119,7 +119,7 @@ except errors.OutOfMemoryError as error:
 else:
     raise AssertionError("no error")
 assert time.monotonic() - begin < 60, "it was waited for"
-into.devices_of = where
+filling.reads_apart = where
 load(rows, strategy="striped")
 dist.barrier()
 dist.destroy_process_group()

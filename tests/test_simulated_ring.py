@@ -13,7 +13,7 @@ from simulated_support import DEVICE, SMALL, assert_same, load, stand_ins_only
 
 from weightload import _C, settings
 from weightload._checkpoint.selection import open_files
-from weightload._load.device_iterator import load_to_device
+from weightload._load.start import Source, start
 
 pytestmark = pytest.mark.simulated
 
@@ -27,7 +27,7 @@ def test_page_locking_begins_before_the_headers_are_open(simulated: Any, shards:
         return open_files(shards)
 
     with settings.override(**SMALL):
-        weights = load_to_device(torch.device(DEVICE), 30 << 20, [""] * 3, open_when_locked, None)
+        weights = start(Source([""] * 3, open_when_locked, 30 << 20), torch.device(DEVICE))
         assert_same(dict(weights), *shards)
 
 
@@ -44,7 +44,7 @@ def test_cached_files_take_smaller_slots_than_cold_ones(simulated: Any, tmp_path
             path.read_bytes()
         if in_memory:
             file = _C.from_bytes(path.read_bytes())
-            weights = load_to_device(torch.device(DEVICE), 16 << 20, [""], lambda: [file], None)
+            weights = start(Source.of([file], most_bytes=16 << 20), torch.device(DEVICE))
         else:
             weights = load(path)
         assert_same(dict(weights), path)

@@ -202,7 +202,7 @@ def test_names_and_a_name_in_two_files(tensors: dict[str, torch.Tensor], files: 
 
 def test_settings_hold_for_all_that_is_read(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    start, one = in_parts.load_to_host, in_parts.TensorSlice
+    start, one = in_parts.start, in_parts.TensorSlice
 
     def seeing(function: Any) -> Any:
         def see(*arguments: Any, **named: Any) -> Any:
@@ -211,7 +211,7 @@ def test_settings_hold_for_all_that_is_read(files: list[str], monkeypatch: pytes
 
         return see
 
-    monkeypatch.setattr(in_parts, "load_to_host", seeing(start))
+    monkeypatch.setattr(in_parts, "start", seeing(start))
     monkeypatch.setattr(in_parts, "TensorSlice", seeing(one))
     for _, tensor in InParts(files, CPU, values={"threads": 3}):
         tensor.clone()

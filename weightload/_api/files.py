@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 
 from weightload import _C
 from weightload._base.paths import Path, as_text
 from weightload._checkpoint.digests import Verify, require_verify
-from weightload._checkpoint.selection import open_files, select_all
+from weightload._checkpoint.selection import Opening, open_files
 from weightload._group.cached import cache_of, require_cache, using
 from weightload._load import devices
-from weightload._load.checking import Checking
-from weightload._load.device_iterator import bytes_of_files, load_to_device
+from weightload._load.checking import checked
 from weightload._load.fetch import load_all
-from weightload._load.iterator import Backend, WeightIterator
-from weightload._load.options import device_of
+from weightload._load.options import Backend, device_of
+from weightload._load.start import Source, start
 
 
 def load_file(
@@ -49,25 +47,18 @@ def load_file(
             a ``verify`` that is none.
     """
     target = device_of(device, backend)
-    if verify is not None:
-        require_verify(verify)
+    require_verify(verify)
     folder = require_cache(cache)
     name = as_text(filename)
-    copies = cache_of(folder, [name], fill=True, at_end=verify is not None) if folder is not None else None
-    open_it = functools.partial(open_files, [filename], copies)
+    copies = cache_of(folder, [name], fill=True, at_end=verify is not None)
+
+    def load_it(open_it: Opening) -> dict[str, torch.Tensor]:
+        if target.type == "cpu":
+            return load_all(open_it()[0], target, backend)
+        return dict(start(Source([name], open_it), target))
+
     with using(copies):
-        if verify is None:
-            return _load_file(filename, target, backend, open_it)
-        checking = Checking([name], verify)
-        return checking.run(lambda: _load_file(filename, target, backend, checking.opening(open_it)))
-
-
-def _load_file(
-    filename: Path, device: torch.device, backend: Backend, open_it: Callable[[], list[_C.CheckpointFile]]
-) -> dict[str, torch.Tensor]:
-    if device.type != "cpu":
-        return dict(load_to_device(device, bytes_of_files([filename]), [filename], open_it, None))
-    return load_all(open_it()[0], device, backend)
+        return checked(name, verify, functools.partial(open_files, [name], copies), load_it)
 
 
 def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -> dict[str, torch.Tensor]:
@@ -87,6 +78,4 @@ def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -
     target = device_of(device)
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(memoryview(data)))
-    if target.type != "cpu":
-        return dict(load_to_device(target, len(data), [""], lambda: [file], None))
-    return dict(WeightIterator([file], select_all([file], None), backend="pread", read_ahead=True))
+    return dict(start(Source.of([file]), target, backend="pread"))

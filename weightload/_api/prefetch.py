@@ -14,10 +14,8 @@ from weightload import _C, settings
 from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
-from weightload._group.apart import SharedAndOwn
-from weightload._load.device_iterator import LEAST_BLOCK, DeviceWeightIterator, load_to_device
 from weightload._load.fetch import find
-from weightload._load.iterator import WeightIterator
+from weightload._load.start import Source, start
 from weightload.errors import TensorError, located
 
 
@@ -84,17 +82,10 @@ def start_prefetch(
         if dtype not in TORCH_DTYPES:
             what = f"prefetch cannot hand out dtype {dtype}: torch has no matching dtype"
             raise located(TensorError(what), file.path, name)
-    everything = list(range(len(part)))
-    total = max(part.bytes_of(everything), 4096)
-    weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
+    total = max(part.bytes_of(range(len(part))), 4096)
+    source, window = Source.of([part], most_bytes=total), None if in_window else total
     with settings.override(threads=threads) if threads is not None else contextlib.nullcontext():
-        if device.type == "cpu":
-            with contextlib.nullcontext() if in_window else settings.override(window_bytes=total):
-                weights = WeightIterator([part], [everything], backend=backend, read_ahead=True)
-        else:
-            window = settings.current().device_block_bytes if in_window else total
-            with settings.override(device_block_bytes=LEAST_BLOCK) if in_window else contextlib.nullcontext():
-                weights = load_to_device(device, total, [file.path], lambda: [part], None, window_bytes=window)
+        weights = start(source, device, backend=backend, window_bytes=window, own_blocks=in_window)
     current = None if device.type == "cpu" else functools.partial(_current_stream, device)
     return PrefetchLoader(weights, names, current)
 

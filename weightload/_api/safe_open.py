@@ -19,8 +19,7 @@ from weightload._checkpoint.selection import open_files
 from weightload._group.cached import cache_of, require_cache
 from weightload._load import devices
 from weightload._load.fetch import copied, fetch, fetch_part, find, load_all, no_such_tensor, row_bytes
-from weightload._load.iterator import Backend
-from weightload._load.options import device_of
+from weightload._load.options import Backend, device_of
 from weightload._parts.rows import about_last_dimension, box_of, is_basic, plan_rows
 from weightload._parts.shards import shape_of
 from weightload.errors import WeightLoadError

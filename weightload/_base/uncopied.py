@@ -1,10 +1,27 @@
-"""Things of which there is one: a load, and what stands for it."""
+"""Things of which there is one: a load, what stands for it, and the process that it was begun in."""
 
 from __future__ import annotations
 
-from typing import NoReturn, SupportsIndex, TypeVar
+import os
+from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightload._base.load_stats import LoadStats
 
 _Self = TypeVar("_Self", bound="StandsForALoad")
+
+
+class Process:
+    """The one that this was made in. Its forked children have none of its threads, but locks that nobody gives back."""
+
+    def __init__(self) -> None:
+        self._number = os.getpid()
+
+    def is_parent(self) -> bool:
+        """Whether this is a forked child of it."""
+        return os.getpid() != self._number
 
 
 class Uncopied:
@@ -14,11 +31,41 @@ class Uncopied:
         raise TypeError(f"cannot pickle or copy a {type(self).__name__}")
 
 
+class Load(Protocol):
+    """One of the core's, or what stands for it."""
+
+    @property
+    def agreement_seconds(self) -> float:
+        """What agreeing with other ranks took."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all its tensors."""
+
+    def __next__(self) -> tuple[str, torch.Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None:
+        """Stop it."""
+
+    def stats(self) -> LoadStats:
+        """What it has done so far."""
+
+
 class StandsForALoad(Uncopied):
-    """An iterator over another's items, and a context manager that closes it."""
+    """An iterator over another's items, and a context manager that closes it; otherwise as the other itself."""
+
+    def __init__(self, weights: Load) -> None:
+        self._weights = weights
+        self.agreement_seconds = weights.agreement_seconds
+        self.total_bytes = weights.total_bytes
 
     def __iter__(self: _Self) -> _Self:
         return self
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -27,5 +74,9 @@ class StandsForALoad(Uncopied):
         self.close()
 
     def close(self) -> None:
-        """Stop the load."""
-        raise NotImplementedError
+        """Stop the load, also one that another thread waits in."""
+        self._weights.close()
+
+    def stats(self) -> LoadStats:
+        """What the load has done so far."""
+        return self._weights.stats()

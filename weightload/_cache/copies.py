@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from weightload._base.handlers import forgiven, pass_on
+from weightload._base.uncopied import Process
 from weightload._remote.transport import SECONDS_BETWEEN_LOOKS
 from weightload.errors import CacheError, ReadError, WeightLoadError, located
 
@@ -366,7 +367,7 @@ class Copies:
         self._writer, self._sealer = Worker("weightload-cache"), Worker("weightload-sync")
         self._lock = threading.Lock()  # of finish
         self._finished = False
-        self._process = os.getpid()
+        self._process = Process()
 
     @property
     def failure(self) -> BaseException | None:
@@ -412,7 +413,7 @@ class Copies:
         Raises:
             CacheError: it cannot be written. ReadError: a server has failed.
         """
-        if os.getpid() != self._process:
+        if self._process.is_parent():
             raise WeightLoadError(
                 "this load was begun before fork(): the threads that write its copies are the parent's"
             )
@@ -453,7 +454,7 @@ class Copies:
 
     def close(self) -> None:
         """Stop; what is not whole goes. In a forked child, which has none of the threads, it is the parent's."""
-        if os.getpid() != self._process:
+        if self._process.is_parent():
             for copy in self._copies:
                 copy.let_go()
             return

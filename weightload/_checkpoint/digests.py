@@ -26,7 +26,7 @@ _LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(.+)")
 
 
 def require_verify(verify: object) -> None:
-    """Raise for what is no ``Verify``.
+    """Raise for what is no ``Verify``, nor None.
 
     Raises:
         ValueError: another word than "sha256", a digest that is none, or a name that is not one below a folder.
@@ -43,7 +43,7 @@ def require_verify(verify: object) -> None:
                 raise ValueError(f"verify: {name!r} must be a file's name, or its path below the checkpoint's folder")
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
                 raise ValueError(f"verify: {name!r} must have a SHA-256, as 64 hexadecimal digits, not {digest!r}")
-    else:
+    elif verify is not None:
         raise TypeError(f"verify must be 'sha256' or a mapping, not {type(verify).__name__}")
 
 

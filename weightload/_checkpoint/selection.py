@@ -11,17 +11,15 @@ from weightload import _C, settings
 from weightload._base.addresses import is_address, shown
 from weightload._base.paths import Path, as_text
 from weightload._checkpoint.duplicates import remember_copy, without_repeats
-from weightload._parts.chosen_parts import Shard, choose_parts
-from weightload._parts.shards import NO_PARTS, Part, Parts
+from weightload._parts.shards import Part, Parts
 
 if TYPE_CHECKING:
     from weightload._cache.folder import Cache
 
 __all__ = [
     "Names",
+    "Opening",
     "Path",
-    "open_and_choose",
-    "open_and_select",
     "open_files",
     "parts_in_order",
     "predicate",
@@ -30,6 +28,8 @@ __all__ = [
 ]
 
 Names = Collection[str] | Callable[[str], bool]
+Opening = Callable[[], list[_C.CheckpointFile]]
+"""Opens the files of a load. An exception's traceback keeps what its frames have: who fails clears the list."""
 
 
 def open_files(paths: Sequence[Path], cache: Cache | None = None) -> list[_C.CheckpointFile]:
@@ -78,32 +78,6 @@ def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicat
     picked = None if names is None else predicate(names)  # once: an iterator among them can be read once
     selection = [select(file, picked) for file in files]
     return without_repeats(files, selection, duplicates, everything=names is None)
-
-
-def open_and_choose(
-    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str, shard: Shard | None
-) -> tuple[list[_C.CheckpointFile], list[list[int]], Parts]:
-    """The files of a load, and what is wanted of their tensors; ``shard``: see ``chosen_parts``."""
-    files, selection = open_and_select(open_them, names, duplicates)
-    if shard is None:
-        return files, selection, NO_PARTS
-    try:
-        return files, *choose_parts(files, selection, shard)
-    except BaseException:
-        files.clear()  # an exception's traceback would keep them open
-        raise
-
-
-def open_and_select(
-    open_them: Callable[[], list[_C.CheckpointFile]], names: Names | None, duplicates: str
-) -> tuple[list[_C.CheckpointFile], list[list[int]]]:
-    """The files of a load, and ``select_all`` of them."""
-    files = open_them()
-    try:
-        return files, select_all(files, names, duplicates)
-    except BaseException:
-        files.clear()  # an exception's traceback would keep them open
-        raise
 
 
 def parts_in_order(

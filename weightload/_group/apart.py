@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from weightload import _C
 from weightload._base.load_stats import LoadStats, joined
-from weightload._base.uncopied import StandsForALoad
+from weightload._base.uncopied import Load, StandsForALoad
 from weightload._group.ranks import RECORD_BYTES
 from weightload._parts.shards import Parts, bytes_of_part
 
@@ -18,25 +18,11 @@ LEAST_SHARED = 0.1
 """Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
 
 
-class OneLoad(Protocol):
-    """iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
-
-    agreement_seconds: float
-
-    @property
-    def total_bytes(self) -> int:
-        """Of its tensors."""
-
-    def __next__(self) -> tuple[str, torch.Tensor]: ...
+class OneLoad(Load, Protocol):
+    """One of the core's."""
 
     def tell_ranks_of(self, other: Any) -> None:
         """Have the ranks that share another load hear of an error of this one."""
-
-    def close(self) -> None:
-        """Stop it."""
-
-    def stats(self) -> LoadStats:
-        """What it has done so far."""
 
 
 class SharedAndOwn(StandsForALoad):
@@ -49,12 +35,13 @@ class SharedAndOwn(StandsForALoad):
     """
 
     def __init__(self, shared: OneLoad, own: OneLoad, is_shared: Sequence[bool]) -> None:
+        super().__init__(shared)
+        own.tell_ranks_of(shared)
         self._loads = own, shared
         self._is_shared = is_shared
         self._at = 0
         self._lock = threading.RLock()  # threads may share an iterator
-        self.agreement_seconds = shared.agreement_seconds
-        self.total_bytes = shared.total_bytes + own.total_bytes
+        self.total_bytes += own.total_bytes
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         with self._lock:
@@ -81,29 +68,14 @@ class SharedAndOwn(StandsForALoad):
         return joined(*(load.stats() for load in self._loads))
 
 
-def start_both(
-    selection: Sequence[Sequence[int]],
-    common: list[list[int]],
-    start_shared: Callable[[list[list[int]]], OneLoad],
-    start_own: Callable[[list[list[int]]], OneLoad],
-) -> SharedAndOwn:
-    """The two loads of a selection of which all ranks want ``common``."""
-    wanted_by_all = [set(numbers) for numbers in common]
-    is_shared = [
-        number in wanted for numbers, wanted in zip(selection, wanted_by_all, strict=True) for number in numbers
-    ]
-    rest = [
-        [number for number in numbers if number not in wanted]
-        for numbers, wanted in zip(selection, wanted_by_all, strict=True)
-    ]
-    shared = start_shared(common)
-    try:
-        own = start_own(rest)
-        own.tell_ranks_of(shared)
-        return SharedAndOwn(shared, own, is_shared)
-    except BaseException:
-        shared.close()
-        raise
+def split(selection: Sequence[Sequence[int]], common: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[bool]]:
+    """Of a selection the tensors that are not ``common`` to all ranks; and of each, in order, whether it is."""
+    rest: list[list[int]] = []
+    is_common: list[bool] = []
+    for numbers, shared in zip(selection, map(set, common), strict=True):
+        rest.append([number for number in numbers if number not in shared])
+        is_common += [number in shared for number in numbers]
+    return rest, is_common
 
 
 class Wishes:

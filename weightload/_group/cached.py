@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightload import _C
 from weightload._base.addresses import is_address, shown
-from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path, as_text
-from weightload._base.uncopied import StandsForALoad
+from weightload._base.uncopied import Load, StandsForALoad
 from weightload._group.ranks import load_name, node_of_this_process, tell_all
 
 if TYPE_CHECKING:
@@ -77,15 +76,13 @@ class CachedWeights(StandsForALoad):
 
     __del__ = _C.finish  # close(): a loop that was left early leaves nothing in the folder that is not whole
 
-    def __init__(self, weights: Any, cache: Cache) -> None:
-        self._weights, self._cache = weights, cache
-        self.agreement_seconds: float = weights.agreement_seconds
-        self.total_bytes: int = weights.total_bytes
+    def __init__(self, weights: Load, cache: Cache) -> None:
+        super().__init__(weights)
+        self._cache = cache
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         try:
-            item: tuple[str, torch.Tensor] = next(self._weights)
-            return item
+            return next(self._weights)
         except StopIteration:
             try:
                 self._cache.finish()
@@ -97,15 +94,7 @@ class CachedWeights(StandsForALoad):
             self._cache.stop(error)
             raise
 
-    def __len__(self) -> int:
-        return len(self._weights)
-
     def close(self) -> None:
         """Stop the load and the writing."""
-        self._weights.close()
+        super().close()
         self._cache.close()
-
-    def stats(self) -> LoadStats:
-        """What the load has done so far."""
-        stats: LoadStats = self._weights.stats()
-        return stats

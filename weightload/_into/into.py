@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed import ProcessGroup
 
 from weightload import _C
 from weightload._base.addresses import is_address
@@ -17,25 +16,20 @@ from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
-from weightload._checkpoint.selection import open_files
+from weightload._checkpoint.selection import Opening, open_files
 from weightload._group.agreement import NOT_CHECKED, of_files
 from weightload._group.cached import cache_of, require_cache, using
 from weightload._group.ranks import load_name, require_group, require_strategy, resolve_group
-from weightload._into.filling import Filled, devices_of, fill, shares
+from weightload._into.filling import Filling, shares
 from weightload._into.load_report import LoadReport
 from weightload._into.replicas import find_replicas
-from weightload._into.state_dict import Match, Target, differing_names, match, refusal, wanted_names, wanted_of
-from weightload._into.together import Together, of_dtensors, of_group, of_meshes
+from weightload._into.state_dict import Target, differing_names, match, refusal, wanted_names, wanted_of
+from weightload._into.together import of_dtensors, of_group, of_meshes
 from weightload._load import devices
 from weightload._load.checking import Checking
-from weightload._load.device_iterator import fail_arguments_together, fail_together
 from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
+from weightload._load.start import Source, fail_arguments_together, fail_together
 from weightload._parts.shards import go_back_to_shards, is_dtensor
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from weightload._cache.folder import Cache
 
 
 def load_into(
@@ -127,19 +121,15 @@ def load_into(
         go_back_to_shards(target)
         has_shards = _has_shards(target)
         if has_shards:
-            try:
-                require_group(group)
-            except Exception:
-                together = of_meshes(_tensors(target))  # where the others are waiting, if they were given none
-                raise
-            together = of_meshes(_tensors(target)) if group is None else of_group(group, first.type)
+            is_group = isinstance(group, ProcessGroup)  # if not, the others wait as if they were given none
+            together = of_group(group, first.type) if is_group else of_meshes(_tensors(target))
+            require_group(group)
         paths = path_list(files)
         together.load = load_name(paths)
         require_strategy(strategy)
         require_duplicates(duplicates)
         require_rename(rename)
-        if verify is not None:
-            require_verify(verify)
+        require_verify(verify)
         folder = require_cache(cache)
     except Exception as error:
         if has_shards:
@@ -155,61 +145,20 @@ def load_into(
         together = of_group(group, first.type)
         together.load = load_name(paths)
     checking = Checking(paths, verify, together.checking(strategy)) if verify is not None else None
-    copies = cache_of(
-        folder,
-        paths,
-        fill=not has_shards,
-        at_end=verify is not None,
-        group=group,
-        shared=shares(group, strategy),
-    )
-    load = functools.partial(
-        _load,
-        target,
-        paths,
-        strict,
-        group,
-        strategy,
-        rename,
-        duplicates,
-        show_progress,
-        first,
-        together,
-        checking,
-        copies,
-    )
-    try:
-        with using(copies):
-            report = load() if checking is None else checking.run(load, together.look)
-    except BaseException as error:
-        if together.should_hear(error):
-            together.shout(error)
-            together.end(error)
-        raise
-    together.end()
-    return report
+    fill, shared = not has_shards, shares(group, strategy)
+    copies = cache_of(folder, paths, fill=fill, at_end=verify is not None, group=group, shared=shared)
+    open_them: Opening = functools.partial(open_files, paths, copies)
+    if checking is not None:
+        open_them = checking.opening(open_them)
+    if group is not None:  # the loads agree themselves
+        together.waits = functools.partial(fail_together, group=group, strategy=strategy, paths=paths, device=first)
+    elif not together.alone:
+        together.waits = functools.partial(together.begin, {})
 
-
-def _load(
-    target: Target,
-    paths: list[str],
-    strict: bool,
-    group: ProcessGroup | None,
-    strategy: str,
-    rename: Rename | None,
-    duplicates: Duplicates,
-    show_progress: bool | None,
-    first: torch.device,
-    together: Together,
-    checking: Checking | None,
-    copies: Cache | None,
-) -> LoadReport:
-    begin = time.perf_counter()
-    opened: list[_C.CheckpointFile] = []
-    try:
+    def load() -> LoadReport:
+        begin = time.perf_counter()
+        opened = open_them()
         try:
-            open_them = functools.partial(open_files, paths, copies)
-            opened = open_them() if checking is None else checking.opening(open_them)()
             renamed: Renamed | None = None
             if rename is None:
                 opened[:] = one_of_each(opened, duplicates, lambda: wanted_names(target, opened))
@@ -219,74 +168,49 @@ def _load(
             matched = match(target, opened, strict, renamed)
             if copies is not None:
                 copies.skip_others(opened, matched.places.keys() | matched.given())
-        except BaseException as error:
-            if group is not None:  # the others are about to agree on the load
-                fail_together(error, group, strategy, paths, first)
-            elif together.should_hear(error):
-                together.begin({}, error)
-            raise
-        if group is None and not together.alone:  # else the loads agree themselves
-            made_of = renamed.by_target() if renamed else {}
-            absent = set(matched.absent)
-            made = {name: (made_of.get(name), name in absent) for name in matched.dtensors}
-            compared = of_dtensors(matched.dtensors, together.ranks, made.__getitem__)
-            checks = dict(NOT_CHECKED if checking is None else checking.same())
-            together.begin({"strategy": strategy} | of_files(opened, named=False) | compared | checks)
-        replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
-        try:
-            if shares(group, strategy):
-                matched = dataclasses.replace(matched, direct=set())
-            elif replicas is not None:
-                replicas.names = {piece for name in replicas.names for piece in matched.pieces.get(name, [name])}
-                matched = dataclasses.replace(matched, direct=matched.direct - replicas.names)
+            if group is None and not together.alone:
+                checks = dict(NOT_CHECKED if checking is None else checking.same())
+                made_of = renamed.by_target() if renamed else {}
+                compared = of_dtensors(matched.dtensors, together.ranks, made_of, set(matched.absent))
+                together.begin({"strategy": strategy} | of_files(opened, named=False) | compared | checks)
+            replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
+            source = Source.of(opened, paths)
+            filling = Filling(matched, source, group, strategy, together, replicas, checking)
             at_load = time.perf_counter()
-            devices_here = devices_of(matched)
-            if group is not None or replicas is not None:
-                devices_here.setdefault(first)  # a rank with nothing to load agrees on that, or says so
-            filled = fill(
-                matched,
-                devices_here,
-                opened,
-                paths,
-                group,
-                strategy,
-                show_progress,
-                None if together.alone else together.look,
-                replicas,
-                checking,
-            )
-        except BaseException as error:
-            if replicas is not None and replicas.expected:
-                replicas.fail(error, paths)
-            raise
-        loaded, missing, unexpected = _names(matched, filled, target, opened, strict)
-    finally:
-        # An exception's traceback would keep them open through this frame.
-        opened.clear()
-    end = time.perf_counter()
-    return LoadReport(
-        loaded=loaded,
-        missing=missing,
-        unexpected=unexpected,
-        bytes=sum(matched.sizes[name] for name in loaded),
-        in_place=len(matched.direct),
-        seconds={"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin},
-        stats=filled.stats,
-        took_part=[prefix[:-1] for prefix in matched.turns.walk.parts] if matched.turns else [],
-    )
+            filling.run(show_progress, first)
+            loaded, missing, unexpected = _names(filling, target, opened, strict)
+        finally:
+            # An exception's traceback would keep them open through this frame.
+            opened.clear()
+        end = time.perf_counter()
+        seconds = {"open": at_match - begin, "match": at_load - at_match, "load": end - at_load, "total": end - begin}
+        return LoadReport(
+            loaded=loaded,
+            missing=missing,
+            unexpected=unexpected,
+            bytes=sum(matched.sizes[name] for name in loaded),
+            in_place=len(filling.matched.direct),
+            seconds=seconds,
+            stats=filling.stats,
+            took_part=[prefix[:-1] for prefix in matched.turns.walk.parts] if matched.turns else [],
+        )
+
+    with together, using(copies):
+        return load() if checking is None else checking.run(load, together.look)
 
 
 def _names(
-    matched: Match, filled: Filled, target: Target, files: list[_C.CheckpointFile], strict: bool
+    filling: Filling, target: Target, files: list[_C.CheckpointFile], strict: bool
 ) -> tuple[list[str], list[str], list[str]]:
     """Names that were loaded, are missing and were not expected.
 
     Raises:
         StateDictError: modules that had a say in it left names that ``strict`` minds.
     """
-    if filled.names is None:
+    matched = filling.matched
+    if filling.names is None:
         return matched.loaded, matched.missing, matched.unexpected
-    missing, unexpected = matched.without_tied(filled.names[0]), filled.names[1]
+    missing, unexpected = matched.without_tied(filling.names[0]), filling.names[1]
     surplus = set(unexpected)
     own_say = matched.turns is not None and matched.turns.has_own_say()
     if strict and not own_say and (words := differing_names(missing, unexpected)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 
@@ -14,16 +14,16 @@ from weightload._base.paths import Path, as_text
 from weightload._base.plain_torch import plainly
 from weightload._base.printable import printable
 from weightload._checkpoint.digests import Verify, require_verify
-from weightload._checkpoint.selection import open_files
-from weightload._into.filling import devices_of, fill
+from weightload._checkpoint.selection import Opening, open_files
+from weightload._into.filling import Filling
 from weightload._into.own_loading import SAVING, is_overridden
 from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
 from weightload._load import devices
-from weightload._load.checking import Checking
+from weightload._load.checking import checked
 from weightload._load.fetch import load_all
-from weightload._load.iterator import Backend
-from weightload._load.options import device_of
+from weightload._load.options import Backend, device_of
+from weightload._load.start import Source
 from weightload._parts.shards import is_dtensor
 from weightload.errors import StateDictError, located
 
@@ -66,34 +66,21 @@ def load_model(
             ``load_file``.
     """
     target = device_of(device, backend)
-    open_it = functools.partial(open_files, [filename])
-    if verify is None:
-        return _open_and_load(model, filename, strict, target, backend, open_it)
     require_verify(verify)
-    checking = Checking([as_text(filename)], verify)
-    opened = checking.opening(open_it)
-    return checking.run(lambda: _open_and_load(model, filename, strict, target, backend, opened))
 
+    def load(open_it: Opening) -> tuple[set[str], list[str]]:
+        files = open_it()
+        try:
+            return _load(model, files, strict, target, backend)
+        finally:
+            files.clear()  # an exception's traceback would keep them open through this frame
 
-def _open_and_load(
-    model: torch.nn.Module,
-    filename: Path,
-    strict: bool,
-    device: torch.device,
-    backend: str,
-    open_it: Callable[[], list[_C.CheckpointFile]],
-) -> tuple[set[str], list[str]]:
-    files = open_it()
-    try:
-        return _load(model, files, [filename], strict, device, backend)
-    finally:
-        files.clear()  # an exception's traceback would keep them open through this frame
+    return checked(as_text(filename), verify, functools.partial(open_files, [filename]), load)
 
 
 def _load(
     model: torch.nn.Module,
     files: list[_C.CheckpointFile],
-    paths: list[Path],
     strict: bool,
     device: torch.device,
     backend: str,
@@ -127,7 +114,7 @@ def _load(
     if strict and (missing or unexpected):
         raise located(StateDictError(_in_words(model, missing, unexpected)), files[0].path)
     if matched is not None:
-        fill(matched, devices_of(matched), files, paths)
+        Filling(matched, Source.of(files)).run()
     return missing, unexpected
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from weightload._base.paths import Path
 from weightload._base.plain_torch import plainly
 from weightload._group.ranks import group_of_dimension, ranks_of_this_node, resolve_group, world_is_one_node
-from weightload._load.device_iterator import fail_together
+from weightload._load.start import fail_together
 from weightload._parts.shards import Dealt
 
 if TYPE_CHECKING:
@@ -31,22 +32,22 @@ class Replicas:
     device: torch.device
     names: set[str]
     """The tensors, by their names in the target. Those that are on another device are not shared."""
-    expected: bool = True
-    """Whether the others are waiting for this rank to begin the shared load."""
 
     def fail(self, error: BaseException, paths: Sequence[Path]) -> None:
         """Raise this rank's error on all of them, in place of the shared load that the others are about to begin."""
-        try:
+        with self.numbered_globally():
             fail_together(error, self.group, self.strategy, paths, self.device)
-        except BaseException as told:
-            self.number_globally(told)
-            raise
 
-    def number_globally(self, error: BaseException) -> None:
-        """Have an error of a shared load name its rank as the default group numbers it, as a mesh does."""
-        rank = getattr(error, "rank", None)
-        if rank is not None:
-            error.rank = torch.distributed.get_process_group_ranks(self.group)[rank]  # type: ignore[attr-defined]
+    @contextlib.contextmanager
+    def numbered_globally(self) -> Iterator[None]:
+        """Have an error of the shared load name its rank as the default group numbers it, as a mesh does."""
+        try:
+            yield
+        except BaseException as error:
+            rank = getattr(error, "rank", None)
+            if rank is not None:
+                error.rank = torch.distributed.get_process_group_ranks(self.group)[rank]  # type: ignore[attr-defined]
+            raise
 
 
 @plainly

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from weightload._group.ranks import group_of_dimension, has_cpu_backend, is_one_
 from weightload._into.places import PLAIN
 from weightload._load import devices
 from weightload._load.checking import Ranks
-from weightload._load.device_iterator import make_target
+from weightload._load.ring import make_target
 from weightload._parts.shards import Dealt, is_dtensor
 from weightload.errors import GroupError, WeightLoadError
 
@@ -43,6 +44,9 @@ class Together:
     a round every rank tells all others that it is ready, or why it failed, over each of ``groups`` in turn: those of
     the dimensions of a mesh, after the last of which a rank has heard of all. A round in which one failed is the last.
 
+    A context manager: the load runs in it. What is raised there is told where the others wait for this rank, and its
+    end is the round after the load.
+
     Args:
         groups: the ranks, this one among them; none: it loads alone.
         kind: the type of the devices between which records travel if a group has no backend for CPUs.
@@ -52,7 +56,10 @@ class Together:
     Attributes:
         load: what errors call the load.
         ranks: their number.
+        waits: how some of them hear of a failure that do not wait for a round but for what they agree on with this one.
     """
+
+    waits: Callable[[BaseException], None] | None = None
 
     def __init__(self, groups: Sequence[ProcessGroup], kind: str, ranks: Sequence[int], is_mesh: bool) -> None:
         self.load, self.ranks = "load_into", len(ranks)
@@ -87,6 +94,7 @@ class Together:
             Exception: what a rank raised, on every rank.
         """
         self._has_begun = True
+        self.waits = None
         try:
             self._round(same, failure, "before it began")
         finally:
@@ -101,14 +109,38 @@ class Together:
         finally:
             failure = None  # its traceback has this frame in it
 
-    def should_hear(self, failure: BaseException) -> bool:
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        told = failure
+        del trace
+        try:
+            if failure is not None and self.waits is not None:
+                try:
+                    self.waits(failure)
+                except BaseException as heard:
+                    told = heard
+            if told is None:
+                self.end()
+            elif self._should_hear(told):
+                self._shout(told)
+                self.end(told)
+            if told is not None and told is not failure:
+                raise told
+        finally:
+            failure = told = None  # their tracebacks have this frame in them
+
+    def _should_hear(self, failure: BaseException) -> bool:
         """Whether the other ranks are waiting to hear of this failure."""
         if not self._groups or self._is_over or (was_told(failure) and not self._has_begun):
             return False
         # A rank that cannot be reached will not come to a round, either. The others find out as this one did.
         return not (type(failure) is GroupError and failure.rank is None)
 
-    def shout(self, failure: BaseException) -> None:
+    def _shout(self, failure: BaseException) -> None:
         """Have ranks that are still loading stop."""
         if self._key and isinstance(failure, Exception):
             with contextlib.suppress(Exception):  # the round will tell them
@@ -238,14 +270,17 @@ def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
 
 
 @plainly
-def of_dtensors(tensors: Mapping[str, Dealt], ranks: int, sources: Callable[[str], object]) -> dict[str, str]:
+def of_dtensors(
+    tensors: Mapping[str, Dealt], ranks: int, sources: Mapping[str, Sequence[str]], absent: Collection[str]
+) -> dict[str, str]:
     """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out.
 
     Args:
         tensors: DTensors by name. Those of which only some of the ranks have a part are nothing to the others: experts
             that are other ones on other ranks.
         ranks: how many load together.
-        sources: what of the checkpoint a DTensor of a name is made of.
+        sources: what of the checkpoint those are made of, in words, that have another name there.
+        absent: names of which it has nothing, or not all.
     """
     known: dict[int, tuple[str, str] | None] = {}  # layers are alike, and a mesh answers slowly
     names, shapes, ways = [], [], []
@@ -265,7 +300,7 @@ def of_dtensors(tensors: Mapping[str, Dealt], ranks: int, sources: Callable[[str
         "names of DTensors": digest(names),
         "shapes of DTensors": digest(shapes),
         "meshes and placements": digest(ways),
-        "what rename= makes of them": digest(repr(sources(name)) for name in names),
+        "what rename= makes of them": digest(repr((sources.get(name), name in absent)) for name in names),
     }
 
 

@@ -14,8 +14,9 @@ from weightload._base.addresses import is_address
 from weightload._base.cpus import usable_cpus
 from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
-from weightload._base.uncopied import StandsForALoad
+from weightload._base.uncopied import Load, Process, StandsForALoad
 from weightload._checkpoint.digests import Verify, expected_digests
+from weightload._checkpoint.selection import Opening
 from weightload._group.agreement import DISK, NOT_CHECKED, VERIFY, digest
 from weightload._group.ranks import is_one_node
 from weightload._remote.tap import DIFFERENT, Budget, Reading, Tap
@@ -24,8 +25,6 @@ from weightload.errors import ChecksumError, ReadError, WeightLoadError, located
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
-
-    from weightload._base.load_stats import LoadStats
 
 PIECE = 8 << 20  # bytes that are read and hashed at a time
 
@@ -62,7 +61,7 @@ class Checker:
         self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
         self._work: list[tuple[Work, Reading | None]] = []  # from the last on
         self._running = 0
-        self._process = os.getpid()
+        self._process = Process()
         self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
         self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._failure: BaseException | None = None
@@ -91,7 +90,7 @@ class Checker:
             ChecksumError: a file has another digest; ReadError: it cannot be read; whenever it is called.
             WeightLoadError: it was closed before that was known, or this is a forked child.
         """
-        if os.getpid() != self._process:  # which has none of the threads, and may find locks that nobody gives back
+        if self._process.is_parent():
             raise WeightLoadError("this load was begun before fork(): the threads that check it are the parent's")
         self._over.set()
         with self._turn:
@@ -113,7 +112,7 @@ class Checker:
 
     def close(self) -> None:
         """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
-        if os.getpid() != self._process:
+        if self._process.is_parent():
             return
         self._stopped.set()
         self._wait()
@@ -215,7 +214,7 @@ class Checking:
         self.meets = ranks is not None and ranks.meets
         self.verdict: _C.Verdict | None = None
 
-    def opening(self, open_them: Callable[[], list[_C.CheckpointFile]]) -> Callable[[], list[_C.CheckpointFile]]:
+    def opening(self, open_them: Opening) -> Opening:
         """The same, and the hashing begins."""
 
         def opened() -> list[_C.CheckpointFile]:
@@ -277,6 +276,14 @@ class Checking:
             self._checker.close()
         if self.verdict is not None:
             self.verdict.close()
+
+
+def checked(path: str, verify: Verify | None, open_it: Opening, load: Callable[[Opening], Result]) -> Result:
+    """What a load gives of a file that it opens, and ends before it returns; if the file is right."""
+    if verify is None:
+        return load(open_it)
+    checking = Checking([path], verify)
+    return checking.run(lambda: load(checking.opening(open_it)))
 
 
 class _StoppedError(Exception):
@@ -360,15 +367,13 @@ class CheckedWeights(StandsForALoad):
 
     __del__ = _C.finish  # close(): a loop that was left early stops the hashing, too
 
-    def __init__(self, weights: Any, checker: Checker, verdict: _C.Verdict | None) -> None:
-        self._weights, self._checker, self._verdict = weights, checker, verdict
-        self.agreement_seconds = self._weights.agreement_seconds
-        self.total_bytes = self._weights.total_bytes
+    def __init__(self, weights: Load, checker: Checker, verdict: _C.Verdict | None) -> None:
+        super().__init__(weights)
+        self._checker, self._verdict = checker, verdict
 
     def __next__(self) -> tuple[str, torch.Tensor]:
         try:
-            item: tuple[str, torch.Tensor] = next(self._weights)
-            return item
+            return next(self._weights)
         except StopIteration:
             self._finish()
             raise
@@ -399,20 +404,12 @@ class CheckedWeights(StandsForALoad):
         finally:
             own = None
 
-    def __len__(self) -> int:
-        return len(self._weights)
-
     def close(self) -> None:
         """Stop the load and the hashing; the ranks that wait for a verdict hear of it."""
-        self._weights.close()
+        super().close()
         self._checker.close()
         if self._verdict is not None:
             self._verdict.close()
-
-    def stats(self) -> LoadStats:
-        """What the load has done so far."""
-        stats: LoadStats = self._weights.stats()
-        return stats
 
 
 def _said(error: Exception) -> tuple[str, bytes, bytes]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from weightload import _C
 from weightload._base.load_stats import DeviceStats, FileStats, LoadStats, Stage
-
-Files = list[_C.CheckpointFile]
+from weightload._checkpoint.selection import Opening
 
 
 class Counting:
@@ -24,18 +23,14 @@ class Counting:
         self._paths: list[str] = []
         self.agreement_seconds = 0.0  # of the ranks
 
-    def opening(self, open_them: Callable[[], Files]) -> Callable[[], Files]:
-        """The same, timed."""
-
-        def timed() -> Files:
-            begin = time.monotonic()
-            files = open_them()
-            self._open_seconds = time.monotonic() - begin
-            self._parse_seconds = sum(file.parse_s for file in files)
-            self._header_bytes = sum(file.data_begin for file in files)
-            return files
-
-        return timed
+    def opened(self, open_them: Opening) -> list[_C.CheckpointFile]:
+        """The files, and how long opening them took is known."""
+        begin = time.monotonic()
+        files = open_them()
+        self._open_seconds = time.monotonic() - begin
+        self._parse_seconds = sum(file.parse_s for file in files)
+        self._header_bytes = sum(file.data_begin for file in files)
+        return files
 
     def loading(self, files: Sequence[_C.CheckpointFile]) -> None:
         """The loader is about to take these files."""

@@ -12,12 +12,9 @@ from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._checkpoint.selection import select_all
-from weightload._group.apart import SharedAndOwn
-from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
-from weightload._load.iterator import WeightIterator
+from weightload._load.start import Source, start
 from weightload._parts.rows import Run
-from weightload._parts.shards import NO_PARTS, Part, Parts
+from weightload._parts.shards import Part
 from weightload.errors import OutOfMemoryError, TensorError, located
 
 # Bytes from which the pipeline to an accelerator, which makes a ring, is faster than a read and a copy.
@@ -52,13 +49,14 @@ def fetch(
         read: torch.Tensor = reader.read(number) if runs is None else reader.read_rows(number, runs)
         return read if device.type == "cpu" else copied(read, device)
     part = reader.with_parts([(number, None)] if runs is None else [(number, run) for run in runs])
+    source = Source.of([part], most_bytes=total)
     if len(part) == 1:
-        with _start(part, [], device, backend) as weights:
+        with start(source, device, backend=backend) as weights:
             tensor: torch.Tensor = next(weights)[1]
             return tensor
     wide = torch_shape(dtype, tuple(shape))[1:]
     whole = empty((sum(extents), *wide), TORCH_DTYPES[dtype], device)
-    with _start(part, list(torch.split(whole, extents)), device, backend) as weights:
+    with start(source, device, places=torch.split(whole, extents), backend=backend) as weights:
         for _ in weights:
             pass
     return whole
@@ -73,7 +71,8 @@ def fetch_part(reader: _C.TensorReader, number: int, device: torch.device, part:
     """
     file = reader.with_parts([(number, None)])
     (name,) = file.names()
-    with _start(file, [], device, "pread", {name: part}) as weights:
+    source = Source.of([file], most_bytes=file.bytes_of([0]))
+    with start(source, device, parts={name: part}, backend="pread") as weights:
         tensor: torch.Tensor = next(weights)[1]
         return tensor
 
@@ -115,7 +114,7 @@ def no_such_tensor(reader: _C.TensorReader, name: object) -> TensorError | TypeE
 def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dict[str, torch.Tensor]:
     """Every tensor of an open file, by offset."""
     if device.type != "cpu":
-        return dict(load_to_device(device, file.size, [file.path], lambda: [file], None))
+        return dict(start(Source.of([file]), device))
     if file.size < _C.TensorReader.LEAST_FOR_THREADS:
         reader = _C.TensorReader(file)
         # Bytes that are not in the page cache are read before anyone touches them: errors are then no SIGBUS.
@@ -130,7 +129,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     # What does not fit into the page cache (MemAvailable: without swapping) is read as it is touched. That is the one
     # case in which bytes that cannot be read end the process: all of them cannot be in memory before anyone looks.
     read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"]
-    return dict(WeightIterator([file], select_all([file], None), backend=backend, read_ahead=read_ahead))
+    return dict(start(Source.of([file]), device, backend=backend, read_ahead=read_ahead))
 
 
 def _private_bytes(file: _C.CheckpointFile, backend: str) -> int:
@@ -149,17 +148,3 @@ def meminfo() -> dict[str, int]:
         pass_on(failed)
         return {}
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-
-
-def _start(
-    part: _C.CheckpointFile,
-    places: list[torch.Tensor],
-    device: torch.device,
-    backend: str,
-    parts: Parts = NO_PARTS,
-) -> WeightIterator | DeviceWeightIterator | SharedAndOwn:
-    everything = list(range(len(part)))
-    if device.type == "cpu":
-        return WeightIterator([part], [everything], backend=backend, read_ahead=True, places=places, parts=parts)
-    most = part.bytes_of(everything)
-    return load_to_device(device, most, [part.path], lambda: [part], None, places=places, parts=parts)

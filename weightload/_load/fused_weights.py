@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,17 +13,13 @@ from weightload import _C
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._base.uncopied import StandsForALoad
-from weightload._checkpoint.selection import Names, predicate, select_all
+from weightload._base.uncopied import Load, StandsForALoad
+from weightload._checkpoint.selection import Names, Opening, predicate, select_all
 from weightload._load import devices
 from weightload._load.renaming import Rename, Renamed, ask, rename_files
 from weightload._parts import boxes
 from weightload._parts.chosen_parts import Shard
 from weightload.errors import DeviceOutOfMemoryError, OutOfMemoryError, TensorError, located
-
-if TYPE_CHECKING:
-    from weightload._base.load_stats import LoadStats
-    from weightload._load.progress import Load
 
 
 @dataclasses.dataclass
@@ -57,7 +53,7 @@ class FusedTensor:
 
 
 Index = tuple[int | slice, ...]
-Weights = TypeVar("Weights", bound="Load")
+Weights = TypeVar("Weights", bound=Load)
 
 
 class RenamedLoad:
@@ -70,7 +66,7 @@ class RenamedLoad:
 
     def __init__(
         self,
-        open_them: Callable[[], list[_C.CheckpointFile]],
+        open_them: Opening,
         rename: Rename,
         names: Names | None,
         duplicates: str,
@@ -210,11 +206,10 @@ class FusedWeights(StandsForALoad):
     """
 
     def __init__(self, weights: Load, pieces: dict[str, tuple[FusedTensor, Index]]) -> None:
-        self._weights, self._pieces = weights, pieces
+        super().__init__(weights)
+        self._pieces = pieces
         self._lock = threading.RLock()  # several threads may take from a load
         self._closed = False
-        self.agreement_seconds = weights.agreement_seconds
-        self.total_bytes = weights.total_bytes
         tensors = {id(made): made for made, _ in pieces.values()}
         self._count = len(weights) - len(pieces) + len(tensors)
 
@@ -243,12 +238,8 @@ class FusedWeights(StandsForALoad):
 
     def close(self) -> None:
         """Stop the load, also one that another thread waits in."""
-        self._weights.close()
+        super().close()
         with self._lock:
             self._closed = True  # what is not whole by now is not handed out any more
             for made, _ in self._pieces.values():
                 made.tensor = None
-
-    def stats(self) -> LoadStats:
-        """What the load has done so far."""
-        return self._weights.stats()

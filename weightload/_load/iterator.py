@@ -3,109 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from weightload import _C, settings
 from weightload._base.addresses import is_address
-from weightload._base.load_stats import LoadStats
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, require_duplicates
-from weightload._checkpoint.selection import Names, open_and_choose, open_files, parts_in_order
-from weightload._group.agreement import Check, Chosen, Sharing
-from weightload._group.apart import SharedAndOwn, start_both
+from weightload._checkpoint.selection import Names, Opening, open_files
 from weightload._group.cached import CachedWeights, cache_of, require_cache
-from weightload._group.ranks import load_name, readers_of, require_strategy, resolve_group
+from weightload._group.ranks import load_name, require_strategy, resolve_group
 from weightload._load import devices, progress
 from weightload._load.checking import CheckedWeights, Checking, Ranks
-from weightload._load.counting import Counting
-from weightload._load.device_iterator import (
-    DeviceWeightIterator,
-    bytes_of_files,
-    fail_arguments_together,
-    load_to_device,
-)
 from weightload._load.fused_weights import FusedWeights, RenamedLoad
+from weightload._load.options import Backend, require_backend
 from weightload._load.renaming import Rename, require_rename
+from weightload._load.start import Source, Started, fail_arguments_together, start
 from weightload._parts.chosen_parts import Shard
-from weightload._parts.shards import NO_PARTS, Parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Backend = Literal["mmap", "pread"]
-
-
-class WeightIterator(_C.HostLoader):
-    """Iterator of ``(name, tensor)``; also a context manager. Tensors stay valid after it is closed.
-
-    ``total_bytes`` is the size of the selected tensors, ``len()`` their number, ``agreement_seconds`` what agreeing
-    with other ranks took. Takes over ``files``: the list is empty afterwards. ``selection`` has numbers of tensors, a
-    list for each file. ``backend`` is a ``Backend``, or ``"either"``: mapped where the files can be. ``places`` has CPU
-    memory for some of the tensors, in their order; the iterator then gives ``(name, None)`` for them. ``apart``: no
-    other rank of this node reads the same.
-    """
-
-    def __init__(
-        self,
-        files: list[_C.CheckpointFile],
-        selection: list[list[int]],
-        *,
-        backend: str,
-        read_ahead: bool,
-        places: Sequence[torch.Tensor | None] = (),
-        parts: Parts = NO_PARTS,
-        sharing: Sharing | None = None,
-        counting: Counting | None = None,
-        apart: bool = False,
-    ) -> None:
-        now = settings.current()
-        core = sharing.core if sharing else None
-        self.agreement_seconds = sharing.seconds if sharing else 0.0
-        self._counting = counting or Counting()
-        self._counting.agreement_seconds = self.agreement_seconds
-        self._counting.loading(files)
-        try:
-            _C.keep_memory(now.spare_bytes)
-            super().__init__(
-                files,
-                selection,
-                list(places),
-                core,
-                parts_in_order(files, selection, parts),
-                map=backend != "pread",
-                must_map=backend == "mmap",
-                read_ahead=read_ahead,
-                threads=now.threads_of(files),
-                cold_threads=now.threads_of(files, cold=True),
-                window_bytes=now.window_bytes,
-                task_bytes=now.task_bytes,
-                block_bytes=now.block_bytes,
-                read=getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart))),
-            )
-        finally:
-            # The core holds them now; an exception's traceback would keep them open through this frame.
-            files.clear()
-
-    def __enter__(self) -> WeightIterator:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def stats(self) -> LoadStats:
-        """What the load has done so far, and how long it took; after its end, too."""
-        return self._counting.stats(self.counts())
-
-
-def require_backend(backend: str) -> None:
-    """Raise ``ValueError`` for what is no ``Backend``."""
-    if backend not in ("mmap", "pread"):
-        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
 
 
 @plainly
@@ -117,75 +36,7 @@ def _target(to_cpu: bool, device: devices.Device | None) -> torch.device:
     return devices.CPU
 
 
-def load_to_host(
-    group: ProcessGroup | None,
-    strategy: str,
-    paths: Sequence[Path],
-    open_them: Callable[[], list[_C.CheckpointFile]],
-    names: Names | None,
-    *,
-    backend: str,
-    read_ahead: bool = True,
-    places: Sequence[torch.Tensor | None] = (),
-    parts: Parts = NO_PARTS,
-    shard: Shard | None = None,
-    duplicates: str = "error",
-    may_differ: bool = False,
-    apart: bool = False,
-    check: Check | None = None,
-) -> WeightIterator | SharedAndOwn:
-    """Start a load to the CPU, with the ranks of ``group`` unless that is None; see ``resolve_group``.
-
-    ``shard`` takes the place of ``parts``. Names and parts are the same on all ranks, unless they ``may_differ``.
-    ``apart``: as of the iterator. ``check``: see ``Sharing``.
-    """
-    counting = Counting()
-    open_them = counting.opening(open_them)
-
-    def choose() -> Chosen:
-        files, selection, chosen = open_and_choose(open_them, names, duplicates, shard)
-        return files, selection, chosen or parts
-
-    def start(chosen: Chosen, sharing: Sharing | None = None, counting: Counting | None = None) -> WeightIterator:
-        files, selection, wanted = chosen
-        shared = sharing is not None and sharing.core is not None
-        return WeightIterator(
-            files,
-            selection,
-            backend="pread" if shared else backend,
-            read_ahead=read_ahead,
-            places=() if shared else places,
-            parts=wanted,
-            sharing=sharing,
-            counting=counting,
-            apart=apart,
-        )
-
-    if group is None:
-        return start(choose(), counting=counting)
-    sharing = Sharing(group, strategy, devices.CPU, None, paths, check)
-    try:
-        chosen = sharing.agree(choose, may_differ)
-        common = sharing.find_common(chosen, None) if sharing.differ else []
-        if not any(common):
-            return start(chosen, sharing, counting)
-        files, selection, wanted = chosen
-
-        def start_shared(numbers: list[list[int]]) -> WeightIterator:
-            return start((list(files), numbers, NO_PARTS), sharing)
-
-        def start_own(numbers: list[list[int]]) -> WeightIterator:
-            return start((list(files), numbers, wanted), counting=counting)
-
-        try:
-            return start_both(selection, common, start_shared, start_own)
-        finally:
-            files.clear()
-    finally:
-        sharing.close()
-
-
-Weights = WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights | CheckedWeights | CachedWeights
+Weights = Started | FusedWeights | CheckedWeights | CachedWeights
 
 
 def safetensors_weights_iterator(
@@ -322,8 +173,7 @@ def safetensors_weights_iterator(
         require_backend(backend)
         require_duplicates(duplicates)
         require_rename(rename)
-        if verify is not None:
-            require_verify(verify)
+        require_verify(verify)
         if shard is not None and not callable(shard):
             raise TypeError(f"shard must be a function of (name, shape, dtype), not {type(shard).__name__}")
         folder = require_cache(cache)
@@ -336,7 +186,7 @@ def safetensors_weights_iterator(
     shared = group is not None and chosen != "independent"
     fill = names is None and shard is None
     copies = cache_of(folder, paths, fill=fill, at_end=verify is not None, group=group, shared=shared)
-    open_them: Callable[[], list[_C.CheckpointFile]] = functools.partial(open_files, paths, copies)
+    open_them: Opening = functools.partial(open_files, paths, copies)
     checking: Checking | None = None
     if verify is not None:
         checking = Checking(paths, verify, Ranks.of(group, chosen) if group is not None else None)
@@ -346,41 +196,25 @@ def safetensors_weights_iterator(
         renamed = RenamedLoad(open_them, rename, names, duplicates, shard, target)
         open_them, names, duplicates, shard = renamed.open, None, "error", renamed.shard
 
-    def start() -> WeightIterator | DeviceWeightIterator | SharedAndOwn | FusedWeights:
-        weights: WeightIterator | DeviceWeightIterator | SharedAndOwn
-        if target.type == "cpu":
-            weights = load_to_host(
-                group,
-                chosen,
-                paths,
-                open_them,
-                names,
-                backend=backend,
-                places=renamed.places if renamed else (),
-                shard=shard,
-                duplicates=duplicates,
-                may_differ=rename is None,
-                check=checking,
-            )
-        else:
-            weights = load_to_device(
-                target,
-                bytes_of_files(paths),
-                paths,
-                open_them,
-                names,
-                group,
-                chosen,
-                shard=shard,
-                duplicates=duplicates,
-                may_differ=rename is None,
-                check=checking,
-            )
+    def begin() -> Started | FusedWeights:
+        weights = start(
+            Source(paths, open_them),
+            target,
+            names,
+            group,
+            chosen,
+            renamed.places if renamed else (),
+            shard=shard,
+            duplicates=duplicates,
+            backend=backend,
+            may_differ=rename is None,
+            check=checking,
+        )
         return weights if renamed is None else renamed.fuse(weights)
 
     weights: Weights
     try:
-        weights = start() if checking is None else checking.start(start)
+        weights = begin() if checking is None else checking.start(begin)
     except BaseException as error:
         if copies is not None:
             copies.stop(error)
@@ -390,6 +224,3 @@ def safetensors_weights_iterator(
     if progress.wanted(show_progress):
         return progress.WeightsWithBar(weights, always=show_progress is True)
     return weights
-
-
-__all__ = ["DeviceWeightIterator", "WeightIterator", "safetensors_weights_iterator"]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from weightload._base.handlers import pass_on
 from weightload._load import devices
-from weightload._load.iterator import require_backend
 from weightload.errors import OptionError
+
+Backend = Literal["mmap", "pread"]
+
+
+def require_backend(backend: str) -> None:
+    """Raise ``ValueError`` for what is no ``Backend``."""
+    if backend not in ("mmap", "pread"):
+        raise ValueError(f"backend {backend!r}: must be 'mmap' or 'pread'")
 
 
 def device_of(device: devices.Device, backend: str = "mmap") -> torch.device:

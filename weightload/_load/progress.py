@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from weightload import _C
 from weightload._base import terminal
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
-from weightload._base.uncopied import StandsForALoad
+from weightload._base.uncopied import Load, StandsForALoad
 from weightload._group.ranks import global_rank
 
 if TYPE_CHECKING:
     import torch
-
-    from weightload._base.load_stats import LoadStats
 
 Advance = Callable[[int], object]
 
@@ -75,26 +73,6 @@ def _bytes_of(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-class Load(Protocol):
-    """What a bar needs of a load: iterator.WeightIterator, device_iterator.DeviceWeightIterator."""
-
-    agreement_seconds: float
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all its tensors."""
-
-    def __next__(self) -> tuple[str, torch.Tensor]: ...
-
-    def __len__(self) -> int: ...
-
-    def close(self) -> None:
-        """Stop it."""
-
-    def stats(self) -> LoadStats:
-        """What it has done so far."""
-
-
 class WeightsWithBar(StandsForALoad):
     """A load's items, with a bar; otherwise as the load itself. Leaving early closes the load.
 
@@ -104,9 +82,7 @@ class WeightsWithBar(StandsForALoad):
     """
 
     def __init__(self, weights: Load, always: bool) -> None:
-        self._weights = weights
-        self.agreement_seconds = weights.agreement_seconds
-        self.total_bytes = weights.total_bytes
+        super().__init__(weights)
         self._bar = _bar(weights.total_bytes, always)
 
     def __next__(self) -> tuple[str, torch.Tensor]:
@@ -118,17 +94,10 @@ class WeightsWithBar(StandsForALoad):
         self._bar.update(_bytes_of(tensor))
         return name, tensor
 
-    def __len__(self) -> int:
-        return len(self._weights)
-
     def close(self) -> None:
         """Stop the load, also one that another thread waits in, and take the bar away."""
-        self._weights.close()
+        super().close()
         self._bar.close()
-
-    def stats(self) -> LoadStats:
-        """What the load has done so far."""
-        return self._weights.stats()
 
 
 def unseen(_: int) -> None:

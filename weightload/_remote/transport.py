@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from weightload._base.uncopied import Process
 from weightload._remote.answers import Answer, InHand, Tap, told
 from weightload._remote.loop import CountingLoop
 from weightload.errors import WeightLoadError
@@ -27,7 +27,7 @@ class Transport:
         self._loop = CountingLoop()
         self._lock = threading.Lock()
         self._closed = False
-        self._process = os.getpid()
+        self._process = Process()
         self._thread = threading.Thread(target=self._run, name="weightload-remote", daemon=True)
         self._thread.start()
 
@@ -46,7 +46,7 @@ class Transport:
 
         In a forked child there is nothing of it, and what wakes the loop is shared with the parent.
         """
-        if self._process != os.getpid():
+        if self._process.is_parent():
             return
         with self._lock:
             self._closed = True
@@ -106,16 +106,16 @@ def bare(error: BaseException) -> BaseException:
     return error.with_traceback(None)
 
 
-class _Process:
-    """What this process has of it."""
+class _Own:
+    """What a process has of it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.transport: Transport | None = None
-        self.number = os.getpid()
+        self.process = Process()
 
 
-_process = _Process()
+_own = _Own()
 
 
 def transport() -> Transport:
@@ -125,14 +125,14 @@ def transport() -> Transport:
         WeightLoadError: this process was forked of one that has spoken to servers: the library's threads, and the
             locks that they held, are in the parent only.
     """
-    if _process.number != os.getpid():
-        if _process.transport is not None:
+    if _own.process.is_parent():
+        if _own.transport is not None:
             raise WeightLoadError(
                 "this process was forked of one that has loaded from servers, and cannot: start it another way (spawn)"
             )
-        _process.__init__()  # type: ignore[misc]
-    with _process.lock:
-        if _process.transport is None:
-            _process.transport = Transport()
-            atexit.register(_process.transport.close)
-        return _process.transport
+        _own.__init__()  # type: ignore[misc]
+    with _own.lock:
+        if _own.transport is None:
+            _own.transport = Transport()
+            atexit.register(_own.transport.close)
+        return _own.transport

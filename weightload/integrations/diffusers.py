@@ -19,8 +19,9 @@ import torch
 from weightload._api.safe_open import safe_open
 from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
+from weightload._checkpoint.selection import open_files
 from weightload._install.framework import Framework
-from weightload._load.device_iterator import load_apart
+from weightload._load.start import Source, start
 from weightload.errors import WeightLoadError
 
 LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator, or dropped there
@@ -71,6 +72,11 @@ def _pairs() -> Iterable[tuple[object, object]]:
             _straight_to.reset(token)
 
     return [(original, load_state_dict), (load_shard, load_shard_file)]
+
+
+def load_apart(filename: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """Every tensor of a file on an accelerator, in memory of its own, so that each may be dropped alone."""
+    return dict(start(Source([filename], functools.partial(open_files, [filename])), device, own_blocks=True))
 
 
 def _given(function: inspect.Signature, arguments: Any, options: Any) -> dict[str, Any]:

@@ -19,9 +19,7 @@ from weightload import _C, settings
 from weightload._api.safe_open import TensorSlice
 from weightload._base.dtypes import TORCH_DTYPES
 from weightload._checkpoint.selection import Names, open_files, select_all
-from weightload._group.apart import SharedAndOwn
-from weightload._load.device_iterator import DeviceWeightIterator, load_to_device
-from weightload._load.iterator import WeightIterator, load_to_host
+from weightload._load.start import Source, Started, start
 from weightload._parts.boxes import Bounds
 from weightload._parts.lazy import LazyTensor, Unread
 from weightload._parts.shards import Part, Ranges
@@ -118,7 +116,7 @@ class InParts:
         self._asked: dict[Kind | None, list[Bounds]] = {}
         self._known: dict[Kind | None, Part] = {}
         self._plan: dict[str, Part | None] = {}
-        self._weights: WeightIterator | DeviceWeightIterator | SharedAndOwn | None = None
+        self._weights: Started | None = None
         self._held: dict[str, torch.Tensor] = {}
 
     def _in_order(self, selection: list[list[int]]) -> Iterator[_Place]:
@@ -194,28 +192,14 @@ class InParts:
         if not plan:
             return
         self.counts.starts += 1
-        paths, files = self._paths[wanted[0].file :], self._files[wanted[0].file :]
+        first, most = wanted[0].file, sum(place.bytes for place in wanted)
+        source = Source.of(self._files[first:], self._paths[first:], most)
 
         def shard(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Part | None:
             return plan[name]
 
         with settings.override(**self._values):
-            if self._device.type == "cpu":
-                self._weights = load_to_host(
-                    None,
-                    "independent",
-                    paths,
-                    lambda: files,
-                    plan,
-                    backend=self._backend,
-                    shard=shard,
-                    duplicates="last",
-                )
-            else:
-                most = sum(place.bytes for place in wanted)
-                self._weights = load_to_device(
-                    self._device, most, paths, lambda: files, plan, shard=shard, duplicates="last"
-                )
+            self._weights = start(source, self._device, plan, shard=shard, duplicates="last", backend=self._backend)
 
     def _part(self, place: _Place) -> Part | None:
         """What to read ahead of a tensor; None: all of it."""

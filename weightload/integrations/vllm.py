@@ -20,7 +20,7 @@ import weightload
 from weightload import settings
 from weightload._group.ranks import require_strategy
 from weightload._load.devices import accelerator, resolve
-from weightload._load.iterator import require_backend
+from weightload._load.options import require_backend
 from weightload.integrations.in_name_order import in_name_order
 from weightload.integrations.in_parts import InParts
 

@@ -1,0 +1,287 @@
+"""Starts a load: to the CPU or to an accelerator, alone or with other ranks; or fails, on all of these."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from weightload import _C, settings
+from weightload._base.addresses import is_address
+from weightload._base.handlers import pass_on
+from weightload._base.load_stats import LoadStats
+from weightload._checkpoint.selection import Names, Opening, Path, parts_in_order, select_all
+from weightload._group.agreement import Check, Chosen, Sharing
+from weightload._group.apart import SharedAndOwn, split
+from weightload._group.ranks import STRATEGIES, has_cpu_backend, load_name, readers_of, resolve_group
+from weightload._load import devices
+from weightload._load.counting import Counting
+from weightload._load.ring import bytes_of_files, make_target, own_share
+from weightload._parts.chosen_parts import Shard, choose_parts
+from weightload._parts.shards import NO_PARTS, Parts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LEAST_BLOCK = 4096  # bytes: a tensor that is larger shares its memory with no other
+
+_Self = TypeVar("_Self", bound="_Weights")
+
+
+class _Weights:
+    """What Python adds to the core's loaders."""
+
+    _counting: Counting
+
+    if TYPE_CHECKING:
+
+        def close(self) -> None: ...
+
+        def counts(self) -> dict[str, Any]: ...
+
+    @property
+    def agreement_seconds(self) -> float:
+        """What agreeing with other ranks took."""
+        return self._counting.agreement_seconds
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def stats(self) -> LoadStats:
+        """What the load has done so far, and how long it took; after its end, too."""
+        return self._counting.stats(self.counts())
+
+
+class WeightIterator(_Weights, _C.HostLoader):
+    """Iterator of ``(name, tensor)`` over CPU memory; also a context manager. Tensors stay valid after it is closed.
+
+    ``total_bytes`` is the size of the selected tensors, ``len()`` their number.
+    """
+
+
+class DeviceWeightIterator(_Weights, _C.DeviceLoader):
+    """The same over an accelerator's memory."""
+
+    def stats(self) -> LoadStats:
+        """The same."""
+        return self._counting.stats(self.counts(), self.device_counts())
+
+
+Started = WeightIterator | DeviceWeightIterator | SharedAndOwn
+
+
+class Source(NamedTuple):
+    """The files of a load."""
+
+    paths: Sequence[Path]
+    """What they are called between ranks, and in errors before they are open."""
+    open: Opening
+    most_bytes: int | None = None
+    """Of their tensors; None: as many as the files at ``paths`` have."""
+
+    @classmethod
+    def of(
+        cls, files: Sequence[_C.CheckpointFile], paths: Sequence[Path] | None = None, most_bytes: int | None = None
+    ) -> Source:
+        """Files that are open already."""
+        most = sum(file.size for file in files) if most_bytes is None else most_bytes
+        return cls([file.path for file in files] if paths is None else paths, functools.partial(list, files), most)
+
+
+def start(
+    source: Source,
+    device: torch.device,
+    names: Names | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "independent",
+    places: Sequence[torch.Tensor | None] = (),
+    *,
+    parts: Parts = NO_PARTS,
+    shard: Shard | None = None,
+    duplicates: str = "error",
+    backend: str = "mmap",
+    read_ahead: bool = True,
+    window_bytes: int | None = None,
+    own_blocks: bool = False,
+    apart: bool = False,
+    may_differ: bool = False,
+    check: Check | None = None,
+) -> Started:
+    """Open the files of a load, and start reading.
+
+    Args:
+        source: the files. Slots for an accelerator are page-locked while they are opened.
+        device: the CPU, or an accelerator with its index.
+        names: which tensors; see ``safetensors_weights_iterator``, also for ``shard`` and ``duplicates``.
+        group, strategy: the ranks that load together, and how; see ``resolve_group``.
+        places: memory on the device for some of the tensors, in their order. The iterator gives ``(name, None)`` for
+            them, and they are complete when it ends, for the stream that is current then. Where bytes travel between
+            ranks there are none.
+        parts: what of tensors is wanted, unless ``shard`` is asked.
+        backend: a ``Backend``, or ``"either"``: mapped where the files can be. For the CPU, as ``read_ahead``.
+        window_bytes: how far reading may run ahead, if not as the settings say.
+        own_blocks: on an accelerator each tensor has memory of its own, so that it may be dropped alone.
+        apart: no other rank of this node reads the same.
+        may_differ: names and parts need not be the same on all ranks.
+        check: see ``Sharing``.
+    """
+    counting = Counting()
+    on_cpu = device.type == "cpu"
+
+    def ring(most_bytes: int, rings: int = 1) -> _C.DeviceTarget | None:
+        return None if on_cpu else make_target(device, most_bytes, pieces, rings)
+
+    def choose() -> Chosen:
+        files = counting.opened(source.open)
+        try:
+            selection = select_all(files, names, duplicates)
+            return (files, selection, parts) if shard is None else (files, *choose_parts(files, selection, shard))
+        except BaseException:
+            files.clear()  # an exception's traceback would keep them open
+            raise
+
+    def load(
+        chosen: Chosen, target: _C.DeviceTarget | None, sharing: Sharing | None = None, counting: Counting = counting
+    ) -> WeightIterator | DeviceWeightIterator:
+        files, selection, wanted = chosen
+        core = sharing.core if sharing else None
+        weights: WeightIterator | DeviceWeightIterator
+        try:
+            now = settings.current()
+            counting.agreement_seconds = sharing.seconds if sharing else 0.0
+            counting.loading(files)
+            what = files, selection, [] if core else list(places), core, parts_in_order(files, selection, wanted)
+            read = getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart)))
+            if target is None:
+                _C.keep_memory(now.spare_bytes)
+                weights = WeightIterator(
+                    *what,
+                    map=core is None and backend != "pread",
+                    must_map=core is None and backend == "mmap",
+                    read_ahead=read_ahead,
+                    threads=now.threads_of(files),
+                    cold_threads=now.threads_of(files, cold=True),
+                    window_bytes=now.window_bytes if window_bytes is None else window_bytes,
+                    task_bytes=now.task_bytes,
+                    block_bytes=now.block_bytes,
+                    read=read,
+                )
+            else:
+                weights = DeviceWeightIterator(
+                    target,
+                    *what,
+                    threads=now.threads_of(files),
+                    block_bytes=LEAST_BLOCK if own_blocks else now.device_block_bytes,
+                    window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
+                    read=read,
+                )
+        except BaseException:
+            _give_back(target)
+            raise
+        finally:
+            # The core holds them now; an exception's traceback would keep them open through this frame.
+            files.clear()
+        weights._counting = counting
+        return weights
+
+    most_bytes = pieces = 0
+    try:
+        if not on_cpu:
+            devices.require_no_capture(device)
+            total = bytes_of_files(source.paths) if source.most_bytes is None else source.most_bytes
+            most_bytes, pieces = own_share(total, len(source.paths), group, strategy)
+        target = ring(most_bytes)
+    except Exception as error:
+        if group is not None:
+            fail_together(error, group, strategy, source.paths)
+        raise
+    sharing: Sharing | None = None
+    files: list[_C.CheckpointFile] = []
+    try:
+        if group is None:
+            return load(choose(), target)
+        sharing = Sharing(group, strategy, device, target, source.paths, check)
+        chosen = files, selection, wanted = sharing.agree(choose, may_differ)
+        if sharing.differ:
+            _give_back(target)
+            target = ring(most_bytes, rings=2)  # they have one ring's memory between them
+            common = sharing.find_common(chosen, target)
+            if any(common):
+                rest, is_common = split(selection, common)
+                shared = load((list(files), common, NO_PARTS), target, sharing, Counting())
+                try:
+                    own = load((list(files), rest, wanted), ring(_bytes_of(files, rest), rings=2))
+                    return SharedAndOwn(shared, own, is_common)
+                except BaseException:
+                    shared.close()
+                    raise
+            _give_back(target)
+            target = ring(_bytes_of(files, selection))
+        return load(chosen, target, sharing)
+    except BaseException:
+        _give_back(target)  # an exception's traceback would keep it through this frame
+        raise
+    finally:
+        files.clear()
+        if sharing is not None:
+            sharing.close()
+
+
+def _give_back(target: _C.DeviceTarget | None) -> None:
+    if target is not None:
+        target.close()
+
+
+def _bytes_of(files: Sequence[_C.CheckpointFile], selection: Sequence[Sequence[int]]) -> int:
+    return sum(map(_C.CheckpointFile.bytes_of, files, selection))
+
+
+def fail_together(
+    error: BaseException,
+    group: ProcessGroup,
+    strategy: str,
+    paths: Sequence[Path],
+    device: torch.device | None = None,
+) -> None:
+    """Raise this rank's error on every rank of the group, in place of the agreement that the others expect.
+
+    They are told between CPUs, or through ``device`` where the group has no backend for CPUs; without either they are
+    not told.
+    """
+
+    def fail() -> Chosen:
+        raise error
+
+    if has_cpu_backend(group):
+        Sharing(group, strategy, devices.CPU, None, paths).agree(fail)
+    elif device is not None and device.type not in ("cpu", "meta"):
+        here = devices.resolve(device)
+        target = make_target(here, 0, 1)
+        try:
+            Sharing(group, strategy, here, target, paths).agree(fail)
+        finally:
+            target.close()
+
+
+def fail_arguments_together(
+    error: Exception,
+    group: ProcessGroup | None,
+    strategy: str,
+    device: devices.Device | None,
+    paths: Sequence[Path],
+) -> None:
+    """``fail_together`` for an error of this rank's arguments, where the call would communicate were they right."""
+    try:
+        chosen = strategy if strategy in STRATEGIES else "auto"
+        remote = any(map(is_address, paths))
+        group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths), remote)
+    except Exception as failed:
+        pass_on(failed)
+        return  # the arguments' error comes first
+    if group is not None:
+        fail_together(error, group, chosen, paths)
