@@ -32,6 +32,10 @@ pytest_plugins = ["group_support"]  # its fixtures
 # They need an environment of their own: `make test-cuda`.
 collect_ignore = [] if os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR") == "cuda" else ["simulated_cuda"]
 
+TESTS = Path(__file__).parent
+"""Modules of several folders are found from here: tests that start other processes put it into their path."""
+ROOT = TESTS.parent
+
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,

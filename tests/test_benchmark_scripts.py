@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import write_tensors
+from conftest import ROOT, TESTS, write_tensors
 
-ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = ("benchmark_weight_loading", "benchmark_weight_loading_comparison")
 sys.path.insert(0, str(BENCHMARKS))
@@ -233,7 +232,7 @@ def test_functions_on_two_ranks(checkpoint: Path, tmp_path: Path) -> None:
     script.write_text(
         f"""
 import sys
-sys.path[:0] = [{str(BENCHMARKS)!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(BENCHMARKS)!r}, {str(TESTS)!r}]
 from types import SimpleNamespace
 
 import torch.distributed as dist

@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import simulated_accelerator
 import torch
+from conftest import ROOT, TESTS
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "benchmarks" / "benchmark_weight_loading.py")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -176,7 +176,7 @@ def test_the_arm_for_an_accelerator(checkpoint: Path, tmp_path: Path) -> None:
     simulated_accelerator.load()  # builds it, which the process below has no time for
     script = f"""
 import runpy, sys
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "benchmarks")!r}]
+sys.path[:0] = [{str(TESTS)!r}, {str(ROOT / "benchmarks")!r}]
 import simulated_accelerator
 native = simulated_accelerator.load()
 native.set_available(True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import check_imports
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT
 
 
 @pytest.fixture

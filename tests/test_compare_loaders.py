@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_tensors
+from conftest import ROOT, TESTS, write_tensors
 
-ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -289,7 +288,7 @@ def test_every_tensor_is_compared_on_every_device(tmp_path: Path, device: str) -
     file = str(write_tensors(tmp_path / "a.safetensors", [(f"{i:03}", "U8", [200_000]) for i in range(120)]))
     wrong = next(name for name in sorted(Checkpoint([file]).file_of) if name not in Checkpoint([file]).sample)
     (tmp_path / "own.py").write_text(ONE_WRONG.replace("WRONG", wrong))
-    paths = [ROOT / "tests", BENCHMARKS]
+    paths = [TESTS, BENCHMARKS]
     done = subprocess.run(
         [sys.executable, "-c", CHECK, *map(str, paths), device, f"{tmp_path}/own.py:one_wrong", file],
         capture_output=True, text=True, timeout=120,

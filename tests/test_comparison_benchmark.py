@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_tensors
+from conftest import ROOT, write_tensors
 
-ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMPARISON = BENCHMARKS / "benchmark_weight_loading_comparison.py"
 LOADING = BENCHMARKS / "benchmark_weight_loading.py"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import evict, on_a_local_disk, run_script, write_tensors
+from conftest import TESTS, evict, on_a_local_disk, run_script, write_tensors
 from safetensors.torch import load_file
 from test_shards import empty_like, rank_of
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -134,7 +134,7 @@ def test_where_somebody_else_handles_bus_errors_files_are_read(file: Path) -> No
         assert in_read_calls(lambda: weightload.load_into(target, file)) > 0.9 * file.stat().st_size
         check(target, file)
     """
-    done = run_script(script, file, cwd=Path(__file__).parent)
+    done = run_script(script, file, cwd=TESTS)
     assert done.returncode == 0, done.stderr
 
 
@@ -170,7 +170,7 @@ def test_a_file_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
         thread.join()
     assert failed, "never in time"
     """
-    done = run_script(script, path, cwd=Path(__file__).parent)
+    done = run_script(script, path, cwd=TESTS)
     assert done.returncode == 0, done.stderr
 
 
@@ -264,7 +264,7 @@ def test_forked_children_keep_the_guard(file: Path) -> None:
         os._exit(0 if NOT_HERE or read < 1 << 20 else 5)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     """
-    done = run_script(script, file, cwd=Path(__file__).parent)
+    done = run_script(script, file, cwd=TESTS)
     assert done.returncode == 0, done.stderr
 
 
@@ -280,5 +280,5 @@ def test_a_bus_error_of_the_program_still_ends_it(file: Path) -> None:
         other.truncate(0)
         memory[5000]
     """
-    done = run_script(script, file, cwd=Path(__file__).parent)
+    done = run_script(script, file, cwd=TESTS)
     assert done.returncode == -signal.SIGBUS, (done.returncode, done.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import interrupted_after, run_script
+from conftest import TESTS, interrupted_after, run_script
 from safetensors.torch import save_file
 
 import weightload
@@ -113,8 +113,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _load(way: str, folder: Path, limit: int, hard: bool = False) -> None:
-    tests = Path(__file__).parent
-    done = run_script(SCRIPT, way, folder, limit, tests, "hard" if hard else "soft")
+    done = run_script(SCRIPT, way, folder, limit, TESTS, "hard" if hard else "soft")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 

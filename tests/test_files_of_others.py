@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import on_a_local_disk, run_script, write_tensors
+from conftest import TESTS, on_a_local_disk, run_script, write_tensors
 
 MIB = 1 << 20
 TASK = MIB
@@ -175,7 +175,7 @@ def _look(folder: Path) -> dict[str, Any]:
     for path in folder.iterdir():
         path.read_bytes()
     environment = {**os.environ, "WEIGHTLOAD_TASK_BYTES": str(TASK), "WEIGHTLOAD_THREADS": "2"}
-    done = run_script(SCRIPT, Path(__file__).parent, folder, env=environment)
+    done = run_script(SCRIPT, TESTS, folder, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import thread_count, write_tensors
+from conftest import ROOT, TESTS, thread_count, write_tensors
 from simulated_support import SMALL, assert_same, load, raw, reference_of
 
 import weightload
@@ -150,13 +150,13 @@ def test_load_into_a_module(gpu: torch.device, tmp_path: Path) -> None:
 
 def test_ranks_that_share_the_gpu_over_nccl(gpu: torch.device, mixed: list[Path], tmp_path: Path) -> None:
     """Records of the agreement take the GPU too; every byte is compared."""
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu_ranks.py"
+    script = ROOT / "benchmarks" / "gpu_ranks.py"
     ways = "weightload broadcast,weightload striped"
     command = [
         sys.executable, script, "--model-path", mixed[0].parent, "--ranks", 2, "--backends", "nccl", "--ways", ways,
         "--repeats", 1, "--limit-s", 60, "--scratch", tmp_path, "--json", tmp_path / "r.json",
     ]  # fmt: skip
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=110, cwd=script.parent.parent)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=110, cwd=ROOT)
     result = json.loads((tmp_path / "r.json").read_text())
     (run,) = result["runs"]
     if run["reason"] and not run["failed"]:
@@ -186,7 +186,7 @@ def test_boxes(gpu: torch.device, mixed: list[Path]) -> None:
 def test_from_a_server(gpu: torch.device, mixed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By requests into page-locked slots."""
     pytest.importorskip("obstore")
-    monkeypatch.syspath_prepend(Path(__file__).parent / "remote")
+    monkeypatch.syspath_prepend(TESTS / "remote")
     from servers import serving
 
     with serving(mixed[0].parent) as web:

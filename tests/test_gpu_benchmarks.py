@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_tensors
+from conftest import ROOT, write_tensors
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu" / "check.sh"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 LOGIC_ONLY = "cpu (logic only, not a measurement)"

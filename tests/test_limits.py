@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_script, write_tensors
+from conftest import TESTS, run_script, write_tensors
 
 SIMULATED = """
 import simulated_accelerator
@@ -72,7 +72,7 @@ def run_ways(ways: str, script: str, *paths: object, size: int, names: list[str]
     """Run a script, for each way that it may load by, in a process of its own."""
     start = PROLOGUE + (SIMULATED if "simulated" in ways else "") + f"SIZE, NAMES = {size}, {names!r}\n"
     loop = "for name in chosen:\n    way = ways[name]\n" + textwrap.indent(textwrap.dedent(script), "    ")
-    environment = {**os.environ, "TESTS": str(Path(__file__).parent)}
+    environment = {**os.environ, "TESTS": str(TESTS)}
     done = run_script(start + loop, ways, *paths, env=environment, **options)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import weightload
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

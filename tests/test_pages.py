@@ -13,12 +13,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import write_tensors
+from conftest import ROOT, write_tensors
 
 import weightload
 from weightload import errors
 
-ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "weightload" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 NOTES = sorted((ROOT / "csrc" / "notes").glob("*.md"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from conftest import SEED
+from conftest import SEED, TESTS
 from group_support import assert_done, run_ranks
 
 LOADS = """
@@ -137,5 +137,5 @@ def test_ranks_that_want_different_tensors(tmp_path: Path) -> None:
         tensors |= {f"{number}.expert.{n}": torch.randn(40, 17) for n in range(12)}
         paths.append(tmp_path / f"{number}.safetensors")
         safetensors.torch.save_file(tensors, paths[-1])
-    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    here = f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
     assert_done(run_ranks(here + LOADS.replace("SEED", str(SEED)), 3, tmp_path, *paths))

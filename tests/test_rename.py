@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from conftest import SEED, open_checkpoints, write_tensors
+from conftest import SEED, TESTS, open_checkpoints, write_tensors
 from group_support import run_ranks
 from hypothesis import strategies as st
 from rename_support import Cut, fuse, numbers
@@ -438,7 +438,7 @@ def test_models_of_fsdp_and_tensor_parallelism_get_their_shards_of_the_boxes(tmp
     model = nn.Module()
     model.first, model.second = Attention(bias=True), Attention()
     path = save(tmp_path, checkpoint_of(model))
-    assert_done(run_ranks(FSDP, 4, tmp_path, path, Path(__file__).parent))
+    assert_done(run_ranks(FSDP, 4, tmp_path, path, TESTS))
 
 
 # Names.

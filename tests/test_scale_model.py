@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from weightload._group.ranks import auto_strategy
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "scale_model.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

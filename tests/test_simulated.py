@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import SEED, evict, on_a_local_disk, run_script, write_tensors
+from conftest import SEED, TESTS, evict, on_a_local_disk, run_script, write_tensors
 from simulated_support import (
     DEVICE,
     KIND,
@@ -106,7 +106,7 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
     evict([path])
     script = f"""
     import sys
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    sys.path.insert(0, {str(TESTS)!r})
     from pathlib import Path
     from simulated_support import assert_same, load, native
     native()

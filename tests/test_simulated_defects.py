@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from conftest import TESTS
 from simulated_accelerator.defects import DEFECTS, ROOT, Defect
 
-HERE = Path(__file__).parent
-README = (HERE / "simulated_accelerator" / "README.md").read_text()
-ON_CUDA = (HERE / "simulated_cuda" / "README.md").read_text()
+README = (TESTS / "simulated_accelerator" / "README.md").read_text()
+ON_CUDA = (TESTS / "simulated_cuda" / "README.md").read_text()
 
 
 def test_there_are_enough() -> None:

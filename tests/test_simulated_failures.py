@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import evict, run_script, thread_count, write_tensors
+from conftest import TESTS, evict, run_script, thread_count, write_tensors
 from simulated_support import DEVICE, KIND, SMALL, assert_same, load, raw, reference_of
 
 import weightload
@@ -34,7 +34,7 @@ native = simulated_support.native()
 
 
 def run_simulated(script: str, *arguments: object) -> Any:
-    return run_script(PROLOGUE + textwrap.dedent(script), Path(__file__).parent, *arguments)
+    return run_script(PROLOGUE + textwrap.dedent(script), TESTS, *arguments)
 
 
 @pytest.mark.parametrize("limit", [0, 300_000, 1_500_000])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SEED, run_script, write_tensors
+from conftest import SEED, TESTS, run_script, write_tensors
 from simulated_support import (
     DEVICE,
     OTHER,
@@ -224,7 +224,7 @@ def test_a_load_to_one_device_touches_no_other(simulated: Any, mixed: list[Path]
     """On CUDA every touch is a context: half a gigabyte on GPU 0 for each rank. In a fresh process."""
     script = f"""
     import gc, sys
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    sys.path.insert(0, {str(TESTS)!r})
     import simulated_support
     from simulated_support import OTHER
     native = simulated_support.native()

@@ -10,7 +10,7 @@ from typing import Any
 
 import fuse_server
 import pytest
-from conftest import run_script, write_tensors
+from conftest import TESTS, run_script, write_tensors
 
 pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
 
@@ -115,7 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ended(mount: Path, after: float, *ways: str) -> dict[str, Any]:
-    environment = {**os.environ, "TESTS": str(Path(__file__).parent)}
+    environment = {**os.environ, "TESTS": str(TESTS)}
     done = run_script(SCRIPT, mount / "m.safetensors", mount / "h.safetensors", after, *ways, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))

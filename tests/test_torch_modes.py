@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_tensors
+from conftest import TESTS, run_script, write_tensors
 from test_slices import ADVANCED, BASIC, WRONG, masks
 from torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
 
@@ -323,7 +323,7 @@ def test_every_failure_in_every_mode(
 def test_the_package_is_imported_in_a_mode(files: dict[str, Path], mode: str) -> None:
     script = f"""
     import sys
-    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    sys.path.insert(0, {str(TESTS)!r})
     from torch_modes import MODES
     def use():
         import weightload

@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 ARCHIVE = "safetensors-0.8.0.tar.gz"
 SHA256 = "fabaf3e0f18a6618d9b36560682562157f77c2b71fcffc7b432be2baed9d753d"
 FILES = ["test_simple", "test_pt_comparison", "test_pt_model", "test_pread_backend", "test_multithreaded"]

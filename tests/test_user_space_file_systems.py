@@ -14,7 +14,7 @@ from typing import Any
 
 import fuse_server
 import pytest
-from conftest import run_script, write_tensors
+from conftest import TESTS, run_script, write_tensors
 
 pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
 
@@ -150,7 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcomes(folder: Path, mount: Path, *names: str, which: str = "all") -> dict[str, Any]:
-    environment = {**os.environ, "TESTS": str(Path(__file__).parent), "FOLDER": str(folder)}
+    environment = {**os.environ, "TESTS": str(TESTS), "FOLDER": str(folder)}
     done = run_script(SCRIPT, which, mount, *names, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
