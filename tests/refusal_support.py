@@ -197,8 +197,8 @@ def serve(folder: Path, shim: str) -> None:
     import safetensors.torch
     import torch
     import torch.distributed as dist
-    from hostile_support import CPU_WAYS, bytes_of, content, halves, ones_like, raw_bytes
     from safetensors.torch import _remove_duplicate_names  # noqa: F401  # imported by a load else
+    from support.ways import CPU_WAYS, bytes_of, content, halves, ones_like, raw_bytes
 
     import weightload
     from weightload import _C

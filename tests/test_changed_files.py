@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BACKENDS, file_bytes, start, write_tensors
-from hostile_support import PRIVATE_WAYS, TINY, WAYS, Way, assert_nothing_held, content, raw_bytes, way_of
+from support.ways import PRIVATE_WAYS, TINY, WAYS, Way, assert_nothing_held, content, raw_bytes, way_of
 
 import weightload
 from weightload import _C, errors, settings

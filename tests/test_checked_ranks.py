@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import group_scenarios as scenarios
 import pytest
-from group_support import (
+from support.ranks import scenarios
+from support.ranks.groups import (
     TUNED,
     World,
     assert_done,

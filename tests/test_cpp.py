@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import check_imports
-import native_build
 import pytest
-from native_build import BUILD, ROOT
+from support import native_build
+from support.native_build import BUILD, ROOT
 
 TESTS = sorted((ROOT / "tests" / "cpp").glob("test_*.cpp"))
 CORE = sorted(

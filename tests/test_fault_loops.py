@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import evict, write_tensors
-from hostile_support import CPU_WAYS, SIMULATED_WAYS, Way, assert_nothing_held, content, descriptor_count, way_of
+from support.ways import CPU_WAYS, SIMULATED_WAYS, Way, assert_nothing_held, content, descriptor_count, way_of
 
 import weightload
 from weightload import _C, errors, settings

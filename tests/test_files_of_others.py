@@ -26,9 +26,9 @@ SIZES = {"large": 8 * MIB + 4096, "middle": MIB, "last": 100_000}  # bytes
 SCRIPT = """
 import ctypes, json, os, sys, time
 sys.path.insert(0, sys.argv[1])
-import hostile_support, weightload
+import weightload
 from conftest import evict
-from hostile_support import CPU_WAYS, content, halves
+from support.ways import CPU_WAYS, content, halves
 from pathlib import Path
 from weightload import _C, errors, safe_open
 from weightload._checkpoint import selection

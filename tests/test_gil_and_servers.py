@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fuse_server
 import pytest
 from conftest import run_script, write_tensors
+from support import fuse_server
 
 pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
 

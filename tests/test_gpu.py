@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TESTS, thread_count, write_tensors
-from simulated_support import SMALL, assert_same, load, raw, reference_of
+from support.simulated import SMALL, assert_same, load, raw, reference_of
 
 import weightload
 from weightload import errors, settings

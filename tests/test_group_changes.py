@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-import group_scenarios as scenarios
 import pytest
-from group_support import TUNED, assert_same_failure, drained, world
+from support.ranks import scenarios
+from support.ranks.groups import TUNED, assert_same_failure, drained, world
 
 
 @pytest.mark.parametrize("strategy", ["broadcast", "striped"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import group_scenarios as scenarios
 import pytest
 import torch
-from group_support import TUNED, assert_same_failure, assert_whole, drained, world
+from support.ranks import scenarios
+from support.ranks.groups import TUNED, assert_same_failure, assert_whole, drained, world
 from test_duplicates import write, write_index
 
 import weightload

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import group_scenarios as scenarios
 import pytest
 from conftest import write_tensors
-from group_support import STRATEGIES, TUNED, World, assert_same_failure, assert_whole, drained, world
+from support.ranks import scenarios
+from support.ranks.groups import STRATEGIES, TUNED, World, assert_same_failure, assert_whole, drained, world
 
 COARSE = {**TUNED, "block_bytes": 262_144}
 SIZE = 128 * 16_384  # bytes of tensors in a file of the checkpoint

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import group_scenarios as scenarios
 import pytest
 import safetensors.torch
 import torch
-from group_support import STRATEGIES, world
-from module_zoo import ZOO
+from support.ranks import scenarios
+from support.ranks.groups import STRATEGIES, world
+from support.zoo.models import ZOO
 
 ANIMALS = {
     "batch_norm": [],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import group_scenarios as scenarios
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import start, write_tensors
-from group_support import STRATEGIES, TUNED, assert_whole, drained, world
+from support.ranks import scenarios
+from support.ranks.groups import STRATEGIES, TUNED, assert_whole, drained, world
 
 ALL_STRATEGIES = [*STRATEGIES, "auto", "independent"]
 SIZES = [2, 3, 4]

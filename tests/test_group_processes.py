@@ -6,9 +6,9 @@ import re
 import signal
 from pathlib import Path
 
-import group_scenarios as scenarios
 import pytest
-from group_support import STRATEGIES, TUNED, World, assert_whole, fresh_world, run_ranks
+from support.ranks import scenarios
+from support.ranks.groups import STRATEGIES, TUNED, World, assert_whole, fresh_world, run_ranks
 
 TIMEOUT = 4.0  # seconds, of the groups of ranks that find out by it
 # How the ranks of a load are found: they are given; torchrun says that all are on this node; they ask one another.

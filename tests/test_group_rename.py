@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import group_scenarios as scenarios
 import pytest
 import safetensors.torch
 import torch
-from group_scenarios import Failure
-from group_support import TUNED, world
+from support.ranks import scenarios
+from support.ranks.groups import TUNED, world
+from support.ranks.scenarios import Failure
 
 import weightload
 from weightload import settings

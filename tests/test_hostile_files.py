@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import entry, file_bytes, run_script, write_tensors
-from hostile_support import WAYS, Way, assert_nothing_held, descriptor_count, way_of
+from support.ways import WAYS, Way, assert_nothing_held, descriptor_count, way_of
 from test_header import VIOLATIONS
 
 import weightload

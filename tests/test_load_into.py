@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import evict, thread_count, write_tensors
-from simulated_support import DEVICE, OTHER, SMALL, current_stream
+from support.simulated import DEVICE, OTHER, SMALL, current_stream
 
 import weightload
 from weightload import errors, settings

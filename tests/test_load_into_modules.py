@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from module_zoo import ZOO
+from support.zoo.models import ZOO
 from torch import nn
 
 import weightload

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
-from simulated_support import DEVICE
+from support.simulated import DEVICE
 
 import weightload
 from weightload import settings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from group_support import assert_done, run_ranks
+from support.ranks.groups import assert_done, run_ranks
 
 # Ranks 0 to 3 load; a fifth makes the default group larger than the mesh, so that they speak in its dimensions' groups.
 LOADS = """

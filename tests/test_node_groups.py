@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from group_support import run_ranks
+from support.ranks.groups import run_ranks
 
 # Three ranks on nodes of one and of two, as a launcher describes them: no rank can count the nodes by itself.
 UNEVEN = """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
-from group_support import run_ranks
-from simulated_support import DEVICE
+from support.ranks.groups import run_ranks
+from support.simulated import DEVICE
 from test_shards import assert_done, rank_of, untouched_like
 from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import evict, write_tensors
-from simulated_support import DEVICE
+from support.simulated import DEVICE
 
 import weightload
 from weightload import _C, settings

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import BACKENDS, evict, file_bytes, interrupted_after, run_script, thread_count, write_tensors
 from conftest import entry as header_entry
-from simulated_support import raw
+from support.simulated import raw
 
 import weightload
 from weightload import _C, errors, settings

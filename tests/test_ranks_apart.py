@@ -7,13 +7,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from conftest import SEED, TESTS
-from group_support import assert_done, run_ranks
+from support.ranks.groups import assert_done, run_ranks
 
 LOADS = """
 import random
 import safetensors, safetensors.torch
 from weightload import _C, errors, settings
-from part_support import cut
+from support.parts import cut
 
 paths = sys.argv[4:]
 whole = {name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import evict, write_tensors
-from hostile_support import CPU_WAYS, content
 from refusal_support import CALLS, ERRNOS, PATHS, Server
+from support.ways import CPU_WAYS, content
 
 from weightload import _C, errors, settings
 from weightload._load import fetch

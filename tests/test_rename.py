@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import SEED, TESTS, open_checkpoints, write_tensors
-from group_support import run_ranks
 from hypothesis import strategies as st
-from rename_support import Cut, fuse, numbers
-from simulated_support import raw
+from support.ranks.groups import run_ranks
+from support.rename import Cut, fuse, numbers
+from support.simulated import raw
 from test_shards import assert_done, empty_like, random_placements, rank_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -399,7 +399,7 @@ from torch.distributed.tensor import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 sys.path.insert(0, sys.argv[5])
-from rename_support import fuse
+from support.rename import fuse
 from test_rename import Attention, checkpoint_of, expected_of
 
 class Net(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from conftest import SEED
-from group_support import assert_done, run_ranks
+from support.ranks.groups import assert_done, run_ranks
 
 LOADS = """
 import random, time

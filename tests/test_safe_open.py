@@ -14,7 +14,7 @@ import safetensors
 import torch
 from conftest import BACKENDS, entry, evict, file_bytes, open_checkpoints, run_script, write_tensors
 from safetensors import SafetensorError
-from simulated_support import raw
+from support.simulated import raw
 
 import weightload
 from weightload import load_file, safe_open

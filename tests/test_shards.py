@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import DTYPE_BITS, SEED, write_tensors
-from group_support import assert_done, run_ranks
-from part_support import cut
-from simulated_support import raw
+from support.parts import cut
+from support.ranks.groups import assert_done, run_ranks
+from support.simulated import raw
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh

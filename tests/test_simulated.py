@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SEED, TESTS, evict, on_a_local_disk, run_script, write_tensors
-from simulated_support import (
+from support.simulated import (
     DEVICE,
     KIND,
     OTHER,
@@ -108,7 +108,7 @@ def test_cold_ranges_are_tried_both_ways(simulated: Any, tmp_path: Path) -> None
     import sys
     sys.path.insert(0, {str(TESTS)!r})
     from pathlib import Path
-    from simulated_support import assert_same, load, native
+    from support.simulated import assert_same, load, native
     native()
     from weightload import settings
     path = Path(sys.argv[1])

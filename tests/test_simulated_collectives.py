@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED
-from simulated_ranks import KINDS, NCCL, Rank, Ranks
-from simulated_support import (
+from support.ranks.simulated import KINDS, NCCL, Rank, Ranks
+from support.simulated import (
     DEVICE,
     KIND,
     TUNED,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TESTS, evict, run_script, thread_count, write_tensors
-from simulated_support import DEVICE, KIND, SMALL, assert_same, load, raw, reference_of
+from support.simulated import DEVICE, KIND, SMALL, assert_same, load, raw, reference_of
 
 import weightload
 from weightload import _C, errors, settings
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.simulated
 PROLOGUE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import simulated_support
+from support import simulated
 import torch, weightload
 from weightload import settings
-native = simulated_support.native()
+native = simulated.native()
 """
 
 
@@ -229,7 +229,7 @@ def test_a_load_begun_before_fork_is_an_error_in_the_child(simulated: Any, shard
 def test_the_interpreter_may_exit_in_the_middle(shards: list[Path]) -> None:
     script = """
     with settings.override(slot_bytes=65536, pinned_bytes=262144, device_block_bytes=262144):
-        weights = weightload.safetensors_weights_iterator(sys.argv[2:], device=simulated_support.DEVICE)
+        weights = weightload.safetensors_weights_iterator(sys.argv[2:], device=simulated.DEVICE)
     kept = next(weights)
     print("leaving")
     """
@@ -242,7 +242,7 @@ def test_ctrl_c_is_felt_while_the_device_is_stuck(shards: list[Path]) -> None:
     import signal, threading
     gates = [native.hold_stream(0, stream) for stream in (0, *native.side_streams(0))]
     with settings.override(slot_bytes=65536, pinned_bytes=262144, device_block_bytes=262144):
-        weights = weightload.safetensors_weights_iterator(sys.argv[2:], device=simulated_support.DEVICE)
+        weights = weightload.safetensors_weights_iterator(sys.argv[2:], device=simulated.DEVICE)
     def release():
         for gate in gates:
             gate()
@@ -264,7 +264,7 @@ def test_the_host_cannot_touch_the_memory_of_the_device(real_checkpoint: Path) -
     """What the simulation promises: a host that reads device memory is caught."""
     script = """
     import ctypes
-    tensor = torch.arange(100).to(simulated_support.DEVICE)
+    tensor = torch.arange(100).to(simulated.DEVICE)
     assert tensor.cpu()[7] == 7
     ctypes.string_at(tensor.data_ptr(), 1)
     """

@@ -17,8 +17,8 @@ import safetensors
 import torch
 import torch.distributed as dist
 from conftest import SEED, write_tensors
-from simulated_ranks import KINDS, Rank, Ranks
-from simulated_support import (
+from support.ranks.simulated import KINDS, Rank, Ranks
+from support.simulated import (
     DEVICE,
     TUNED,
     assert_same,

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import BACKENDS, write_tensors
-from simulated_support import DEVICE, SMALL, assert_same, current_stream, raw, reference_of
+from support.simulated import DEVICE, SMALL, assert_same, current_stream, raw, reference_of
 
 import weightload
 from weightload import _C, errors, settings

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tensors
-from simulated_support import DEVICE, SMALL
-from torch_modes import MODES, described, look_around, undisturbed
+from support.simulated import DEVICE, SMALL
+from support.torch_modes import MODES, described, look_around, undisturbed
 
 import weightload
 from weightload import settings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SEED, TESTS, run_script, write_tensors
-from simulated_support import (
+from support.simulated import (
     DEVICE,
     OTHER,
     SMALL,
@@ -225,12 +225,12 @@ def test_a_load_to_one_device_touches_no_other(simulated: Any, mixed: list[Path]
     script = f"""
     import gc, sys
     sys.path.insert(0, {str(TESTS)!r})
-    import simulated_support
-    from simulated_support import OTHER
-    native = simulated_support.native()
+    from support import simulated
+    from support.simulated import OTHER
+    native = simulated.native()
     from pathlib import Path
     import torch, weightload
-    from simulated_support import SMALL, load
+    from support.simulated import SMALL, load
     from weightload import settings
     paths = [Path(path) for path in sys.argv[1:]]
     with settings.override(**SMALL):

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED, evict, write_tensors
-from part_support import cut
-from simulated_support import DEVICE, KIND, SMALL, raw, reference_of
+from support.parts import cut
+from support.simulated import DEVICE, KIND, SMALL, raw, reference_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED
-from rename_support import Cut, numbers
-from simulated_ranks import Rank, Ranks
-from simulated_support import DEVICE, KIND, OTHER, SMALL, TUNED, current_stream, raw
+from support.ranks.simulated import Rank, Ranks
+from support.rename import Cut, numbers
+from support.simulated import DEVICE, KIND, OTHER, SMALL, TUNED, current_stream, raw
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore

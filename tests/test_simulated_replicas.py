@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SEED, write_tensors
-from simulated_ranks import BACKENDS, KINDS, Rank, Ranks
-from simulated_support import DEVICE, KIND, TUNED, native, raw, reference_of
+from support.ranks.simulated import BACKENDS, KINDS, Rank, Ranks
+from support.simulated import DEVICE, KIND, TUNED, native, raw, reference_of
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
 import weightload

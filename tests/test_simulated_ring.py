@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
-from simulated_support import DEVICE, SMALL, assert_same, load, stand_ins_only
+from support.simulated import DEVICE, SMALL, assert_same, load, stand_ins_only
 
 from weightload import _C, settings
 from weightload._checkpoint.selection import open_files

@@ -14,8 +14,8 @@ import torch
 from conftest import BACKENDS, evict, interrupted_after, write_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.torch_modes import MODES, described
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_modes import MODES, described
 
 import weightload
 from weightload import _C

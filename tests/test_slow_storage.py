@@ -8,9 +8,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import fuse_server
 import pytest
 from conftest import TESTS, run_script, write_tensors
+from support import fuse_server
 
 pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import entry, file_bytes, run_script
-from hostile_support import ANY_TARGET, assert_nothing_held
+from support.ways import ANY_TARGET, assert_nothing_held
 
 import weightload
 from weightload import errors

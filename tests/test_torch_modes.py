@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TESTS, run_script, write_tensors
+from support.torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
 from test_slices import ADVANCED, BASIC, WRONG, masks
-from torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
 
 import weightload
 from weightload import _C
@@ -324,7 +324,7 @@ def test_the_package_is_imported_in_a_mode(files: dict[str, Path], mode: str) ->
     script = f"""
     import sys
     sys.path.insert(0, {str(TESTS)!r})
-    from torch_modes import MODES
+    from support.torch_modes import MODES
     def use():
         import weightload
         with weightload.safe_open(sys.argv[1]) as file:

@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import write_tensors
+from support.torch_modes import MODES, look_around, undisturbed
 from test_torch_modes import Model, facts
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_modes import MODES, look_around, undisturbed
 
 import weightload
 from weightload._into import places

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import group_scenarios as scenarios
 import pytest
 import torch
 from conftest import write_tensors
-from group_support import STRATEGIES, TUNED, fresh_world, world
-from simulated_ranks import Rank, Ranks
-from simulated_support import DEVICE, reference_of
-from simulated_support import TUNED as TUNED_SLOTS
-from torch_modes import MODES, described, look_around, undisturbed
+from support.ranks import scenarios
+from support.ranks.groups import STRATEGIES, TUNED, fresh_world, world
+from support.ranks.simulated import Rank, Ranks
+from support.simulated import DEVICE, reference_of
+from support.simulated import TUNED as TUNED_SLOTS
+from support.torch_modes import MODES, described, look_around, undisturbed
 
 import weightload
 from weightload import _C, settings

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fuse_server
 import pytest
 from conftest import TESTS, run_script, write_tensors
+from support import fuse_server
 
 pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
 
@@ -29,8 +29,8 @@ SCRIPT = """
     sys.path.insert(0, os.environ["TESTS"])
     import safetensors.torch, torch, weightload
     from weightload import errors
-    from hostile_support import CPU_WAYS, bytes_of, content, halves, raw_bytes
-    import fuse_server
+    from support.ways import CPU_WAYS, bytes_of, content, halves, raw_bytes
+    from support import fuse_server
     from pathlib import Path
 
     def ones_like(path):

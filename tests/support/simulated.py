@@ -36,7 +36,7 @@ TUNED: dict[str, Any] = {**SMALL, "threads": 3}  # of loads that ranks share
 def native() -> Any:
     """The knobs of the stand-in, which is there for torch afterwards."""
     if CHOSEN == "gpu":
-        import real_cuda as stand_in
+        from support import real_cuda as stand_in
     elif KIND == "cuda":
         import simulated_cuda.native as stand_in  # type: ignore[no-redef]
     else:

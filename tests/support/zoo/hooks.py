@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo_parts import Override, animal, chain
+
+from support.zoo.parts import Override, animal, chain
 
 
 @animal

@@ -1,4 +1,4 @@
-"""What the ranks of a group do in the tests of shared loads: runs in the processes that group_support starts."""
+"""What the ranks of a group do in the tests of shared loads: runs in the processes that groups.py starts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import open_checkpoints, running_threads, thread_count
-from module_zoo import ZOO
 
 import weightload
+from support.zoo.models import ZOO
 from weightload import _C, errors, settings
 from weightload._load import checking
 

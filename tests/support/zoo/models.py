@@ -6,15 +6,24 @@ import warnings
 from typing import Any
 
 import torch
-import zoo_hooks  # noqa: F401  # its modules are in the zoo too
-import zoo_parts
-import zoo_wrappers  # noqa: F401
 from torch import nn
-from zoo_parts import Carrying, Doubling, ExtraState, Holding, NoExtraState, Override, Parent, Quantised, WholeOverride
-from zoo_parts import animal as animal
-from zoo_parts import chain as chain
 
-ZOO = zoo_parts.ZOO
+from support.zoo import hooks, parts, wrappers  # noqa: F401  # their modules are in the zoo too
+from support.zoo.parts import (
+    Carrying,
+    Doubling,
+    ExtraState,
+    Holding,
+    NoExtraState,
+    Override,
+    Parent,
+    Quantised,
+    WholeOverride,
+)
+from support.zoo.parts import animal as animal
+from support.zoo.parts import chain as chain
+
+ZOO = parts.ZOO
 
 
 @animal

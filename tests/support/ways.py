@@ -14,9 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import open_checkpoints, thread_count
-from simulated_support import DEVICE
 
 import weightload
+from support.simulated import DEVICE
 from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 
 Bytes = dict[str, bytes]

@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simulated_support import KIND
-from simulated_support import native as start_native
+from support.simulated import KIND
+from support.simulated import native as start_native
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,8 +159,10 @@ class Ranks:
         store = self._folder / f"store.{self._launches}"
         for rank in range(self._size):
             ours, theirs = Pipe()
-            command = [sys.executable, __file__, rank, self._size, store, self._seed, self._backend, theirs.fileno()]
-            environment = {**os.environ, "WEIGHTLOAD_SIMULATED_SEED": str(self._seed)}
+            arguments = [rank, self._size, store, self._seed, self._backend, theirs.fileno()]
+            command = [sys.executable, "-m", "support.ranks.simulated", *arguments]
+            paths = os.pathsep.join(sys.path)  # where the test that calls is found, too
+            environment = {**os.environ, "PYTHONPATH": paths, "WEIGHTLOAD_SIMULATED_SEED": str(self._seed)}
             with self._errors_of(rank).open("wb") as errors:
                 process = subprocess.Popen(
                     [str(part) for part in command],
@@ -218,5 +220,4 @@ def _serve(number: int, size: int, store: str, seed: int, backend: str, pipe: Co
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5], Connection(int(sys.argv[6])))

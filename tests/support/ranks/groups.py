@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import group_scenarios
 import pytest
 from conftest import start, write_three
-from group_scenarios import Drained, Failure, Outcome
+
+from support.ranks import scenarios
+from support.ranks.scenarios import Drained, Failure, Outcome
 
 DEADLINE = 120.0  # seconds in which every scenario must end, on a machine that is busy with other things
 # Seconds, of groups: so much longer that no scenario can end by waiting for it. Whatever ends, somebody has told.
@@ -67,7 +68,7 @@ class World:
             here, there = CONTEXT.Pipe()
             timeout = timeouts.get(rank, GROUP_TIMEOUT)
             arguments = (there, rank, size, f"{self._folder.name}/store", timeout, str(self._log(rank)), environment)
-            process = CONTEXT.Process(target=group_scenarios.serve, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=scenarios.serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self._processes.append(process)

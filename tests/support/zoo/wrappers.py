@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
-from zoo_parts import ExtraState, Override, animal, chain
+
+from support.zoo.parts import ExtraState, Override, animal, chain
 
 
 @animal

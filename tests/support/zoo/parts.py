@@ -1,4 +1,4 @@
-"""Modules and tensors with ways of their own to be loaded, of which tests/module_zoo.py makes models."""
+"""Modules and tensors with ways of their own to be loaded, of which models.py makes models."""
 
 from __future__ import annotations
 
