@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TESTS, evict, on_a_local_disk, run_script, write_tensors
 from safetensors.torch import load_file
-from test_shards import empty_like, rank_of
+from support.parts import empty_like, rank_of
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import weightload

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import entry, file_bytes, run_script, write_tensors
+from support.headers import VIOLATIONS
 from support.ways import WAYS, Way, assert_nothing_held, descriptor_count, way_of
-from test_header import VIOLATIONS
 
 import weightload
 from weightload import errors

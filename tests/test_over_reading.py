@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import evict, on_a_local_disk, write_tensors
-from support.ranks.groups import run_ranks
+from support.parts import rank_of, untouched_like
+from support.ranks.groups import assert_done, run_ranks
 from support.simulated import DEVICE
-from test_shards import assert_done, rank_of, untouched_like
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import weightload

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from conftest import SEED, TESTS, open_checkpoints, write_tensors
 from hypothesis import strategies as st
-from support.ranks.groups import run_ranks
+from support.parts import empty_like, random_placements, rank_of
+from support.ranks.groups import assert_done, run_ranks
 from support.rename import Cut, fuse, numbers
 from support.simulated import raw
-from test_shards import assert_done, empty_like, random_placements, rank_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import math
-import mmap
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,13 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import DTYPE_BITS, SEED, write_tensors
-from support.parts import cut
+from support.parts import cut, empty_like, random_placements, rank_of, untouched_like
 from support.ranks.groups import assert_done, run_ranks
 from support.simulated import raw
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import weightload
 from weightload import _C, errors, settings
@@ -33,47 +30,6 @@ from weightload._load.iterator import WeightIterator
 from weightload._parts.shards import part_of_rank
 
 MESHES = [(2,), (3,), (4,), (2, 2), (2, 3), (2, 2, 2)]
-ODD = 7  # what places hold before
-
-
-@contextmanager
-def rank_of(mesh: tuple[int, ...], rank: int) -> Iterator[Any]:
-    """This process as one of the ranks of a mesh whose others are not there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(mesh))
-    try:
-        yield init_device_mesh("cpu", mesh)
-    finally:
-        dist.destroy_process_group()
-
-
-def empty_like(tensor: DTensor) -> DTensor:
-    """A DTensor of the same kind that holds something else."""
-    local = torch.full_like(tensor.to_local(), ODD)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
-def untouched_like(tensor: DTensor) -> DTensor:
-    """A DTensor of the same kind, in memory that nobody has touched: it is filled by read calls."""
-    shard = tensor.to_local()
-    local = torch.frombuffer(mmap.mmap(-1, shard.nbytes), dtype=shard.dtype).view(shard.shape)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
-def random_placements(chance: random.Random, dimensions: int, mesh: tuple[int, ...]) -> list[Any]:
-    found: list[Any] = []
-    for number in range(len(mesh)):
-        kind = chance.choice(["shard", "shard", "replicate", "strided"])
-        if kind == "replicate" or not dimensions:
-            found.append(Replicate())
-        elif kind == "strided" and number == 0 and len(mesh) > 1:
-            found.append(_StridedShard(chance.randrange(dimensions), split_factor=chance.choice([2, 3])))
-        else:
-            found.append(Shard(chance.randrange(dimensions)))
-    return found
 
 
 @pytest.mark.parametrize("task_bytes", [None, 4096])

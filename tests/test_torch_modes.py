@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TESTS, run_script, write_tensors
+from support.indexing import ADVANCED, BASIC, WRONG, masks
 from support.torch_modes import MODES, described, look_around, modes_here, refuse, undisturbed
-from test_slices import ADVANCED, BASIC, WRONG, masks
 
 import weightload
 from weightload import _C

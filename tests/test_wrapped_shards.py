@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from support.parts import rank_of
 from support.ranks.groups import assert_done, run_ranks
-from test_shards import rank_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.fsdp import fully_shard
