@@ -32,7 +32,7 @@ STEPS: dict[str, list[str]] = {
     ],
     "others": [
         "-m", "simulated", "tests/test_load_into.py", "tests/test_load_stats.py", "tests/test_fault_loops.py",
-        "tests/test_overlay.py", "tests/test_hostile_files.py",
+        "tests/test_overlay.py", "tests/checkpoint/test_hostile_files.py",
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],
     "groups": [
