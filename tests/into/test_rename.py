@@ -400,7 +400,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 sys.path.insert(0, sys.argv[5])
 from support.rename import fuse
-from test_rename import Attention, checkpoint_of, expected_of
+from into.test_rename import Attention, checkpoint_of, expected_of
 
 class Net(nn.Module):
     def __init__(self):
