@@ -31,7 +31,8 @@ STEPS: dict[str, list[str]] = {
         "tests/test_simulated_ring.py", "tests/test_simulated_failures.py", "tests/test_simulated_parts.py",
     ],
     "others": [
-        "-m", "simulated", "tests/into/test_load_into.py", "tests/api/test_load_stats.py", "tests/test_fault_loops.py",
+        "-m", "simulated", "tests/into/test_load_into.py", "tests/api/test_load_stats.py",
+        "tests/failures/test_fault_loops.py",
         "tests/test_overlay.py", "tests/checkpoint/test_hostile_files.py",
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],

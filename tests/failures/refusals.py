@@ -324,4 +324,5 @@ def serve(folder: Path, shim: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     serve(Path(sys.argv[1]), sys.argv[2])

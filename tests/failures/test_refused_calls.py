@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import evict, write_tensors
-from refusal_support import CALLS, ERRNOS, PATHS, Server
+from refusals import CALLS, ERRNOS, PATHS, Server
 from support.ways import CPU_WAYS, content
 
 from weightload import _C, errors, settings
