@@ -32,8 +32,8 @@ STEPS: dict[str, list[str]] = {
     ],
     "others": [
         "-m", "simulated", "tests/into/test_load_into.py", "tests/api/test_load_stats.py",
-        "tests/failures/test_fault_loops.py",
-        "tests/test_overlay.py", "tests/checkpoint/test_hostile_files.py",
+        "tests/failures/test_fault_loops.py", "tests/storage/test_overlay.py",
+        "tests/checkpoint/test_hostile_files.py",
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],
     "groups": [
