@@ -125,7 +125,7 @@ def test_where_somebody_else_handles_bus_errors_files_are_read(file: Path) -> No
     script = """
     import resource, signal, sys
     import torch, weightload
-    from test_copies_past_caches import *
+    from memory.test_copies_past_caches import *
     file = Path(sys.argv[1])
     target = touched()
     weightload.load_into(target, file)
@@ -144,7 +144,7 @@ def test_a_file_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:
     script = """
     import os, sys, threading
     import torch, weightload
-    from test_copies_past_caches import *
+    from memory.test_copies_past_caches import *
     path = Path(sys.argv[1])
     failed = 0
     for attempt in range(60):
@@ -252,7 +252,7 @@ def test_forked_children_keep_the_guard(file: Path) -> None:
     script = """
     import os, sys
     import torch, weightload
-    from test_copies_past_caches import *
+    from memory.test_copies_past_caches import *
     torch.set_num_threads(1)
     file = Path(sys.argv[1])
     weightload.load_into(touched(), file)
@@ -272,7 +272,7 @@ def test_a_bus_error_of_the_program_still_ends_it(file: Path) -> None:
     script = """
     import mmap, os, sys, tempfile
     import torch, weightload
-    from test_copies_past_caches import *
+    from memory.test_copies_past_caches import *
     weightload.load_into(touched(), Path(sys.argv[1]))
     with tempfile.TemporaryFile() as other:
         other.truncate(8192)
