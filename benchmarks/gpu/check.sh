@@ -158,7 +158,8 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     steps=${steps//accelerator/}
   fi
   if wants tests; then
-    step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
+    step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 \
+      -p no:cacheprovider tests/accelerator/test_gpu.py
   fi
   if wants accelerator; then
     # Those of the simulated accelerator, on the GPU. Each is one process's; some hold a stream, which keeps the GPU idle.
@@ -166,7 +167,8 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist loadfile); fi
     if "$python" -c "import pytest_timeout" 2>/dev/null; then parallel+=(--timeout 40); fi
     step accelerator 150 env WEIGHTLOAD_REQUIRE_GPU=1 WEIGHTLOAD_TEST_ACCELERATOR=gpu "$python" -m pytest -q \
-      --maxfail=40 --durations=5 -p no:cacheprovider "${parallel[@]}" tests/test_simulated.py tests/test_simulated_{order,handle,ring,failures,parts}.py
+      --maxfail=40 --durations=5 -p no:cacheprovider "${parallel[@]}" \
+      tests/accelerator/test_simulated.py tests/accelerator/test_simulated_{order,handle,ring,failures,parts}.py
   fi
   if wants tests-no-gpu; then
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.

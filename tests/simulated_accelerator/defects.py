@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent.parent
 TREE = ROOT / ".build" / "defects"
 ACCELERATOR = "csrc/device/accelerator.cpp"
 LOADER = "csrc/load/device_loader.cpp"
-ORDER = "tests/test_simulated_order.py::test_"
-PARITY = "tests/test_simulated.py::test_"
+ORDER = "tests/accelerator/test_simulated_order.py::test_"
+PARITY = "tests/accelerator/test_simulated.py::test_"
 INTO = "tests/into/test_load_into.py::test_"
-GROUP = "tests/test_simulated_group.py::test_"
+GROUP = "tests/accelerator/test_simulated_group.py::test_"
 COLLECTIVE = "csrc/group/process_group.cpp"
 EXCHANGE = "csrc/group/exchange.cpp"
 

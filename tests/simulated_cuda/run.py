@@ -25,10 +25,11 @@ UNAVAILABLE = 3  # the exit status
 STRESS = "tests/simulated_accelerator/stress.py"
 STEPS: dict[str, list[str]] = {
     "checker": ["tests/simulated_cuda/test_checker.py"],
-    "gpu": ["tests/test_gpu.py"],
+    "gpu": ["tests/accelerator/test_gpu.py"],
     "loads": [
-        "tests/test_simulated.py", "tests/test_simulated_order.py", "tests/test_simulated_handle.py",
-        "tests/test_simulated_ring.py", "tests/test_simulated_failures.py", "tests/test_simulated_parts.py",
+        "tests/accelerator/test_simulated.py", "tests/accelerator/test_simulated_order.py",
+        "tests/accelerator/test_simulated_handle.py", "tests/accelerator/test_simulated_ring.py",
+        "tests/accelerator/test_simulated_failures.py", "tests/accelerator/test_simulated_parts.py",
     ],
     "others": [
         "-m", "simulated", "tests/into/test_load_into.py", "tests/api/test_load_stats.py",
@@ -37,7 +38,8 @@ STEPS: dict[str, list[str]] = {
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],
     "groups": [
-        "tests/test_simulated_group.py", "tests/test_simulated_collectives.py", "tests/test_simulated_replicas.py",
+        "tests/accelerator/test_simulated_group.py", "tests/accelerator/test_simulated_collectives.py",
+        "tests/accelerator/test_simulated_replicas.py",
     ],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed
