@@ -6,6 +6,7 @@ import re
 
 import pytest
 from conftest import TESTS
+
 from simulated_accelerator.defects import DEFECTS, ROOT, Defect
 
 README = (TESTS / "simulated_accelerator" / "README.md").read_text()
