@@ -238,7 +238,7 @@ from types import SimpleNamespace
 import torch.distributed as dist
 from benchmark_weight_loading import benchmark_loading
 from benchmark_weight_loading_comparison import load_broadcast, load_independent
-from test_benchmark_scripts import same
+from benchmarks.test_benchmark_scripts import same
 dist.init_process_group("gloo")
 files = sys.argv[1:]
 benchmark_loading(files, True, True, 0, 2, "CPU")
