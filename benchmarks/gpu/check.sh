@@ -175,7 +175,7 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     # Left out are those that install packages, and this script's own.
     parallel=()
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 12 --dist loadfile); fi
-    others=(-m "not needs_gpu" --ignore=tests/test_packaging.py --ignore=tests/benchmarks/test_gpu_benchmarks.py tests)
+    others=(-m "not needs_gpu" --ignore=tests/packaging/test_packaging.py --ignore=tests/benchmarks/test_gpu_benchmarks.py tests)
     if [ $simulated = 1 ]; then others=(tests/checkpoint/test_header.py tests/api/test_iterator.py); fi # the rest is run elsewhere
     step tests-no-gpu $((simulated ? 300 : 150)) env CUDA_VISIBLE_DEVICES= WEIGHTLOAD_REQUIRE_GPU=1 \
       "$python" -m pytest -q --maxfail=20 -p no:cacheprovider "${parallel[@]}" "${others[@]}"
