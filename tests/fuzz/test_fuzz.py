@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from fuzz import build, run, seeds, verdicts
 
 
