@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensor_memory
 import torch
 from first_loads import KINDS, against
-from machine import describe, fill_cache
+from harness import tensor_memory
+from harness.machine import describe, fill_cache
 from peer_loads import Load
 from peers import PEERS
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from first_loads import MEMORIES, against
-from machine import back_memory_elsewhere, describe, evict, fill_cache
+from harness.machine import back_memory_elsewhere, describe, evict, fill_cache
 
 FRAMEWORKS = ("transformers", "diffusers", "accelerate")
 STATES = ("cold", "warm")

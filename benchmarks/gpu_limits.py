@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness.machine import PIECE, NotEvictedError, describe, evict, fill_cache, raw_parallel_read
 from loader_worker import a_device
-from machine import PIECE, NotEvictedError, describe, evict, fill_cache, raw_parallel_read
 
 MIB = 1 << 20
 ALIGNMENT = 4096

@@ -28,13 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import tensor_memory
 import torch
 from expected import Checkpoint
+from harness import tensor_memory
+from harness.proc import memory_fields, process_memory
 from into_loads import module_of, parameters
 from peer_loads import NotAvailableError, Weights
 from peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missing
-from proc import memory_fields, process_memory
 
 SAMPLING_S = 0.002
 LONGEST_START_S = 180.0

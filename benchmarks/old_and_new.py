@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from compare_summary import by_chance
 from gpu_limits import environment
-from machine import commit_of
+from harness.machine import commit_of
 
 HERE = Path(__file__).resolve().parent.parent
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from compare_summary import by_chance
 from first_loads import KINDS, against
-from machine import describe
+from harness.machine import describe
 
 import weightload
 
@@ -49,7 +49,7 @@ if group:
     with open(os.path.join(group, "cgroup.procs"), "w") as procs:
         procs.write(str(os.getpid()))
 import torch
-from machine import evict
+from harness.machine import evict
 from peers import PEERS
 import weightload
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from architectures import ARCHITECTURES
-from machine import describe, fill_cache
+from harness.machine import describe, fill_cache
 from scale_costs import MIB, STORAGES, Assumptions, Load, seconds
 from synth import layers_for, write_checkpoint
 

@@ -54,10 +54,10 @@ from figures import duration, megabytes
 from first_loads import MEMORIES, against
 from gpu_limits import environment
 from gpu_ranks import KIT_NCCL, prepared
+from harness.machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
+from harness.ranks import GroupedRanks
 from into_loads import add_parameter
 from loader_worker import a_device
-from machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
-from ranks import GroupedRanks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

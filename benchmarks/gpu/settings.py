@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import torch
 from gpu_limits import environment
+from harness.machine import evict, fill_cache
 from loader_worker import a_device
-from machine import evict, fill_cache
 
 import weightload
 

@@ -154,7 +154,7 @@ runpy.run_path({str(BENCHMARKS / script)!r} + ".py", run_name="__main__")
 
 
 def test_lines_where_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import command_line
+    from harness import command_line
 
     steps = command_line.Steps(2)
     with steps.next("quick", 2) as advance:
@@ -187,8 +187,8 @@ def test_tables_of_real_results_fit(name: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_file_that_cannot_be_evicted_and_ctrl_c_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    import command_line
-    from machine import NotEvictedError
+    from harness import command_line
+    from harness.machine import NotEvictedError
 
     def never_cold() -> None:
         raise NotEvictedError("30% of the files is still in the page cache")

@@ -234,7 +234,7 @@ def comparing_is_dear(files, device):
 
 def test_comparing_does_not_count_as_memory(tmp_path: Path) -> None:
     """Neither what the check needs, nor anything before or after the load."""
-    from compare_run import Arm
+    from harness.compare_run import Arm
 
     file = write_tensors(tmp_path / "a.safetensors", [(f"{i}", "U8", [1 << 20]) for i in range(4)])
     (tmp_path / "own.py").write_text(MEMORY_LOADERS)
@@ -364,7 +364,7 @@ def test_tables_and_pictures_are_made_of_the_results(measured: tuple[dict[str, A
 
 
 def test_tensors_in_memory_files_are_compared_too(checkpoint: Path, tmp_path: Path) -> None:
-    from proc import file_system
+    from harness.proc import file_system
 
     if file_system("/dev/shm") != "tmpfs":
         pytest.skip("/dev/shm is not a tmpfs")
@@ -415,7 +415,7 @@ def test_ranks_that_load_other_files_are_not_compared(
 ) -> None:
     import argparse
 
-    import compare_ranks
+    from harness import compare_ranks
 
     script = tmp_path / "script.py"
     script.write_text(
@@ -437,7 +437,7 @@ def test_ranks_that_load_other_files_are_not_compared(
 
 
 def test_where_tensors_are() -> None:
-    import tensor_memory
+    from harness import tensor_memory
 
     whole = torch.zeros(4096 * 6, dtype=torch.uint8)
     parts = {"a": whole[:5000], "b": whole[5000:9000], "empty": whole[:0], "c": whole[16384:16400]}
@@ -452,7 +452,7 @@ def test_where_tensors_are() -> None:
 
 
 def test_the_limits_of_memory_read_all_bytes(checkpoint: Path) -> None:
-    import host_limits
+    from harness import host_limits
 
     files = sorted(map(str, checkpoint.glob("*.safetensors")))
     expected = b"".join(Path(file).read_bytes() for file in files)

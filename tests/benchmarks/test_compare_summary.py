@@ -103,7 +103,7 @@ def test_the_order_of_each_round_is_drawn_anew() -> None:
     """Who comes after whom is not always the same, and a seed gives the same order again."""
     import random
 
-    from compare_run import Rounds
+    from harness.compare_run import Rounds
 
     def order(seed: int) -> list[str]:
         rounds = Rounds([], [], "disk", "warm", "private", random.Random(seed))

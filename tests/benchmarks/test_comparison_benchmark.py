@@ -113,7 +113,7 @@ def test_ways_can_be_picked(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_wrong_bytes_are_seen(checkpoint: Path) -> None:
     import safetensors.torch
-    from group_run import differences
+    from harness.group_run import differences
 
     files = [str(checkpoint / "a.safetensors"), str(checkpoint / "b.safetensors")]
 
@@ -156,7 +156,7 @@ runpy.run_path({str(COMPARISON)!r}, run_name="__main__")
 
 
 def test_figures_are_of_medians() -> None:
-    from group_run import Timing, summarise
+    from harness.group_run import Timing, summarise
 
     timings = {
         "raw parallel read": [Timing(0.5), Timing(0.5), Timing(0.5)],
@@ -173,8 +173,8 @@ def test_figures_are_of_medians() -> None:
 
 
 def test_agreement_is_asked_of_the_iterator() -> None:
-    from group_run import UNKNOWN, load
     from group_ways import Place
+    from harness.group_run import UNKNOWN, load
 
     class Weights:
         agreement_seconds: float | None = 0.25

@@ -18,9 +18,9 @@ from functools import partial
 import numpy as np
 import torch
 from gpu_limits import Copy, direct_read
-from machine import PIECE, raw_parallel_read
 from peers import DEVICE, MAPPED, PRIVATE
 
+from harness.machine import PIECE, raw_parallel_read
 from weightload.settings import current
 
 Limit = Callable[[Sequence[str]], float]

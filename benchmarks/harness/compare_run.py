@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import torch
-from host_limits import Limit, limits_for, setting_of
 from loader_worker import FailedError, Worker
-from machine import NotEvictedError, back_memory, evict, fill_cache, resident_share
 from peers import BASELINES, MAPPED, find, kind_of
 
+from harness.host_limits import Limit, limits_for, setting_of
+from harness.machine import NotEvictedError, back_memory, evict, fill_cache, resident_share
 from weightload._base.cpus import usable_cpus
 
 Loads = dict[str, list[dict[str, Any]]]  # what each one's loads answered

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from benchmark_weight_loading import touch
 from group_ways import BASELINE, Place, Way
-from machine import NotEvictedError, back_memory, fill_cache, raw_parallel_read, resident_share
-from ranks import GroupedRanks
 from safetensors import safe_open
 
+from harness.machine import NotEvictedError, back_memory, fill_cache, raw_parallel_read, resident_share
+from harness.ranks import GroupedRanks
 from weightload._load.progress import Advance, unseen
 from weightload.settings import current
 

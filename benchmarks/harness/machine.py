@@ -16,8 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from proc import process_memory
-
+from harness.proc import process_memory
 from weightload import _C
 from weightload._base.cpus import usable_cpus
 
@@ -165,8 +164,8 @@ def back_memory(size: int) -> None:
 
 def back_memory_elsewhere(size: int) -> None:
     """The same by another process, so that none of it stays with this one."""
-    script = f"import machine; machine.back_memory({size})"
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+    script = f"from harness import machine; machine.back_memory({size})"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=True)
 
 
 def raw_parallel_read(files: Sequence[str], threads: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from group_ways import PEER_WAYS, WAYS
 from peers import BASELINE, MAPPED, OURS, PEERS, PRIVATE, environment, missing
 
-SCRIPT = Path(__file__).with_name("benchmark_weight_loading_comparison.py")
+SCRIPT = Path(__file__).parent.parent / "benchmark_weight_loading_comparison.py"
 # What is compared with its like: on the CPU these map the files, all others have memory of their own.
 MAPPING = ("python mapped", "weightload independent", "weightload auto")
 OWNERS = {"python": BASELINE, "weightload": OURS, "fastsafetensors": "fastsafetensors", "run:ai": "run:ai streamer"}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from machine import NotEvictedError
-from ranks import Ranks
 from safetensors import SafetensorError
 
+from harness.machine import NotEvictedError
+from harness.ranks import Ranks
 from weightload import settings
 from weightload._base import terminal
 from weightload._base.printable import printable
