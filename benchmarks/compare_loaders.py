@@ -32,8 +32,8 @@ from typing import IO, Any
 
 import compare_plot
 import compare_report
+from checkpoints.expected import RANKS, TIMED, UNTIMED
 from compare_summary import summarise
-from expected import RANKS, TIMED, UNTIMED
 from gpu_limits import environment
 from harness import compare_ranks
 from harness.compare_run import Arm, Rounds, start_all

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from expected import Checkpoint
+from checkpoints.expected import Checkpoint
 from harness import tensor_memory
 from harness.proc import memory_fields, process_memory
 from into_loads import module_of, parameters

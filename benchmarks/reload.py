@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints.expected import Checkpoint
 from compare_loaders import copied_to_tmpfs
-from expected import Checkpoint
 from first_loads import against
 from harness.machine import describe, fill_cache
 from into_loads import module_of, parameters, safetensors_load_state_dict, weightload_load_into

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from architectures import ARCHITECTURES
+from checkpoints.architectures import ARCHITECTURES
+from checkpoints.synth import layers_for, write_checkpoint
 from harness.machine import describe, fill_cache
 from scale_costs import MIB, STORAGES, Assumptions, Load, seconds
-from synth import layers_for, write_checkpoint
 
 import weightload
 from weightload._base.cpus import usable_cpus

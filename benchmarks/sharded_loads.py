@@ -6,7 +6,7 @@
 Plans: `fsdp2`, `fsdp4` and `fsdp8` (rows of everything), `tp2` and `tp4` (rows of the projections that tensor
 parallelism splits by their output, columns of `o_proj` and `down_proj`), `hsdp2x2` (replicas of two shards), `ep4`
 (each rank's experts, whole, where the model has any). For `--plans fsdp2` of 5,000 small tensors,
-`synth.py OUT --model small-tensors --layers 5` writes them.
+`checkpoints/synth.py OUT --model small-tensors --layers 5` writes them.
 
 Ways: `weightload` (load_into); `DCP` with its reader of safetensors; `get_slice` of safetensors, copied, as
 transformers does it; `whole tensors` (every rank iterates all tensors and copies its shard); `distribute_tensor` (the

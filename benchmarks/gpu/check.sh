@@ -73,28 +73,28 @@ unpack() { # FOLDER TARGET
 
 generate() {
   if [ $dry = 1 ]; then
-    "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+    "$python" benchmarks/checkpoints/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
     return
   fi
   if [ $simulated = 1 ]; then
     for name in tiny ranks llama moe; do
-      "$python" benchmarks/synth.py "$dir/$name" --model small-tensors --layers 1 --shards 2
+      "$python" benchmarks/checkpoints/synth.py "$dir/$name" --model small-tensors --layers 1 --shards 2
     done
     return
   fi
-  "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+  "$python" benchmarks/checkpoints/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
   local size=(--layers 32)
   # The checkpoints and the file of gpu_limits.py: with less room, a smaller one.
   if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 33 ] && [ ! -e "$dir/llama/synth.json" ]; then
     size=(--gigabytes 4)
   fi
   if wants llama || wants settings; then
-    "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+    "$python" benchmarks/checkpoints/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
   fi
   if wants ranks || wants sharded; then
-    "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 4 --shards 2
+    "$python" benchmarks/checkpoints/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 4 --shards 2
   fi
-  if wants moe; then "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
+  if wants moe; then "$python" benchmarks/checkpoints/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
   sync -f "$dir" # else the first eviction waits for the disk
 }
 

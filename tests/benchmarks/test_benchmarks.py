@@ -27,7 +27,16 @@ def run(*command: object) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth") / "model" / "part"
-    run(ROOT / "benchmarks" / "synth.py", folder, "--model", "small-tensors", "--layers", "2", "--shards", "3")
+    run(
+        ROOT / "benchmarks" / "checkpoints/synth.py",
+        folder,
+        "--model",
+        "small-tensors",
+        "--layers",
+        "2",
+        "--shards",
+        "3",
+    )
     return folder
 
 
@@ -42,8 +51,8 @@ def test_synthetic_checkpoints_are_what_they_say(checkpoint: Path) -> None:
 
 
 def test_architectures_have_the_real_models_tensors() -> None:
-    from architectures import ARCHITECTURES
-    from synth import entry_bytes, layers_for
+    from checkpoints.architectures import ARCHITECTURES
+    from checkpoints.synth import entry_bytes, layers_for
 
     sizes = {}
     for name, architecture in ARCHITECTURES.items():

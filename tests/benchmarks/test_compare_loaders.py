@@ -222,7 +222,7 @@ def small(files, device):
             yield name, opened.get_tensor(name).clone()
 
 def comparing_is_dear(files, device):
-    import expected
+    from checkpoints import expected
     difference = expected.Checkpoint.differs
     def differs(*args, **options):
         torch.ones(256 << 20, dtype=torch.uint8)
@@ -279,7 +279,7 @@ print(found["wrong"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("simulated:0", marks=pytest.mark.simulated)])
 def test_every_tensor_is_compared_on_every_device(tmp_path: Path, device: str) -> None:
     """One wrong byte in the middle of a tensor that is not in the sample."""
-    from expected import Checkpoint
+    from checkpoints.expected import Checkpoint
 
     if device != "cpu":
         import simulated_accelerator

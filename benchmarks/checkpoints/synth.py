@@ -1,6 +1,6 @@
 """Writes synthetic checkpoints: tensor names, shapes and dtypes of a real model, random bytes, sharded with an index.
 
-    python benchmarks/synth.py OUT --model llama-3-8b --layers 4
+    python benchmarks/checkpoints/synth.py OUT --model llama-3-8b --layers 4
 
 Random bytes, never zeros: zeros can be compressed or left out by file systems and virtual disks, and then measure
 nothing. The size is scaled by the number of layers; every tensor keeps its real shape. Shards are written side by side.
@@ -13,11 +13,15 @@ import json
 import math
 import os
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from architectures import ARCHITECTURES, Architecture, Entry
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
+from checkpoints.architectures import ARCHITECTURES, Architecture, Entry
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 PIECE = 16 << 20
