@@ -39,8 +39,8 @@ from harness import compare_ranks
 from harness.compare_run import Arm, Rounds, start_all
 from harness.machine import fill_cache
 from harness.proc import available_memory, file_system
-from loader_worker import a_device
-from peers import DEVICE, INTO, MAPPED, PEERS, PRIVATE, SWEEP, default_names
+from loaders.peers import DEVICE, INTO, MAPPED, PEERS, PRIVATE, SWEEP, default_names
+from loaders.worker import a_device
 
 import weightload
 

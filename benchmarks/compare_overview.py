@@ -8,7 +8,7 @@ from typing import Any
 from compare_report import title
 from compare_summary import best_of_each, doubt
 from figures import duration, megabytes
-from peers import OURS
+from loaders.peers import OURS
 
 HEAD = """\
 | load | weightload | best of the others | times as fast | of the limit | first load of a process | memory |

@@ -11,7 +11,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from compare_summary import best_of_each
-from peers import DEVICE, INTO, MAPPED, OURS, PRIVATE
+from loaders.peers import DEVICE, INTO, MAPPED, OURS, PRIVATE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

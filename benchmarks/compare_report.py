@@ -8,7 +8,7 @@ from typing import Any
 
 from compare_summary import best_of_each
 from figures import duration, megabytes, ratio
-from peers import DEVICE, INTO, MAPPED, PRIVATE
+from loaders.peers import DEVICE, INTO, MAPPED, PRIVATE
 
 FOOTNOTE = """\
 Times are medians of "n" loads in processes that are kept, with the quartiles; the heats before, which choose the

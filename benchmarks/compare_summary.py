@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peers import BASELINES, OURS
+from loaders.peers import BASELINES, OURS
 
 UNLIKELY = 0.05  # an order of two loaders' times that chance gives no more often than this is no chance
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness.machine import PIECE, NotEvictedError, describe, evict, fill_cache, raw_parallel_read
-from loader_worker import a_device
+from loaders.worker import a_device
 
 MIB = 1 << 20
 ALIGNMENT = 4096

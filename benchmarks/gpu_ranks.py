@@ -30,7 +30,7 @@ from typing import Any
 
 from gpu_limits import environment
 from gpu_report import print_ranks
-from loader_worker import a_device
+from loaders.worker import a_device
 
 import weightload
 

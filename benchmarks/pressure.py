@@ -50,7 +50,7 @@ if group:
         procs.write(str(os.getpid()))
 import torch
 from harness.machine import evict
-from peers import PEERS
+from loaders.peers import PEERS
 import weightload
 
 evict(files)

@@ -25,7 +25,7 @@ from checkpoints.expected import Checkpoint
 from compare_loaders import copied_to_tmpfs
 from first_loads import against
 from harness.machine import describe, fill_cache
-from into_loads import module_of, parameters, safetensors_load_state_dict, weightload_load_into
+from loaders.into_loads import module_of, parameters, safetensors_load_state_dict, weightload_load_into
 
 import weightload
 

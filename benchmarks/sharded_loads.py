@@ -56,8 +56,8 @@ from gpu_limits import environment
 from gpu_ranks import KIT_NCCL, prepared
 from harness.machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
 from harness.ranks import GroupedRanks
-from into_loads import add_parameter
-from loader_worker import a_device
+from loaders.into_loads import add_parameter
+from loaders.worker import a_device
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

@@ -186,7 +186,7 @@ if [ $dry = 0 ] && wants sanitizer; then
   if [ -n "$sanitizer" ]; then
     # Without torch's caching an access beyond a tensor is one beyond its allocation, which memcheck can see.
     step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
-      "$python" benchmarks/loader_worker.py weightload --device "$device" "$dir"/tiny/*.safetensors
+      "$python" benchmarks/loaders/worker.py weightload --device "$device" "$dir"/tiny/*.safetensors
   else
     note sanitizer "skipped: compute-sanitizer is not installed"
   fi

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import torch
 from gpu_limits import environment
 from harness.machine import evict, fill_cache
-from loader_worker import a_device
+from loaders.worker import a_device
 
 import weightload
 

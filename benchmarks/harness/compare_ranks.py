@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from group_ways import PEER_WAYS, WAYS
-from peers import BASELINE, MAPPED, OURS, PEERS, PRIVATE, environment, missing
+from loaders.group_ways import PEER_WAYS, WAYS
+from loaders.peers import BASELINE, MAPPED, OURS, PEERS, PRIVATE, environment, missing
 
 SCRIPT = Path(__file__).parent.parent / "benchmark_weight_loading_comparison.py"
 # What is compared with its like: on the CPU these map the files, all others have memory of their own.

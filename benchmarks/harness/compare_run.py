@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import torch
-from loader_worker import FailedError, Worker
-from peers import BASELINES, MAPPED, find, kind_of
+from loaders.peers import BASELINES, MAPPED, find, kind_of
+from loaders.worker import FailedError, Worker
 
 from harness.host_limits import Limit, limits_for, setting_of
 from harness.machine import NotEvictedError, back_memory, evict, fill_cache, resident_share

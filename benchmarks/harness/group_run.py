@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmark_weight_loading import touch
-from group_ways import BASELINE, Place, Way
+from loaders.group_ways import BASELINE, Place, Way
 from safetensors import safe_open
 
 from harness.machine import NotEvictedError, back_memory, fill_cache, raw_parallel_read, resident_share

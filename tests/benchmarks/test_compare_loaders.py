@@ -264,8 +264,8 @@ CHECK = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import torch
-from loader_worker import Runner
-from peers import find
+from loaders.worker import Runner
+from loaders.peers import find
 if sys.argv[3] != "cpu":
     import simulated_accelerator
     native = simulated_accelerator.load()

@@ -136,7 +136,7 @@ def test_wrong_bytes_end_the_run_on_every_rank(checkpoint: Path, tmp_path: Path)
         f"""
 import os, runpy, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
-import group_ways
+from loaders import group_ways
 def wrong(place):
     for name, tensor in group_ways.python_independent(place):
         if os.environ["RANK"] == "1" and name == "byte":
@@ -173,8 +173,8 @@ def test_figures_are_of_medians() -> None:
 
 
 def test_agreement_is_asked_of_the_iterator() -> None:
-    from group_ways import Place
     from harness.group_run import UNKNOWN, load
+    from loaders.group_ways import Place
 
     class Weights:
         agreement_seconds: float | None = 0.25

@@ -12,11 +12,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import into_loads
-import peer_loads as loads
 import torch
-from into_loads import IntoLoad
-from peer_loads import Load
+
+from loaders import into_loads
+from loaders import peer_loads as loads
+from loaders.into_loads import IntoLoad
+from loaders.peer_loads import Load
 
 FOLDERS = "WEIGHTLOAD_PEERS"
 BASELINE = "safetensors"

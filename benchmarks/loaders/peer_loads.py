@@ -1,6 +1,6 @@
 """How each loader is called: functions from files to an iterator of (name, tensor on the device).
 
-This file imports nothing but torch before a loader is called: each runs in a process of its own (loader_worker.py),
+This file imports nothing but torch before a loader is called: each runs in a process of its own (loaders/worker.py),
 which must not hold the other loaders' libraries, or another version of its own. A loader that cannot work here raises
 NotAvailableError, or whatever its library raises.
 

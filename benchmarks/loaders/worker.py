@@ -1,6 +1,6 @@
 """Runs one loader in a process of its own, and checks what it yields.
 
-    python benchmarks/loader_worker.py NAME --device cuda:0 FILE ...    loads once and checks: for profilers, sanitizers
+    python benchmarks/loaders/worker.py NAME --device cuda:0 FILE ...   loads once and checks: for profilers, sanitizers
 
 In a process of its own a crash or a hang ends only that loader, none inherits another's pinned memory or open files,
 and two versions of one package can be compared. Both ends of the pipe between the processes are in this file.
@@ -29,12 +29,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
 from checkpoints.expected import Checkpoint
 from harness import tensor_memory
 from harness.proc import memory_fields, process_memory
-from into_loads import module_of, parameters
-from peer_loads import NotAvailableError, Weights
-from peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missing
+
+from loaders.into_loads import module_of, parameters
+from loaders.peer_loads import NotAvailableError, Weights
+from loaders.peers import INTO, MAPPED, PRIVATE, Peer, environment, find, kind_of, missing
 
 SAMPLING_S = 0.002
 LONGEST_START_S = 180.0
