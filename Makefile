@@ -171,11 +171,11 @@ compare: setup
 	    --json $(COMPARED)/one-file.json --log $(COMPARED)/one-file.log
 	$(COMPARE) --model-path $(OUT)/checkpoints/small --title "20,000 small tensors" --ranks 1,2 --budget $(SMALL_S) \
 	    --json $(COMPARED)/small.json --log $(COMPARED)/small.log
-	$(RUN) benchmarks/report.py --plot $(COMPARED)/compare-cpu.png --plot-all $(COMPARED)/compare-cpu-all.png \
+	$(RUN) benchmarks/report/results.py --plot $(COMPARED)/compare-cpu.png --plot-all $(COMPARED)/compare-cpu-all.png \
 	    --memory $(COMPARED)/compare-cpu-memory.png \
 	    --stages $(COMPARED)/compare-cpu-stages.png $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json \
 	    >$(COMPARED)/tables.md
-	$(RUN) benchmarks/report.py --overview $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json
+	$(RUN) benchmarks/report/results.py --overview $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json
 	@echo "Tables above and in $(COMPARED)/tables.md; JSON and pictures in $(COMPARED)/"
 
 clean:

@@ -41,7 +41,7 @@ from harness.machine import (
     resident_share,
 )
 from harness.ranks import Ranks
-from report import deliver, scenario_in_words
+from report.results import deliver, scenario_in_words
 from safetensors import safe_open
 
 import weightload

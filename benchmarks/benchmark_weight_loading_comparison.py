@@ -25,13 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu_limits import device_facts
-from group_report import print_table, save_plot
 from harness.command_line import Parser, Steps, checkpoint_of, run, say, usable_device
 from harness.group_run import Comparison, summarise
 from harness.machine import describe
 from harness.ranks import GroupedRanks
 from loaders.group_ways import Place, Weights, python_broadcast, python_mapped, ways_for
-from report import deliver
+from report.group_report import print_table, save_plot
+from report.results import deliver
 
 from weightload._load import devices
 from weightload.settings import current

@@ -30,10 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import compare_plot
-import compare_report
 from checkpoints.expected import RANKS, TIMED, UNTIMED
-from compare_summary import summarise
 from gpu_limits import environment
 from harness import compare_ranks
 from harness.compare_run import Arm, Rounds, start_all
@@ -41,6 +38,8 @@ from harness.machine import fill_cache
 from harness.proc import available_memory, file_system
 from loaders.peers import DEVICE, INTO, MAPPED, PEERS, PRIVATE, SWEEP, default_names
 from loaders.worker import a_device
+from report import compare_plot, compare_report
+from report.compare_summary import summarise
 
 import weightload
 

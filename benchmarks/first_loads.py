@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare_summary import by_chance
 from harness.machine import commit_of, describe
+from report.compare_summary import by_chance
 
 HERE = Path(__file__).resolve().parent.parent
 

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import compare_report
-import group_report
-from figures import ratio
+from report import compare_report, group_report
+from report.figures import ratio
 
 UNPROVEN = "unproven: no load here was shared over NCCL on a GPU"
 

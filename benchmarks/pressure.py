@@ -31,9 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare_summary import by_chance
 from first_loads import KINDS, against
 from harness.machine import describe
+from report.compare_summary import by_chance
 
 import weightload
 

@@ -50,7 +50,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from figures import duration, megabytes
 from first_loads import MEMORIES, against
 from gpu_limits import environment
 from gpu_ranks import KIT_NCCL, prepared
@@ -58,6 +57,7 @@ from harness.machine import back_memory_elsewhere, describe, evict, fill_cache, 
 from harness.ranks import GroupedRanks
 from loaders.into_loads import add_parameter
 from loaders.worker import a_device
+from report.figures import duration, megabytes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

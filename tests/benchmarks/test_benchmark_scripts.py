@@ -178,8 +178,8 @@ def test_lines_where_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.mark.parametrize("name", ["cpu-llama", "cpu-small", "ranks-llama", "ranks-small"])
 def test_tables_of_real_results_fit(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import group_report
-    import report
+    from report import group_report
+    from report import results as report
 
     result = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
     (report if name.startswith("cpu") else group_report).print_table(result)

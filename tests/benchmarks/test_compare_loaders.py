@@ -314,7 +314,7 @@ def test_wrong_bytes_are_reported_and_have_no_time(
         assert wrong in row["wrong"]
         assert (row["seconds"], row["median_s"]) == ([], None)
     assert f"WRONG: {row['wrong']}" in out
-    assert f"WRONG: {row['wrong']}" in run("report.py", folder / "r.json")
+    assert f"WRONG: {row['wrong']}" in run("report/results.py", folder / "r.json")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_loader_that_fails_or_is_missing_says_why(
     assert reason in facts[loader]["reason"]
     assert facts[loader]["wrong"] is None
     assert f"skipped: {facts[loader]['reason']}" in out
-    assert facts[loader]["reason"] in run("report.py", folder / "r.json")
+    assert facts[loader]["reason"] in run("report/results.py", folder / "r.json")
 
 
 def test_what_a_loader_tells_of_its_load_is_kept(measured: tuple[dict[str, Any], str, Path]) -> None:
@@ -355,7 +355,7 @@ def test_tables_and_pictures_are_made_of_the_results(measured: tuple[dict[str, A
     (folder / "s.json").write_text(json.dumps(result))
     pictures = [folder / f"{name}.png" for name in ("plot", "plot-all", "memory", "stages")]
     options = [text for picture in pictures for text in (f"--{picture.stem}", picture)]
-    table = run("report.py", *options, folder / "s.json", folder / "r.json")
+    table = run("report/results.py", *options, folder / "s.json", folder / "r.json")
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert table.count("**tiny: 0.00 GB, 18 tensors, 2 file(s)**") == 2

@@ -19,7 +19,7 @@ def a_row(loader: str, of: str, *seconds: float) -> dict[str, Any]:
 
 
 def summarised(*rows: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    from compare_summary import summarise
+    from report.compare_summary import summarise
 
     limits = [
         {"limit": name, "seconds": seconds, "reason": None, "held_against": held, "dropped_after_heats": False}
@@ -53,7 +53,7 @@ def test_a_row_that_is_won_says_by_how_much() -> None:
 
 
 def test_the_overview_has_a_line_a_scenario() -> None:
-    from compare_overview import overview
+    from report.compare_overview import overview
 
     where = {"place": "disk", "cache": "warm"}
     ours = a_row("weightload pread", "weightload", 1, 1, 1, 1)
@@ -87,7 +87,7 @@ def test_a_setting_that_the_heats_dropped_is_never_first() -> None:
 
 def test_how_far_chance_goes() -> None:
     """As scipy.stats.mannwhitneyu(method="exact") says where no times are equal."""
-    from compare_summary import by_chance, doubt
+    from report.compare_summary import by_chance, doubt
 
     assert by_chance([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
     assert by_chance([1, 2, 3, 4, 6], [5, 7, 8, 9, 10]) == pytest.approx(4 / 252)
@@ -121,7 +121,7 @@ def test_the_order_of_each_round_is_drawn_anew() -> None:
 
 
 def test_the_main_picture_shows_what_decides() -> None:
-    import compare_plot
+    from report import compare_plot
 
     def result(name: str, size: int, tensors: int) -> dict[str, Any]:
         found = [

@@ -85,7 +85,7 @@ def test_plain(checkpoint: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "r.json").read_text())
     check_result(result, 1, 2, WAYS, group_ranks=1)
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    table = run(sys.executable, BENCHMARKS / "report.py", tmp_path / "r.json")
+    table = run(sys.executable, BENCHMARKS / "report/results.py", tmp_path / "r.json")
     assert "**tiny**" in table
     assert all(f"| {way} " in table for way in WAYS)
 

@@ -139,8 +139,8 @@ def test_the_guide_names_everything_public() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["report.py --overview compare-large compare-one-file compare-small",
-     "report.py cpu-llama cpu-real cpu-small ranks-llama ranks-small ranks4-llama ranks4-small"],
+    ["report/results.py --overview compare-large compare-one-file compare-small",
+     "report/results.py cpu-llama cpu-real cpu-small ranks-llama ranks-small ranks4-llama ranks4-small"],
 )  # fmt: skip
 def test_the_tables_are_those_of_the_results(command: str) -> None:
     script, *arguments = command.split()

@@ -1,24 +1,24 @@
 """Turns results of benchmark_weight_loading.py into a table for people and a picture; the README's tables of all.
 
-python benchmarks/report.py RESULT.json ...                     tables for the README
-python benchmarks/report.py --plot F.png RESULT.json ...        and the main picture of compare_loaders.py's results;
-                                                                --plot-all, --memory, --stages: more of them
+python benchmarks/report/results.py RESULT.json ...                tables for the README
+python benchmarks/report/results.py --plot F.png RESULT.json ...   and the main picture of compare_loaders.py's results;
+                                                                   --plot-all, --memory, --stages: more of them
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import compare_overview
-import compare_plot
-import compare_report
-import group_report
-from figures import duration, megabytes, ratio, wrapped
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
+from report import compare_overview, compare_plot, compare_report, group_report
+from report.figures import duration, megabytes, ratio, wrapped
 
 FOOTNOTE = """\
 GB/s and the ratios are of medians. "vs" compares weightload with safetensors, and weightload pread with

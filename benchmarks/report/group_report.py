@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from figures import duration, wrapped
+from report.figures import duration, wrapped
 
 FOOTNOTE = """\
 The time of a load is that of its slowest rank; "vs" is times as fast as python broadcast, of medians. "of read":

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from compare_report import title
-from compare_summary import best_of_each, doubt
-from figures import duration, megabytes
 from loaders.peers import OURS
+
+from report.compare_report import title
+from report.compare_summary import best_of_each, doubt
+from report.figures import duration, megabytes
 
 HEAD = """\
 | load | weightload | best of the others | times as fast | of the limit | first load of a process | memory |

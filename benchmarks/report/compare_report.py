@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from compare_summary import best_of_each
-from figures import duration, megabytes, ratio
 from loaders.peers import DEVICE, INTO, MAPPED, PRIVATE
+
+from report.compare_summary import best_of_each
+from report.figures import duration, megabytes, ratio
 
 FOOTNOTE = """\
 Times are medians of "n" loads in processes that are kept, with the quartiles; the heats before, which choose the

@@ -10,8 +10,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from compare_summary import best_of_each
 from loaders.peers import DEVICE, INTO, MAPPED, OURS, PRIVATE
+
+from report.compare_summary import best_of_each
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
