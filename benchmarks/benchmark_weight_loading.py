@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_limits import Copy, device_facts
+from gpu.limits import Copy, device_facts
 from harness.command_line import Parser, Steps, checkpoint_of, run, say, usable_device
 from harness.machine import (
     PeakMemory,

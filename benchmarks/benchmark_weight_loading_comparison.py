@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_limits import device_facts
+from gpu.limits import device_facts
 from harness.command_line import Parser, Steps, checkpoint_of, run, say, usable_device
 from harness.group_run import Comparison, summarise
 from harness.machine import describe

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoints.expected import RANKS, TIMED, UNTIMED
-from gpu_limits import environment
+from gpu.limits import environment
 from harness import compare_ranks
 from harness.compare_run import Arm, Rounds, start_all
 from harness.machine import fill_cache

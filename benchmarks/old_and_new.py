@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_limits import environment
+from gpu.limits import environment
 from harness.machine import commit_of
 from report.compare_summary import by_chance
 

@@ -85,7 +85,7 @@ print(took, max(0, peak[0] - before))
 
 READER = """
 import sys
-from gpu_limits import direct_read
+from gpu.limits import direct_read
 
 while True:
     direct_read([sys.argv[1]], threads=1)

@@ -23,7 +23,7 @@ nobody has touched: as a job starts. Memory is as it comes, or touched by anothe
 see first_loads.py). The shards of the first round are compared, after the load.
 
 With `--device` the shards are in the memory of that one accelerator, which all ranks share, and the mesh is its own:
-over NCCL 2.30 or later, which is preloaded as in gpu_ranks.py. A load has ended when the device is idle.
+over NCCL 2.30 or later, which is preloaded as in gpu/ranks.py. A load has ended when the device is idle.
 
 Bytes are told of all
 ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
@@ -51,8 +51,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from first_loads import MEMORIES, against
-from gpu_limits import environment
-from gpu_ranks import KIT_NCCL, prepared
+from gpu.limits import environment
+from gpu.ranks import KIT_NCCL, prepared
 from harness.machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
 from harness.ranks import GroupedRanks
 from loaders.into_loads import add_parameter

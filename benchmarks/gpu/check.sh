@@ -84,7 +84,7 @@ generate() {
   fi
   "$python" benchmarks/checkpoints/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
   local size=(--layers 32)
-  # The checkpoints and the file of gpu_limits.py: with less room, a smaller one.
+  # The checkpoints and the file of gpu/limits.py: with less room, a smaller one.
   if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 33 ] && [ ! -e "$dir/llama/synth.json" ]; then
     size=(--gigabytes 4)
   fi
@@ -112,7 +112,7 @@ ranks() { # SECONDS CHECKPOINT OPTION ...: every rank on the one device
   local limit=$1 checkpoint=$2
   shift 2
   # The script itself ends a run that takes too long, with its ranks, and writes down what it has.
-  step ranks "$limit" "$python" benchmarks/gpu_ranks.py --model-path "$checkpoint" --device "$device" \
+  step ranks "$limit" "$python" benchmarks/gpu/ranks.py --model-path "$checkpoint" --device "$device" \
     --scratch "$dir" --limit-s $((limit - 20)) --json "$out/ranks.json" "$@"
 }
 
@@ -193,13 +193,13 @@ if [ $dry = 0 ] && wants sanitizer; then
 fi
 
 if [ $dry = 1 ]; then
-  step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
+  step limits 30 "$python" benchmarks/gpu/limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
     --json "$out/limits.json"
   ranks 100 "$dir/tiny" --ranks 2 --repeats 1
   benchmark tiny 60 "$dir/tiny" "tiny" --repeats 1 --loaders "safetensors,weightload,instanttensor"
 elif [ $simulated = 1 ]; then
   if wants limits; then
-    step limits 120 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --size-gb 0.01 --repeats 1 \
+    step limits 120 "$python" benchmarks/gpu/limits.py --device "$device" --dir "$dir" --size-gb 0.01 --repeats 1 \
       --threads 2 --json "$out/limits.json"
   fi
   if wants settings; then
@@ -210,7 +210,7 @@ elif [ $simulated = 1 ]; then
   if wants moe; then benchmark moe 600 "$dir/moe" "tiny" --repeats 1 --cold; fi
 else
   if wants limits; then
-    step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
+    step limits 45 "$python" benchmarks/gpu/limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
   fi
   if wants settings; then
     step settings 60 "$python" benchmarks/gpu/settings.py --model-path "$dir/llama" --budget 40 --json "$out/settings.json"
@@ -251,6 +251,6 @@ if [ $simulated = 1 ]; then
   echo "No figures: the device is simulated (tests/simulated_cuda), memory of the host behind threads that are late at"
   echo "random. What ran shows that the steps work, and says nothing of speed."
 elif [ ${#found[@]} -gt 0 ]; then
-  "$python" benchmarks/gpu_report.py --short "${found[@]}"
+  "$python" benchmarks/gpu/report.py --short "${found[@]}"
 fi
 exit $failed

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from gpu_limits import Copy, direct_read
+from gpu.limits import Copy, direct_read
 from loaders.peers import DEVICE, MAPPED, PRIVATE
 
 from harness.machine import PIECE, raw_parallel_read

@@ -150,7 +150,7 @@ def test_load_into_a_module(gpu: torch.device, tmp_path: Path) -> None:
 
 def test_ranks_that_share_the_gpu_over_nccl(gpu: torch.device, mixed: list[Path], tmp_path: Path) -> None:
     """Records of the agreement take the GPU too; every byte is compared."""
-    script = ROOT / "benchmarks" / "gpu_ranks.py"
+    script = ROOT / "benchmarks" / "gpu/ranks.py"
     ways = "weightload broadcast,weightload striped"
     command = [
         sys.executable, script, "--model-path", mixed[0].parent, "--ranks", 2, "--backends", "nccl", "--ways", ways,

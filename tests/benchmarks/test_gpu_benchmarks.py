@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_direct_read_reads_every_byte(checkpoint: Path) -> None:
-    from gpu_limits import direct_read
+    from gpu.limits import direct_read
 
     files = sorted(map(str, checkpoint.glob("*.safetensors")))
     try:
@@ -61,7 +61,7 @@ def test_the_script_runs_dry(tmp_path: Path) -> None:
 
 def check_ranks(result: dict[str, Any], out: str) -> None:
     """Two ranks, over a backend that names the CPU and over a plain one, and no claim that this proves anything."""
-    from gpu_report import UNPROVEN, markdown
+    from gpu.report import UNPROVEN, markdown
 
     assert (result["device"], result["nccl"], result["unproven"]) == (LOGIC_ONLY, "none", True)
     assert [(run["ranks"], run["backend"], run["reason"]) for run in result["runs"]] == [
@@ -85,7 +85,7 @@ def test_ranks_share_a_gpu_only_over_an_nccl_that_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: int, new: int
 ) -> None:
     """torch's own NCCL, else the kit's, which is unpacked and preloaded; else a reason. 0: the kit has none."""
-    import gpu_ranks
+    from gpu import ranks as gpu_ranks
 
     monkeypatch.setattr(gpu_ranks, "nccl_version", lambda environ: new if "LD_PRELOAD" in environ else old)
     monkeypatch.delenv("LD_PRELOAD", raising=False)
@@ -106,7 +106,7 @@ def test_ranks_share_a_gpu_only_over_an_nccl_that_can(
 
 
 def test_why_a_run_of_ranks_failed() -> None:
-    from gpu_ranks import reason
+    from gpu.ranks import reason
 
     end = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: "
     said = "torch.distributed.DistBackendError: NCCL error: invalid usage"
@@ -120,7 +120,7 @@ def test_why_a_run_of_ranks_failed() -> None:
 def test_ranks_that_fail_are_reported_and_do_not_keep_others_from_running(checkpoint: Path, tmp_path: Path) -> None:
     """A backend that does not exist, then one that does: both are in the result, and the status says it."""
     command = [
-        sys.executable, ROOT / "benchmarks" / "gpu_ranks.py", "--model-path", checkpoint, "--device", "cpu", "--ranks",
+        sys.executable, ROOT / "benchmarks" / "gpu/ranks.py", "--model-path", checkpoint, "--device", "cpu", "--ranks",
         2, "--backends", "cpu:none", "gloo", "--repeats", 1, "--ways", "weightload striped", "--json", tmp_path / "r",
     ]  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)

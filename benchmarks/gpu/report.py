@@ -1,16 +1,19 @@
-"""Turns results of gpu_limits.py, gpu_ranks.py and compare_loaders.py on a GPU into tables for people.
+"""Turns results of gpu/limits.py, gpu/ranks.py and compare_loaders.py on a GPU into tables for people.
 
-python benchmarks/gpu_report.py RESULT.json ...             tables for the README
-python benchmarks/gpu_report.py --short RESULT.json ...     a few lines for a terminal
+python benchmarks/gpu/report.py RESULT.json ...             tables for the README
+python benchmarks/gpu/report.py --short RESULT.json ...     a few lines for a terminal
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
 
 from report import compare_report, group_report
 from report.figures import ratio
@@ -37,13 +40,13 @@ def ranks_heading(result: dict[str, Any]) -> str:
 
 
 def ranks_line(run: dict[str, Any]) -> str:
-    """How a run of gpu_ranks.py ended."""
+    """How a run of gpu/ranks.py ended."""
     outcome = f"{'FAILED' if run['failed'] else 'skipped'}: {run['reason']}" if run["reason"] else "every byte right"
     return f"{run['ranks']} ranks, {run['backend']}: {outcome}"
 
 
 def print_ranks(result: dict[str, Any]) -> None:
-    """Print a result of gpu_ranks.py; the runs have printed their own tables."""
+    """Print a result of gpu/ranks.py; the runs have printed their own tables."""
     print("\n".join([*heading(result), ranks_heading(result), *map(ranks_line, result["runs"])]))
 
 

@@ -1,6 +1,6 @@
 """Measures what the machine can do at most, which every loader is held against.
 
-    python benchmarks/gpu_limits.py --dir DIR [--device cuda:0] [--size-gb 4] [--threads 16] [--json FILE]
+    python benchmarks/gpu/limits.py --dir DIR [--device cuda:0] [--size-gb 4] [--threads 16] [--json FILE]
 
 Three limits: copying from pinned memory to the device, reading a file out of the page cache, and reading it from the
 disk past the page cache. With --device cpu the copy is one from memory to memory, so that the script can be tried.
@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
 from harness.machine import PIECE, NotEvictedError, describe, evict, fill_cache, raw_parallel_read
 from loaders.worker import a_device
 

@@ -1,6 +1,6 @@
 """Compares the ways in which several ranks load one checkpoint where all of them share one GPU, over real NCCL.
 
-    python benchmarks/gpu_ranks.py --model-path MODEL [--device cuda:0] [--ranks 2,4] [--backends NAME NAME]
+    python benchmarks/gpu/ranks.py --model-path MODEL [--device cuda:0] [--ranks 2,4] [--backends NAME NAME]
         [--nccl FILE] [--scratch DIR] [--ways NAME,NAME] [--repeats 2] [--limit-s 240] [--json FILE]
 
 Every run is a torchrun of benchmark_weight_loading_comparison.py, which compares all tensors with safetensors', byte
@@ -28,13 +28,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_limits import environment
-from gpu_report import print_ranks
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
 from loaders.worker import a_device
 
 import weightload
+from gpu.limits import environment
+from gpu.report import print_ranks
 
-COMPARISON = Path(__file__).with_name("benchmark_weight_loading_comparison.py")
+COMPARISON = Path(__file__).parent.parent / "benchmark_weight_loading_comparison.py"
 KIT_NCCL = Path(".kit/libnccl.so.2.xz")
 LEAST_NCCL = 23000
 # What is asked where the backend is the whole of the question, and where it is not; "auto" is one of the others.
