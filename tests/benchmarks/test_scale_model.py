@@ -14,11 +14,11 @@ from conftest import ROOT
 
 from weightload._group.ranks import auto_strategy
 
-SCRIPT = ROOT / "benchmarks" / "scale_model.py"
+SCRIPT = ROOT / "benchmarks" / "scale/model.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from scale_costs import GROUPS, STORAGES, STRATEGIES, Assumptions, Load, Storage, seconds, stages, startup  # noqa: E402
-from scale_model import (  # noqa: E402
+from scale.costs import GROUPS, STORAGES, STRATEGIES, Assumptions, Load, Storage, seconds, stages, startup  # noqa: E402
+from scale.model import (  # noqa: E402
     CHOICES,
     NODES,
     _time,
@@ -29,7 +29,7 @@ from scale_model import (  # noqa: E402
     recommend,
     recommend_one_group,
 )
-from scale_shards import (  # noqa: E402
+from scale.shards import (  # noqa: E402
     BROADCAST,
     EXCHANGE,
     OWN,
@@ -40,8 +40,8 @@ from scale_shards import (  # noqa: E402
     seconds_of,
     ways_of,
 )
-from scale_shards import NODES as SHARD_NODES  # noqa: E402
-from scale_shards import stages as shard_stages  # noqa: E402
+from scale.shards import NODES as SHARD_NODES  # noqa: E402
+from scale.shards import stages as shard_stages  # noqa: E402
 
 SIZE = 140e9
 DEVICES = ("accelerator", "cpu")
@@ -166,7 +166,7 @@ def test_loads_that_make_no_sense_are_refused(bad: dict[str, object]) -> None:
 
 
 def test_measurements_become_predictions() -> None:
-    from scale_check import compare
+    from scale.check import compare
 
     measured = {
         "ranks": 2, "files": 3, "read_alone_bps": 10e9, "read_together_bps": 10e9, "map_bps": 100e9,

@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
 from checkpoints.architectures import ARCHITECTURES
 from checkpoints.synth import layers_for, write_checkpoint
 from harness.machine import describe, fill_cache
-from scale_costs import MIB, STORAGES, Assumptions, Load, seconds
 
 import weightload
+from scale.costs import MIB, STORAGES, Assumptions, Load, seconds
 from weightload._base.cpus import usable_cpus
 from weightload._checkpoint.selection import open_files
 
@@ -190,7 +193,7 @@ def measure(files: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One rank: python -m torch.distributed.run --nproc-per-node N scale_check.py OUT FILE ..."""
+    """One rank: python -m torch.distributed.run --nproc-per-node N scale/check.py OUT FILE ..."""
     out, files = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -1,9 +1,9 @@
 """What loading a checkpoint on 1 to 1000 nodes should take, by strategy, and which strategy that recommends; and what
-loading only each rank's part of it should take (scale_shards.py).
+loading only each rank's part of it should take (scale/shards.py).
 
-    python benchmarks/scale_model.py [--gigabytes 140] [--json FILE] [--plot FILE.png] [--check]
+    python benchmarks/scale/model.py [--gigabytes 140] [--json FILE] [--plot FILE.png] [--check]
 
-A model, not a measurement: its assumptions are in scale_costs.py, each with its source. What others published is
+A model, not a measurement: its assumptions are in scale/costs.py, each with its source. What others published is
 predicted beside it, and --check measures this machine's reading and gloo, predicts loads of weightload on the CPU from
 that, and runs them.
 """
@@ -14,11 +14,14 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-from scale_costs import GROUPS, MIB, STORAGES, STRATEGIES, Assumptions, Load, Storage, ring_latency, seconds, stages
-from scale_shards import predict_shards, print_shards
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
+from scale.costs import GROUPS, MIB, STORAGES, STRATEGIES, Assumptions, Load, Storage, ring_latency, seconds, stages
+from scale.shards import predict_shards, print_shards
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 # Independent ranks know nothing of groups.
@@ -256,7 +259,7 @@ def main() -> None:
     result = report(options.gigabytes * 1e9, machine)
     print_report(result, machine.gpus)
     if options.check:
-        from scale_check import check, print_check
+        from scale.check import check, print_check
 
         result["check"] = check(options.check_ranks, options.check_gigabytes)
         print_check(result["check"])

@@ -1,6 +1,6 @@
-"""The time in which ranks get their parts of a checkpoint: each reads its own, or they share; for scale_model.py.
+"""The time in which ranks get their parts of a checkpoint: each reads its own, or they share; for scale/model.py.
 
-Costs, assumptions and units are those of scale_costs.py. What is only modelled, and not in the package: replicas that
+Costs, assumptions and units are those of scale/costs.py. What is only modelled, and not in the package: replicas that
 stripe a shard between them, and an all-to-all of inner dimensions.
 """
 
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from scale_costs import STORAGES, Assumptions, Load, Storage, fill_and_slowest, ring_latency, seconds, spread
+from scale.costs import STORAGES, Assumptions, Load, Storage, fill_and_slowest, ring_latency, seconds, spread
 
 OWN = "own part"
 STRIPED = "replicas stripe"  # each replica reads an equal share of a shard, and an all-gather completes it
