@@ -1,6 +1,6 @@
 """vLLM's load_weights on two ranks of the CPU: by its own loader, by weightload, and in parts, in turns.
 
-.build/engines/bin/python benchmarks/vllm_loads.py [--cold] [--rounds N] [--folder F]
+.build/engines/bin/python benchmarks/engines/vllm_loads.py [--cold] [--rounds N] [--folder F]
 
 Needs what ``make test-engines`` installs. The time is that of the slower rank, into parameters whose memory has been
 touched; a model of 1.9 GB in three files is written to ``--folder`` if it is not there.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ENGINES = Path(__file__).parent.parent / "tests" / "engines"
+ENGINES = Path(__file__).parents[2] / "tests" / "engines"
 RANKS = 2
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "vLLM's own": ("safetensors", {}),
