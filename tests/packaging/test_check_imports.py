@@ -79,6 +79,16 @@ def test_what_is_planted_is_found(tree: Path, file: str, line: str, said: str) -
     assert all(line.startswith(("csrc/", "weightload", "a cycle: ")) for line in run.stderr.splitlines())
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/harness", "tests", "tests/support/ranks"])
+def test_a_folder_of_scripts_or_tests_is_full(tree: Path, folder: str) -> None:
+    (tree / folder).mkdir(parents=True)
+    for name in ("__init__.py", *(f"module_{number}.py" for number in range(12))):
+        (tree / folder / name).write_text("")
+    assert check_imports.problems(tree) == []
+    (tree / folder / "test_more.py").write_text("")
+    assert check_imports.problems(tree) == [f"{folder}: 13 modules, 12 are enough"]
+
+
 def test_a_room_is_full(tree: Path) -> None:
     for number in range(12):
         (tree / f"weightload/_base/module_{number}.py").write_text("")
