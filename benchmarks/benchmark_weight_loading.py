@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command_line import Parser, Steps, checkpoint_of, run, say, usable_device
-from gpu_limits import Copy, device_facts
-from machine import (
+from gpu.limits import Copy, device_facts
+from harness.command_line import Parser, Steps, checkpoint_of, run, say, usable_device
+from harness.machine import (
     PeakMemory,
     back_memory,
     describe,
@@ -40,8 +40,8 @@ from machine import (
     raw_parallel_read,
     resident_share,
 )
-from ranks import Ranks
-from report import deliver, scenario_in_words
+from harness.ranks import Ranks
+from report.results import deliver, scenario_in_words
 from safetensors import safe_open
 
 import weightload

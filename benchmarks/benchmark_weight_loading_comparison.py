@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command_line import Parser, Steps, checkpoint_of, run, say, usable_device
-from gpu_limits import device_facts
-from group_report import print_table, save_plot
-from group_run import Comparison, summarise
-from group_ways import Place, Weights, python_broadcast, python_mapped, ways_for
-from machine import describe
-from ranks import GroupedRanks
-from report import deliver
+from gpu.limits import device_facts
+from harness.command_line import Parser, Steps, checkpoint_of, run, say, usable_device
+from harness.group_run import Comparison, summarise
+from harness.machine import describe
+from harness.ranks import GroupedRanks
+from loaders.group_ways import Place, Weights, python_broadcast, python_mapped, ways_for
+from report.group_report import print_table, save_plot
+from report.results import deliver
 
 from weightload._load import devices
 from weightload.settings import current

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensor_memory
 import torch
 from first_loads import KINDS, against
-from machine import describe, fill_cache
-from peer_loads import Load
-from peers import PEERS
+from harness import tensor_memory
+from harness.machine import describe, fill_cache
+from loaders.peer_loads import Load
+from loaders.peers import PEERS
 
 RANK, MODULES, WIDTH = 16, 100, 3125  # of the LoRA: two matrices of 16 x 3125 in bf16 a module, 20 MB
 BURST_S, PAUSE_S = 0.0002, 0.01  # of one of the server's threads

@@ -30,17 +30,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import compare_plot
-import compare_ranks
-import compare_report
-from compare_run import Arm, Rounds, start_all
-from compare_summary import summarise
-from expected import RANKS, TIMED, UNTIMED
-from gpu_limits import environment
-from loader_worker import a_device
-from machine import fill_cache
-from peers import DEVICE, INTO, MAPPED, PEERS, PRIVATE, SWEEP, default_names
-from proc import available_memory, file_system
+from checkpoints.expected import RANKS, TIMED, UNTIMED
+from gpu.limits import environment
+from harness import compare_ranks
+from harness.compare_run import Arm, Rounds, start_all
+from harness.machine import fill_cache
+from harness.proc import available_memory, file_system
+from loaders.peers import DEVICE, INTO, MAPPED, PEERS, PRIVATE, SWEEP, default_names
+from loaders.worker import a_device
+from report import compare_plot, compare_report
+from report.compare_summary import summarise
 
 import weightload
 

@@ -23,15 +23,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare_summary import by_chance
-from machine import commit_of, describe
+from harness.machine import commit_of, describe
+from report.compare_summary import by_chance
 
 HERE = Path(__file__).resolve().parent.parent
 
 CHILD = """
 import json, sys, time
 import torch
-from machine import back_memory_elsewhere, evict, fill_cache
+from harness.machine import back_memory_elsewhere, evict, fill_cache
 from safetensors import safe_open
 import weightload
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from harness.machine import describe
 from safetensors import safe_open
 
 import weightload
@@ -42,7 +42,7 @@ def import_milliseconds(module: str) -> float:
 RELEASE = """
 import json, os, sys, time
 import weightload
-from proc import MEMORY_FIELDS, process_memory
+from harness.proc import MEMORY_FIELDS, process_memory
 
 def held():
     return process_memory(os.getpid(), MEMORY_FIELDS)

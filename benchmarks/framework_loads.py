@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from first_loads import MEMORIES, against
-from machine import back_memory_elsewhere, describe, evict, fill_cache
+from harness.machine import back_memory_elsewhere, describe, evict, fill_cache
 
 FRAMEWORKS = ("transformers", "diffusers", "accelerate")
 STATES = ("cold", "warm")
@@ -271,7 +271,7 @@ def facts(device: str, folder: Path) -> dict[str, Any]:
     if device == "cpu":
         return describe([str(folder)])
     import torch
-    from gpu_limits import environment
+    from gpu.limits import environment
 
     found = environment(torch.device(device), [str(folder)])
     found["versions"] |= {name: importlib.metadata.version(name) for name in FRAMEWORKS if find_spec(name)}

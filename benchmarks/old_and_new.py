@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_summary import by_chance
-from gpu_limits import environment
-from machine import commit_of
+from gpu.limits import environment
+from harness.machine import commit_of
+from report.compare_summary import by_chance
 
 HERE = Path(__file__).resolve().parent.parent
 

@@ -31,9 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare_summary import by_chance
 from first_loads import KINDS, against
-from machine import describe
+from harness.machine import describe
+from report.compare_summary import by_chance
 
 import weightload
 
@@ -49,8 +49,8 @@ if group:
     with open(os.path.join(group, "cgroup.procs"), "w") as procs:
         procs.write(str(os.getpid()))
 import torch
-from machine import evict
-from peers import PEERS
+from harness.machine import evict
+from loaders.peers import PEERS
 import weightload
 
 evict(files)
@@ -85,7 +85,7 @@ print(took, max(0, peak[0] - before))
 
 READER = """
 import sys
-from gpu_limits import direct_read
+from gpu.limits import direct_read
 
 while True:
     direct_read([sys.argv[1]], threads=1)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints.expected import Checkpoint
 from compare_loaders import copied_to_tmpfs
-from expected import Checkpoint
 from first_loads import against
-from into_loads import module_of, parameters, safetensors_load_state_dict, weightload_load_into
-from machine import describe, fill_cache
+from harness.machine import describe, fill_cache
+from loaders.into_loads import module_of, parameters, safetensors_load_state_dict, weightload_load_into
 
 import weightload
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from first_loads import against
-from machine import describe, fill_cache
+from harness.machine import describe, fill_cache
 
 NAMESPACE = "weightload-remote"
 PORTS = {"plain": 8801, "20 ms": 8802, "1 Gbit/s": 8801}

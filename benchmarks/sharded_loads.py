@@ -6,7 +6,7 @@
 Plans: `fsdp2`, `fsdp4` and `fsdp8` (rows of everything), `tp2` and `tp4` (rows of the projections that tensor
 parallelism splits by their output, columns of `o_proj` and `down_proj`), `hsdp2x2` (replicas of two shards), `ep4`
 (each rank's experts, whole, where the model has any). For `--plans fsdp2` of 5,000 small tensors,
-`synth.py OUT --model small-tensors --layers 5` writes them.
+`checkpoints/synth.py OUT --model small-tensors --layers 5` writes them.
 
 Ways: `weightload` (load_into); `DCP` with its reader of safetensors; `get_slice` of safetensors, copied, as
 transformers does it; `whole tensors` (every rank iterates all tensors and copies its shard); `distribute_tensor` (the
@@ -23,7 +23,7 @@ nobody has touched: as a job starts. Memory is as it comes, or touched by anothe
 see first_loads.py). The shards of the first round are compared, after the load.
 
 With `--device` the shards are in the memory of that one accelerator, which all ranks share, and the mesh is its own:
-over NCCL 2.30 or later, which is preloaded as in gpu_ranks.py. A load has ended when the device is idle.
+over NCCL 2.30 or later, which is preloaded as in gpu/ranks.py. A load has ended when the device is idle.
 
 Bytes are told of all
 ranks together: those that shards have; what came out of read calls (`rchar` of `/proc/self/io`: mapped files do not
@@ -50,14 +50,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from figures import duration, megabytes
 from first_loads import MEMORIES, against
-from gpu_limits import environment
-from gpu_ranks import KIT_NCCL, prepared
-from into_loads import add_parameter
-from loader_worker import a_device
-from machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
-from ranks import GroupedRanks
+from gpu.limits import environment
+from gpu.ranks import KIT_NCCL, prepared
+from harness.machine import back_memory_elsewhere, describe, evict, fill_cache, raw_parallel_read, resident_share
+from harness.ranks import GroupedRanks
+from loaders.into_loads import add_parameter
+from loaders.worker import a_device
+from report.figures import duration, megabytes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

@@ -1,5 +1,5 @@
 """Checks that includes between the rooms of csrc/ run one way, and imports between those of weightload/, without a
-cycle, and that no folder of the package has more than a dozen modules.
+cycle, and that no folder of the package, the benchmarks or the tests has more than a dozen modules.
 
 python tests/check_imports.py [ROOT]    prints what is wrong, a line each, and exits with 1 if anything is
 """
@@ -28,6 +28,8 @@ PACKAGE_ROOMS = (
     "integrations", "cli",
 )  # fmt: skip
 MOST_MODULES = 12
+# Their folders may import one another as they like, but are no larger.
+SCRIPTS = ("benchmarks", "tests")
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)/', re.M)
 
@@ -95,6 +97,14 @@ def wrong_imports(graph: dict[str, dict[str, str]]) -> Iterator[str]:
             yield f"weightload/{room}: {count} modules, {MOST_MODULES} are enough"
 
 
+def full_folders(root: Path) -> Iterator[str]:
+    """Folders of scripts and tests that are full; ``__init__`` is none of a folder's modules."""
+    modules = [path for name in SCRIPTS for path in sorted((root / name).rglob("*.py")) if path.name != "__init__.py"]
+    for folder, count in collections.Counter(path.parent.relative_to(root) for path in modules).items():
+        if count > MOST_MODULES:
+            yield f"{folder}: {count} modules, {MOST_MODULES} are enough"
+
+
 def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
     """A cycle for every module that reaches itself and is in none of the cycles before it; the shortest one."""
     found: list[list[str]] = []
@@ -119,7 +129,7 @@ def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
 def problems(root: Path) -> list[str]:
     """What is wrong in a source tree, a line each."""
     graph = imports(root / "weightload")
-    said = [*wrong_includes(root / "csrc"), *wrong_imports(graph)]
+    said = [*wrong_includes(root / "csrc"), *wrong_imports(graph), *full_folders(root)]
     for cycle in cycles(graph):
         steps = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
         said.append("a cycle: " + "; ".join(f"{graph[a][b]}: {a} imports {b}" for a, b in steps))

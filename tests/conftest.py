@@ -26,11 +26,15 @@ from weightload import _C
 from weightload._load.start import WeightIterator
 
 if TYPE_CHECKING:
-    from simulated_ranks import Ranks
+    from support.ranks.simulated import Ranks
 
-pytest_plugins = ["group_support"]  # its fixtures
+pytest_plugins = ["support.ranks.groups"]  # its fixtures
 # They need an environment of their own: `make test-cuda`.
 collect_ignore = [] if os.environ.get("WEIGHTLOAD_TEST_ACCELERATOR") == "cuda" else ["simulated_cuda"]
+
+TESTS = Path(__file__).parent
+"""Modules of several folders are found from here: tests that start other processes put it into their path."""
+ROOT = TESTS.parent
 
 # Every dtype that safetensors 0.8 knows, with its size in bits.
 DTYPE_BITS = {
@@ -211,8 +215,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A simulated accelerator, there for one test, its delays seeded; nothing of it may be in use afterwards."""
-    from simulated_support import KIND
-    from simulated_support import native as start_native
+    from support.simulated import KIND
+    from support.simulated import native as start_native
 
     native = start_native()
     native.seed_delays(SEED + zlib.crc32(request.node.nodeid.encode()) % 10_000)
@@ -233,8 +237,8 @@ def simulated(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Three processes with a simulated accelerator, whose collectives are late."""
-    from simulated_ranks import Ranks
-    from simulated_support import native
+    from support.ranks.simulated import Ranks
+    from support.simulated import native
 
     native()  # built once, not by every process
     with Ranks(3, tmp_path_factory.mktemp("ranks"), SEED) as started:
@@ -244,8 +248,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Iterator[Ranks]:
     """Two whose default group moves device memory only."""
-    from simulated_ranks import BACKENDS as GROUPS
-    from simulated_ranks import Ranks
+    from support.ranks.simulated import BACKENDS as GROUPS
+    from support.ranks.simulated import Ranks
 
     with Ranks(2, tmp_path_factory.mktemp("two"), SEED, GROUPS["device"]) as started:
         yield started

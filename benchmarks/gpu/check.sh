@@ -73,28 +73,28 @@ unpack() { # FOLDER TARGET
 
 generate() {
   if [ $dry = 1 ]; then
-    "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+    "$python" benchmarks/checkpoints/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
     return
   fi
   if [ $simulated = 1 ]; then
     for name in tiny ranks llama moe; do
-      "$python" benchmarks/synth.py "$dir/$name" --model small-tensors --layers 1 --shards 2
+      "$python" benchmarks/checkpoints/synth.py "$dir/$name" --model small-tensors --layers 1 --shards 2
     done
     return
   fi
-  "$python" benchmarks/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
+  "$python" benchmarks/checkpoints/synth.py "$dir/tiny" --model small-tensors --layers 1 --shards 2
   local size=(--layers 32)
-  # The checkpoints and the file of gpu_limits.py: with less room, a smaller one.
+  # The checkpoints and the file of gpu/limits.py: with less room, a smaller one.
   if [ "$(df --output=avail -B1G "$dir" | tail -n 1)" -lt 33 ] && [ ! -e "$dir/llama/synth.json" ]; then
     size=(--gigabytes 4)
   fi
   if wants llama || wants settings; then
-    "$python" benchmarks/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
+    "$python" benchmarks/checkpoints/synth.py "$dir/llama" --model llama-3-8b "${size[@]}" --shards 4
   fi
   if wants ranks || wants sharded; then
-    "$python" benchmarks/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 4 --shards 2
+    "$python" benchmarks/checkpoints/synth.py "$dir/ranks" --model llama-3-8b --gigabytes 4 --shards 2
   fi
-  if wants moe; then "$python" benchmarks/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
+  if wants moe; then "$python" benchmarks/checkpoints/synth.py "$dir/moe" --model qwen3-30b-a3b-narrow --shards 16; fi
   sync -f "$dir" # else the first eviction waits for the disk
 }
 
@@ -112,7 +112,7 @@ ranks() { # SECONDS CHECKPOINT OPTION ...: every rank on the one device
   local limit=$1 checkpoint=$2
   shift 2
   # The script itself ends a run that takes too long, with its ranks, and writes down what it has.
-  step ranks "$limit" "$python" benchmarks/gpu_ranks.py --model-path "$checkpoint" --device "$device" \
+  step ranks "$limit" "$python" benchmarks/gpu/ranks.py --model-path "$checkpoint" --device "$device" \
     --scratch "$dir" --limit-s $((limit - 20)) --json "$out/ranks.json" "$@"
 }
 
@@ -158,7 +158,8 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     steps=${steps//accelerator/}
   fi
   if wants tests; then
-    step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_gpu.py
+    step tests $((simulated ? 600 : 160)) env WEIGHTLOAD_REQUIRE_GPU=1 "$python" -m pytest -q --maxfail=20 \
+      -p no:cacheprovider tests/accelerator/test_gpu.py
   fi
   if wants accelerator; then
     # Those of the simulated accelerator, on the GPU. Each is one process's; some hold a stream, which keeps the GPU idle.
@@ -166,15 +167,16 @@ if [ $dry = 0 ] && { wants tests || wants accelerator || wants tests-no-gpu; }; 
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist loadfile); fi
     if "$python" -c "import pytest_timeout" 2>/dev/null; then parallel+=(--timeout 40); fi
     step accelerator 150 env WEIGHTLOAD_REQUIRE_GPU=1 WEIGHTLOAD_TEST_ACCELERATOR=gpu "$python" -m pytest -q \
-      --maxfail=40 --durations=5 -p no:cacheprovider "${parallel[@]}" tests/test_simulated.py tests/test_simulated_{order,handle,ring,failures,parts}.py
+      --maxfail=40 --durations=5 -p no:cacheprovider "${parallel[@]}" \
+      tests/accelerator/test_simulated.py tests/accelerator/test_simulated_{order,handle,ring,failures,parts}.py
   fi
   if wants tests-no-gpu; then
     # The others see no GPU, as in CI: once the simulated one is registered, torch gives it preference in that process.
     # Left out are those that install packages, and this script's own.
     parallel=()
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 12 --dist loadfile); fi
-    others=(-m "not needs_gpu" --ignore=tests/test_packaging.py --ignore=tests/test_gpu_benchmarks.py tests)
-    if [ $simulated = 1 ]; then others=(tests/test_header.py tests/test_iterator.py); fi # the rest is run elsewhere
+    others=(-m "not needs_gpu" --ignore=tests/packaging/test_packaging.py --ignore=tests/benchmarks/test_gpu_benchmarks.py tests)
+    if [ $simulated = 1 ]; then others=(tests/checkpoint/test_header.py tests/api/test_iterator.py); fi # the rest is run elsewhere
     step tests-no-gpu $((simulated ? 300 : 150)) env CUDA_VISIBLE_DEVICES= WEIGHTLOAD_REQUIRE_GPU=1 \
       "$python" -m pytest -q --maxfail=20 -p no:cacheprovider "${parallel[@]}" "${others[@]}"
   fi
@@ -184,20 +186,20 @@ if [ $dry = 0 ] && wants sanitizer; then
   if [ -n "$sanitizer" ]; then
     # Without torch's caching an access beyond a tensor is one beyond its allocation, which memcheck can see.
     step sanitizer 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
-      "$python" benchmarks/loader_worker.py weightload --device "$device" "$dir"/tiny/*.safetensors
+      "$python" benchmarks/loaders/worker.py weightload --device "$device" "$dir"/tiny/*.safetensors
   else
     note sanitizer "skipped: compute-sanitizer is not installed"
   fi
 fi
 
 if [ $dry = 1 ]; then
-  step limits 30 "$python" benchmarks/gpu_limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
+  step limits 30 "$python" benchmarks/gpu/limits.py --device cpu --dir "$dir" --size-gb 0.01 --repeats 1 --threads 2 \
     --json "$out/limits.json"
   ranks 100 "$dir/tiny" --ranks 2 --repeats 1
   benchmark tiny 60 "$dir/tiny" "tiny" --repeats 1 --loaders "safetensors,weightload,instanttensor"
 elif [ $simulated = 1 ]; then
   if wants limits; then
-    step limits 120 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --size-gb 0.01 --repeats 1 \
+    step limits 120 "$python" benchmarks/gpu/limits.py --device "$device" --dir "$dir" --size-gb 0.01 --repeats 1 \
       --threads 2 --json "$out/limits.json"
   fi
   if wants settings; then
@@ -208,7 +210,7 @@ elif [ $simulated = 1 ]; then
   if wants moe; then benchmark moe 600 "$dir/moe" "tiny" --repeats 1 --cold; fi
 else
   if wants limits; then
-    step limits 45 "$python" benchmarks/gpu_limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
+    step limits 45 "$python" benchmarks/gpu/limits.py --device "$device" --dir "$dir" --json "$out/limits.json"
   fi
   if wants settings; then
     step settings 60 "$python" benchmarks/gpu/settings.py --model-path "$dir/llama" --budget 40 --json "$out/settings.json"
@@ -249,6 +251,6 @@ if [ $simulated = 1 ]; then
   echo "No figures: the device is simulated (tests/simulated_cuda), memory of the host behind threads that are late at"
   echo "random. What ran shows that the steps work, and says nothing of speed."
 elif [ ${#found[@]} -gt 0 ]; then
-  "$python" benchmarks/gpu_report.py --short "${found[@]}"
+  "$python" benchmarks/gpu/report.py --short "${found[@]}"
 fi
 exit $failed

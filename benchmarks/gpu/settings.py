@@ -20,14 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent.parent))
-
 import torch
-from gpu_limits import environment
-from loader_worker import a_device
-from machine import evict, fill_cache
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, also when this is run by itself
+
+from harness.machine import evict, fill_cache
+from loaders.worker import a_device
 
 import weightload
+from gpu.limits import environment
 
 MIB = 1 << 20
 TRIALS: list[dict[str, Any]] = [

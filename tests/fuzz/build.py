@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import native_build
-from native_build import ADDRESS, CHECKED, ROOT
+from support import native_build
+from support.native_build import ADDRESS, CHECKED, ROOT
 
 FOLDER = Path(__file__).parent
 BUILD = native_build.BUILD / "fuzz"

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import DTYPE_BITS, entry, file_bytes
-from test_header import ACCEPTED, VIOLATIONS
+from support.headers import ACCEPTED, VIOLATIONS
 
 from fuzz.build import SEEDS
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from group_support import assert_done, run_ranks
 from safetensors.torch import load_file, save_file
 from servers import Handler, Web, damage_once, serving
+from support.ranks.groups import assert_done, run_ranks
 
 import weightload
 from weightload._remote import tap

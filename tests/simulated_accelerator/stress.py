@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import write_tensors
-from simulated_support import DEVICE, KIND, current_stream, load, raw, reference_of
-from simulated_support import native as start_native
+from support.simulated import DEVICE, KIND, current_stream, load, raw, reference_of
+from support.simulated import native as start_native
 
 import weightload
 from weightload import settings

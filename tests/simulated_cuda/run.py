@@ -25,18 +25,21 @@ UNAVAILABLE = 3  # the exit status
 STRESS = "tests/simulated_accelerator/stress.py"
 STEPS: dict[str, list[str]] = {
     "checker": ["tests/simulated_cuda/test_checker.py"],
-    "gpu": ["tests/test_gpu.py"],
+    "gpu": ["tests/accelerator/test_gpu.py"],
     "loads": [
-        "tests/test_simulated.py", "tests/test_simulated_order.py", "tests/test_simulated_handle.py",
-        "tests/test_simulated_ring.py", "tests/test_simulated_failures.py", "tests/test_simulated_parts.py",
+        "tests/accelerator/test_simulated.py", "tests/accelerator/test_simulated_order.py",
+        "tests/accelerator/test_simulated_handle.py", "tests/accelerator/test_simulated_ring.py",
+        "tests/accelerator/test_simulated_failures.py", "tests/accelerator/test_simulated_parts.py",
     ],
     "others": [
-        "-m", "simulated", "tests/test_load_into.py", "tests/test_load_stats.py", "tests/test_fault_loops.py",
-        "tests/test_overlay.py", "tests/test_hostile_files.py",
+        "-m", "simulated", "tests/into/test_load_into.py", "tests/api/test_load_stats.py",
+        "tests/failures/test_fault_loops.py", "tests/storage/test_overlay.py",
+        "tests/checkpoint/test_hostile_files.py",
     ],
     "flags": ["tests/simulated_cuda/test_flags.py"],
     "groups": [
-        "tests/test_simulated_group.py", "tests/test_simulated_collectives.py", "tests/test_simulated_replicas.py",
+        "tests/accelerator/test_simulated_group.py", "tests/accelerator/test_simulated_collectives.py",
+        "tests/accelerator/test_simulated_replicas.py",
     ],
     "nccl": ["tests/simulated_cuda/test_nccl.py"],
     "seeds": [],  # loads of every kind, each with choices and delays of its own seed

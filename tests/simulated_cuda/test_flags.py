@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_script
-from simulated_support import SMALL
+from support.simulated import SMALL
 
 BEGIN = f"""
 import sys, threading
@@ -15,7 +15,7 @@ sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 import torch, weightload
 from conftest import write_tensors
-from simulated_support import SMALL, assert_same, load
+from support.simulated import SMALL, assert_same, load
 from weightload import settings, errors
 from simulated_cuda import native as module
 paths = [Path(path) for path in sys.argv[1:]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SEED
-from simulated_ranks import BACKENDS, KINDS
+from support.ranks.simulated import BACKENDS, KINDS
 
 STRATEGIES = ["broadcast", "striped"]
 TIMEOUT_S = 10  # of the group; what torch's watchdog waits for before it ends the process
@@ -25,7 +25,7 @@ sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 from pathlib import Path
 import torch, torch.distributed as dist, weightload
-from simulated_support import TUNED, raw, reference_of
+from support.simulated import TUNED, raw, reference_of
 from weightload import errors, settings
 rank, size, store, backend, strategy = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
 paths = [Path(path) for path in sys.argv[6:]]

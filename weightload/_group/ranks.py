@@ -26,7 +26,7 @@ Strategy = Literal["auto", "independent", "broadcast", "striped"]
 STRATEGIES: tuple[str, ...] = ("auto", "independent", "broadcast", "striped")
 
 # Over more nodes the all-gather of stripes, whose ring passes every rank, costs accelerators more than reading on all
-# nodes saves: benchmarks/scale_model.py, the least regret over its kinds of storage. A node's only rank has one network
+# nodes saves: benchmarks/scale/model.py, the least regret over its kinds of storage. A node's only rank has one network
 # card's bandwidth.
 MOST_STRIPED_NODES, MOST_STRIPED_NODES_OF_ONE_RANK = 128, 16
 
@@ -58,7 +58,7 @@ def global_rank() -> int:
 
 
 def auto_strategy(device_type: str, ranks: int, nodes: int = 1, remote: bool = False) -> str:
-    """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale_model.py.
+    """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale/model.py.
 
     On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
     accelerators each byte should cross the bus to the devices of a node once. A group over several nodes exists to

@@ -1,0 +1,1 @@
+"""Synthetic checkpoints of real models' shapes, and what a load must give."""

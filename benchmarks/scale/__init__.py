@@ -1,0 +1,1 @@
+"""A model of loads on many nodes, and a check of it on this machine."""

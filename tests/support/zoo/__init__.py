@@ -1,0 +1,1 @@
+"""Modules that load themselves in all the ways that are met."""
