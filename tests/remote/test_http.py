@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, Web, hang, serving
 
 import weightload
+from weightload._remote import stores
 from weightload.errors import CheckpointError, ChecksumError, HeaderTooSmall, HtmlPage, ReadError
 
 SECRET = "sig=SECRET"
@@ -254,6 +255,18 @@ def test_an_object_that_changes_is_an_error(folder: Path, tmp_path: Path, tags: 
             save_file({"a": torch.zeros(4 << 20), "b": torch.full((5 << 20,), 2.0)}, path)
             with pytest.raises(ReadError, match="changed while it was read"):
                 handle.get_tensor("b")
+
+
+def test_a_server_that_sends_on_in_a_circle(web: Web) -> None:
+    web.before = lambda handler: handler.reply(302, headers={"Location": handler.path}) is None
+    with pytest.raises(ReadError, match="in a circle"):
+        weightload.load_file(web.address("model.safetensors"))
+
+
+def test_words_of_an_address_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stores.RETRIES, "max_retries", 1)
+    with pytest.raises(ReadError, match="refuses connections"):
+        weightload.load_file("http://127.0.0.1:1/dns%20error/timeout/certificate.safetensors")
 
 
 def test_a_page_in_place_of_the_file(web: Web, folder: Path) -> None:

@@ -10,14 +10,21 @@ from weightload.errors import ReadError, WeightLoadError, located
 
 CHANGED = "the object was changed while it was read"
 CUT_OFF = "the answer was cut off"
+ANOTHER_RANGE = "the server gave another range than it was asked for"
 
 _STATUS = re.compile(r"status code: (\d{3})")
+
+# What the text of any has, and says nothing of its cause: addresses, and the library's own limits.
+_BESIDE = re.compile(r"https?://\S*|retry_timeout: \w+")
 
 # Where machines of a cloud are asked for credentials, when there are no others.
 _METADATA = ("/latest/api/token", "/latest/meta-data", "/metadata/identity", "/computemetadata/")
 
-# What the sources of a connection's failure say, and we then.
-_CONNECTIONS = (
+# What the sources of a failure say, and we then.
+_SOURCES = (
+    ("unexpectedrange", ANOTHER_RANGE),
+    ("range request not supported", "the server gives no ranges of it"),
+    ("toomanyredirects", "the server sends on in a circle"),
     ("dns error", "the server's name is not known"),
     ("connection refused", "the server refuses connections"),
     ("certificate", "the server's certificate is not trusted"),
@@ -67,7 +74,8 @@ def reason_of(error: BaseException) -> str:
     text = str(error).lower()
     if any(path in text for path in _METADATA):
         return "no credentials for it were found: none in the environment, and no cloud's machine answers for this one"
-    for words, reason in _CONNECTIONS:
+    text = _BESIDE.sub("", text)
+    for words, reason in _SOURCES:
         if words in text:
             return reason
     if "content-length" in text or "content length" in text:

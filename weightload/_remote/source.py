@@ -22,7 +22,7 @@ from weightload._remote.answers import (
     require_same,
     tried_again,
 )
-from weightload._remote.failures import CUT_OFF, read_error, reason_of, status_of, translated
+from weightload._remote.failures import ANOTHER_RANGE, CUT_OFF, read_error, reason_of, status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
 from weightload._remote.transport import asked, bare, finish
@@ -63,7 +63,7 @@ class RemoteObject:
         require_plain(answer, self.where)
         require_same(answer, self.same, self.where)
         if tuple(answer.range) != (begin, end):
-            raise read_error(self.where, "the server gave another range than it was asked for")
+            raise read_error(self.where, ANOTHER_RANGE)
         return await body_of(answer, end - begin, self.where)
 
     def _options(self, begin: int, end: int) -> dict[str, Any]:
