@@ -234,6 +234,22 @@ def test_an_opening_that_is_cut_off_is_tried_again(web: Web, folder: Path, tags:
     assert cut
 
 
+def test_a_server_that_is_away_for_a_while(web: Web, folder: Path) -> None:
+    away: list[str] = []
+
+    def be_away(handler: Handler) -> bool:
+        if handler.headers["Range"].startswith("bytes=0-") or len(away) == 10:
+            return False
+        away.append(handler.headers["Range"])
+        handler.reply(503)
+        return True
+
+    web.before = be_away
+    path = files_of(folder)[0]  # which one request brings
+    require_same(weightload.load_file(web.address(path.name)), load_file(path))
+    assert len(set(away)) == 1
+
+
 @pytest.mark.parametrize("fault", ["cut off", "another range", "416"])
 def test_wrong_answers_are_errors(web: Web, folder: Path, fault: str) -> None:
     web.before = once(fault)  # type: ignore[assignment]
