@@ -79,7 +79,7 @@ class CheckpointError(WeightLoadError):
 
 
 class ChecksumError(WeightLoadError):
-    """A file has another SHA-256 than it should have: ``verify=``. What was loaded of it is not to be used."""
+    """A file has another digest than it should have: ``verify=``. What was loaded of it is not to be used."""
 
 
 class HeaderError(WeightLoadError):

@@ -162,3 +162,12 @@ def damage_once(web: Web, path: Path, at: int, times: int = 1) -> list[str]:
 
     web.before = damage
     return damaged
+
+
+def all_told(error: BaseException) -> str:
+    """All that a logger could find."""
+    texts = []
+    while error is not None:
+        texts += [str(error), repr(error.args), str(getattr(error, "filename", ""))]
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return "\n".join(texts)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, Web, hang, serving
 
 import weightload
+from weightload._remote import stores
 from weightload.cli.main import main
 from weightload.errors import (
     AddressError,
@@ -242,6 +243,22 @@ def test_an_opening_that_is_cut_off_is_tried_again(web: Web, folder: Path, tags:
     assert cut
 
 
+def test_a_server_that_is_away_for_a_while(web: Web, folder: Path) -> None:
+    away: list[str] = []
+
+    def be_away(handler: Handler) -> bool:
+        if handler.headers["Range"].startswith("bytes=0-") or len(away) == 10:
+            return False
+        away.append(handler.headers["Range"])
+        handler.reply(503)
+        return True
+
+    web.before = be_away
+    path = files_of(folder)[0]  # which one request brings
+    require_same(weightload.load_file(web.address(path.name)), load_file(path))
+    assert len(set(away)) == 1
+
+
 @pytest.mark.parametrize("fault", ["cut off", "another range", "416"])
 def test_wrong_answers_are_errors(web: Web, folder: Path, fault: str) -> None:
     web.before = once(fault)  # type: ignore[assignment]
@@ -263,6 +280,18 @@ def test_an_object_that_changes_is_an_error(folder: Path, tmp_path: Path, tags: 
             save_file({"a": torch.zeros(4 << 20), "b": torch.full((5 << 20,), 2.0)}, path)
             with pytest.raises(ReadError, match="changed while it was read"):
                 handle.get_tensor("b")
+
+
+def test_a_server_that_sends_on_in_a_circle(web: Web) -> None:
+    web.before = lambda handler: handler.reply(302, headers={"Location": handler.path}) is None
+    with pytest.raises(ReadError, match="in a circle"):
+        weightload.load_file(web.address("model.safetensors"))
+
+
+def test_words_of_an_address_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stores.RETRIES, "max_retries", 1)
+    with pytest.raises(ReadError, match="refuses connections"):
+        weightload.load_file("http://127.0.0.1:1/dns%20error/timeout/certificate.safetensors")
 
 
 def test_a_page_in_place_of_the_file(web: Web, folder: Path) -> None:

@@ -1,11 +1,14 @@
-"""Which SHA-256 a file of a checkpoint should have: by who calls, or by what lies beside the file."""
+"""Which digest a file of a checkpoint should have: by who calls, or by what lies beside the file."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from weightload._base.addresses import WEB, below, folder_of, is_address, is_hub, name_of, scheme_of, shown
@@ -15,10 +18,22 @@ from weightload._checkpoint.index import bytes_of_regular_file
 from weightload.errors import CheckpointError, located
 
 Verify = str | Mapping[str, str]
-"""``"sha256"``: the digests are found; or a digest, as 64 hexadecimal digits, for each file's name.
+"""``"sha256"``: the SHA-256 are found; or a digest for each file's name: 64 hexadecimal digits are a SHA-256, and
+``"crc32c:..."``, ``"crc64nvme:..."`` what a store keeps of a whole object, in hexadecimal digits or in base64.
 
 A name may have folders: it is then that of the file whose path ends so.
 """
+
+
+class Kind(NamedTuple):
+    """Of a digest."""
+
+    shown: str
+    bytes: int
+
+
+SHA256 = "sha256"
+KINDS = {SHA256: Kind("SHA-256", 32), "crc32c": Kind("CRC32C", 4), "crc64nvme": Kind("CRC64NVME", 8)}
 
 SUMS = "SHA256SUMS"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -41,14 +56,36 @@ def require_verify(verify: object) -> None:
                 raise TypeError(f"verify: the names of files must be str, not {type(name).__name__}")
             if not name or name.startswith("/") or not _parts(name) or ".." in _parts(name):
                 raise ValueError(f"verify: {name!r} must be a file's name, or its path below the checkpoint's folder")
-            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-                raise ValueError(f"verify: {name!r} must have a SHA-256, as 64 hexadecimal digits, not {digest!r}")
+            if _normal(digest) is None:
+                what = "a SHA-256, as 64 hexadecimal digits, or a CRC of a whole object, as 'crc32c:' or 'crc64nvme:'"
+                raise ValueError(
+                    f"verify: {name!r} must have {what} and its hexadecimal digits or base64, not {digest!r}"
+                )
     elif verify is not None:
         raise TypeError(f"verify must be 'sha256' or a mapping, not {type(verify).__name__}")
 
 
+def _normal(digest: object) -> str | None:
+    """The kind of a digest, and its hexadecimal digits in small letters; None if it is none."""
+    if not isinstance(digest, str):
+        return None
+    kind, colon, value = digest.rpartition(":")
+    kind = kind if colon else SHA256
+    if kind not in KINDS:
+        return None
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * KINDS[kind].bytes}}}", value):
+        try:
+            value = base64.b64decode(value, validate=True).hex()
+        except (binascii.Error, ValueError) as wrong:
+            pass_on(wrong)
+            return None
+        if not colon or len(value) != 2 * KINDS[kind].bytes:
+            return None
+    return f"{kind}:{value.lower()}"
+
+
 def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
-    """The digest of each file, in small letters.
+    """The digest of each file: its kind, a colon, and hexadecimal digits in small letters.
 
     Found are, in this order: the name of the blob that a file of the hub's cache is a link to; what the hub says of a
     file at an ``hf://`` address; a line of a file ``SHA256SUMS`` in the file's folder.
@@ -67,16 +104,18 @@ def expected_digests(paths: Sequence[str], verify: Verify) -> list[str]:
             where = shown(path)
             what = f"no SHA-256 of it is known, by the hub or by a {SUMS} beside it"
             raise located(CheckpointError(f"{where}: {what}"), where)
-        found.append(digest.lower())
+        found.append(f"{SHA256}:{digest.lower()}")
     return found
 
 
 def _given(paths: Sequence[str], verify: Mapping[str, str]) -> list[str]:
     """The digests of a mapping: of each file that of the longest name that its path ends with."""
     digests: dict[tuple[str, ...], str] = {}
-    for name, digest in verify.items():
-        if digests.setdefault(_parts(name), digest.lower()) != digest.lower():
-            raise CheckpointError(f"verify= has two SHA-256 for {printable(name)}")
+    for name, given in verify.items():
+        digest = _normal(given)
+        assert digest is not None  # by require_verify
+        if digests.setdefault(_parts(name), digest) != digest:
+            raise CheckpointError(f"verify= has two digests for {printable(name)}")
     most = max(map(len, digests), default=0)
     taken: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
     found = []
@@ -85,7 +124,7 @@ def _given(paths: Sequence[str], verify: Mapping[str, str]) -> list[str]:
         fitting = (parts[-count:] for count in range(min(most, len(parts)), 0, -1))
         known = next((end for end in fitting if end in digests), None)
         if known is None:
-            what = f"verify= has no SHA-256 of it, by the name {printable(parts[-1] if parts else '')}"
+            what = f"verify= has no digest of it, by the name {printable(parts[-1] if parts else '')}"
             raise located(CheckpointError(f"{where}: {what}"), where)
         other, its_parts = taken.setdefault(known, (path, parts))
         if its_parts != parts:

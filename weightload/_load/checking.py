@@ -1,7 +1,8 @@
-"""SHA-256 of whole files, while they are loaded."""
+"""Digests of whole files, while they are loaded."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import threading
@@ -15,7 +16,8 @@ from weightload._base.cpus import usable_cpus
 from weightload._base.handlers import pass_on
 from weightload._base.printable import printable
 from weightload._base.uncopied import Load, Process, StandsForALoad
-from weightload._checkpoint.digests import Verify, expected_digests
+from weightload._checkpoint import hashes
+from weightload._checkpoint.digests import KINDS, SHA256, Verify, expected_digests
 from weightload._checkpoint.selection import Opening
 from weightload._group.agreement import DISK, NOT_CHECKED, VERIFY, digest
 from weightload._group.ranks import is_one_node
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PIECE = 8 << 20  # bytes that are read and hashed at a time
+PART = 64 << 20  # of a local file, which a thread hashes where the digest can be made of those of parts
 
 Result = TypeVar("Result")
 
@@ -42,8 +45,44 @@ class Work(NamedTuple):
     was given any of it: nobody else has these bytes."""
 
 
+class Parts:
+    """A local file whose CRC is made of its parts', which are hashed in any order."""
+
+    def __init__(self, file: _C.CheckpointFile, expected: str) -> None:
+        self.file, self._expected = file, expected
+        self._lock = threading.Lock()
+        self._left = list(range(0, max(file.size, 1), PART))
+        self._hashed: dict[int, hashes.Crc] = {}
+
+    @property
+    def begins(self) -> list[int]:
+        return list(self._left)
+
+    def hash(self, begin: int, require_wanted: Callable[[], None]) -> None:
+        """One of them. The last one has the verdict. Raises as ``check``, and what ``require_wanted`` does."""
+        crc = hashes.Crc(_kind(self._expected))
+        end = min(begin + PART, self.file.size)
+        memory = bytearray(min(PIECE, max(end - begin, 1)))
+        for at in range(begin, end, PIECE):
+            require_wanted()
+            piece = memoryview(memory)[: min(PIECE, end - at)]
+            self.file.read_into(at, piece)
+            crc.update(piece)
+        with self._lock:
+            self._hashed[begin] = crc
+            self._left.remove(begin)
+            if self._left:
+                return
+        first, *others = (self._hashed[at] for at in sorted(self._hashed))
+        for later in others:
+            first.append(later)
+        _require_equal(self.file, first.hexdigest(), self._expected)
+
+
 class Checker:
     """Threads that hash files, of which a load reads tensors at the same time: one a file, as many as there are CPUs.
+
+    Several a local file, where its digest can be made of those of parts.
 
     They read by the descriptor that the load reads by, through the page cache. What a server has they take from what
     the load asks for; the rest they ask for themselves, when the load is over.
@@ -59,19 +98,28 @@ class Checker:
                 tap = Tap(file.remote, file.data_begin, budget) if file.is_remote else None
                 self._all.append(Work(file, right, tap, whose))
         self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
-        self._work: list[tuple[Work, Reading | None]] = []  # from the last on
+        self._work: list[Callable[[], None]] = []  # from the last on
         self._running = 0
         self._process = Process()
         self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
         self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._failure: BaseException | None = None
         try:
-            self._start([(work, work.tap.readings[0] if work.tap else None) for work in self._all if work.mine])
+            self._start([job for work in self._all if work.mine for job in self._jobs(work)])
         except BaseException:
             self.close()
             raise
 
-    def _start(self, work: list[tuple[Work, Reading | None]]) -> None:
+    def _jobs(self, work: Work) -> list[Callable[[], None]]:
+        """What is to be done of a file from the beginning on."""
+        if work.tap is not None:
+            return [functools.partial(self._check, work, work.tap.readings[0])]
+        if _kind(work.expected) == SHA256:
+            return [functools.partial(self._check, work, None)]
+        parts = Parts(work.file, work.expected)
+        return [functools.partial(parts.hash, begin, self._require_wanted) for begin in parts.begins]
+
+    def _start(self, work: list[Callable[[], None]]) -> None:
         """Have this done; what was to be done is."""
         count = min(len(work), usable_cpus())
         self._work = work[::-1]
@@ -80,7 +128,7 @@ class Checker:
             self._ended.set()
         with self._lock:  # until all are there: none is the last before
             for _ in range(count):
-                threading.Thread(target=self._run, name="weightload-sha256", daemon=True).start()
+                threading.Thread(target=self._run, name="weightload-verify", daemon=True).start()
                 self._running += 1
 
     def finish(self, look: Callable[[], None] = lambda: None) -> None:
@@ -95,8 +143,8 @@ class Checker:
         self._over.set()
         with self._turn:
             self._wait(look)
-            rest: list[tuple[Work, Reading | None]] = [
-                (work, reading)
+            rest: list[Callable[[], None]] = [
+                functools.partial(self._check, work, reading)
                 for work in self._all
                 if work.tap is not None and work.tap.used and not self._stopped.is_set()
                 for reading in work.tap.readings[1 if work.mine else 0 :]
@@ -135,8 +183,8 @@ class Checker:
                 with self._lock:
                     if not self._work:
                         return
-                    work, reading = self._work.pop()
-                self._check(work, reading)
+                    job = self._work.pop()
+                job()
         except BaseException as error:  # for the consumer
             with self._lock:
                 if not isinstance(error, _StoppedError):
@@ -147,6 +195,10 @@ class Checker:
                 self._running -= 1
                 if self._running == 0:
                     self._ended.set()
+
+    def _require_wanted(self) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
 
     def _check(self, work: Work, reading: Reading | None) -> None:
         def arrived(at: int) -> Any:
@@ -219,6 +271,7 @@ class Checking:
 
         def opened() -> list[_C.CheckpointFile]:
             expected = expected_digests(self._paths, self._verify)
+            hashes.require(map(_kind, expected))
             before = _stamps(self._paths)
             files = open_them()
             try:
@@ -338,13 +391,13 @@ def check(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any] 
     """Hash a file.
 
     Args:
-        expected: the digest in hexadecimal digits.
+        expected: the digest, as ``expected_digests`` has it.
         arrived: bytes from an offset on that somebody has read already, if there are any.
 
     Raises:
         ChecksumError: it has another digest. ReadError: it cannot be read.
     """
-    digest = hashlib.sha256()
+    hashed = hashes.new(_kind(expected))
     memory = bytearray(min(PIECE, max(file.size, 1)))
     at = 0
     while at < file.size:
@@ -352,10 +405,19 @@ def check(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any] 
         if piece is None:
             piece = memoryview(memory)[: min(PIECE, file.size - at)]
             file.read_into(at, piece)
-        digest.update(piece)
+        hashed.update(piece)
         at += len(piece)
-    if digest.hexdigest() != expected:
-        what = f"{printable(file.path)}: its SHA-256 is {digest.hexdigest()}, and should be {expected}"
+    _require_equal(file, hashed.hexdigest(), expected)
+
+
+def _kind(expected: str) -> str:
+    return expected.partition(":")[0]
+
+
+def _require_equal(file: _C.CheckpointFile, found: str, expected: str) -> None:
+    kind, _, right = expected.partition(":")
+    if found != right:
+        what = f"{printable(file.path)}: its {KINDS[kind].shown} is {found}, and should be {right}"
         raise located(ChecksumError(what), file.path)
 
 

@@ -10,19 +10,29 @@ from weightload.errors import ReadError, WeightLoadError, located
 
 CHANGED = "the object was changed while it was read"
 CUT_OFF = "the answer was cut off"
+LATE = "the server did not answer in time"
+ANOTHER_RANGE = "the server gave another range than it was asked for"
 
 _STATUS = re.compile(r"status code: (\d{3})")
+
+# What the text of a failure has that the library takes for one that may pass.
+_TRIED_AGAIN = re.compile(r"after [1-9]\d* retries")
+# What the text of any failure has, and says nothing of its cause: addresses, and the library's own limits.
+_BESIDE = re.compile(r"https?://\S*|retry_timeout: \w+")
 
 # Where machines of a cloud are asked for credentials, when there are no others.
 _METADATA = ("/latest/api/token", "/latest/meta-data", "/metadata/identity", "/computemetadata/")
 
-# What the sources of a connection's failure say, and we then.
-_CONNECTIONS = (
+# What the sources of a failure say, and we then.
+_SOURCES = (
+    ("unexpectedrange", ANOTHER_RANGE),
+    ("range request not supported", "the server gives no ranges of it"),
+    ("toomanyredirects", "the server sends on in a circle"),
     ("dns error", "the server's name is not known"),
     ("connection refused", "the server refuses connections"),
     ("certificate", "the server's certificate is not trusted"),
-    ("timed out", "the server did not answer in time"),
-    ("timeout", "the server did not answer in time"),
+    ("timed out", LATE),
+    ("timeout", LATE),
     ("connection reset", "the connection was reset"),
     ("error decoding response body", CUT_OFF),
     ("incompletemessage", CUT_OFF),
@@ -41,6 +51,11 @@ def status_of(error: BaseException) -> int | None:
     """The status of HTTP that an exception of the library's is about."""
     found = _STATUS.search(str(error))
     return int(found[1]) if found else None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the library has tried it again, and in vain; not where it has waited long for an answer."""
+    return bool(_TRIED_AGAIN.search(str(error))) and reason_of(error) != LATE
 
 
 def translated(error: BaseException, where: str) -> BaseException:
@@ -67,7 +82,8 @@ def reason_of(error: BaseException) -> str:
     text = str(error).lower()
     if any(path in text for path in _METADATA):
         return "no credentials for it were found: none in the environment, and no cloud's machine answers for this one"
-    for words, reason in _CONNECTIONS:
+    text = _BESIDE.sub("", text)
+    for words, reason in _SOURCES:
         if words in text:
             return reason
     if "content-length" in text or "content length" in text:

@@ -22,7 +22,7 @@ from weightload._remote.answers import (
     require_same,
     tried_again,
 )
-from weightload._remote.failures import CUT_OFF, read_error, reason_of, status_of, translated
+from weightload._remote.failures import ANOTHER_RANGE, CUT_OFF, may_pass, read_error, reason_of, status_of, translated
 from weightload._remote.in_order import InOrder
 from weightload._remote.stores import Place, library, place_of
 from weightload._remote.transport import asked, bare, finish
@@ -58,12 +58,14 @@ class RemoteObject:
     async def _fetch(self, begin: int, end: int) -> Any:
         try:
             answer = await library().get_async(self.place.store, self.place.path, options=self._options(begin, end))
-        except Exception as error:  # which the library has tried again by itself, where that may help
+        except Exception as error:  # which the library has tried again by itself, for a second or two
+            if may_pass(error):
+                raise broken_off(self.where, reason_of(error)) from None
             raise translated(error, self.where) from None
         require_plain(answer, self.where)
         require_same(answer, self.same, self.where)
         if tuple(answer.range) != (begin, end):
-            raise read_error(self.where, "the server gave another range than it was asked for")
+            raise read_error(self.where, ANOTHER_RANGE)
         return await body_of(answer, end - begin, self.where)
 
     def _options(self, begin: int, end: int) -> dict[str, Any]:
