@@ -412,6 +412,15 @@ def test_from_many_threads(web: Web, folder: Path) -> None:
     assert not failed
 
 
+def test_stats(web: Web, folder: Path) -> None:
+    path = files_of(folder)[1]
+    with weightload.safetensors_weights_iterator(web.address(path.name), to_cpu=True) as weights:
+        wanted = sum(tensor.nbytes for _, tensor in weights)
+    (file,) = weights.stats().files
+    assert (file.path, file.read, file.wanted_bytes) == (web.address(path.name), "requested", wanted)
+    assert file.bytes >= wanted
+
+
 def test_commands(web: Web, folder: Path) -> None:
     for command in ("inspect", "verify"):
         done = subprocess.run(

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from weightload._base.addresses import is_address
+
 THREADS_STAGES = ("read", "allocate", "pin", "pin_wait", "copy")
 # Where the time of the iterating thread went.
 WORDS = {
@@ -46,7 +48,7 @@ class FileStats:
     mapped_bytes: int
     """Brought into a mapping, ahead of the consumer."""
     buffered_bytes: int
-    """Read through the page cache, by ``pread``; or copied, where the file is bytes in memory."""
+    """Read through the page cache, by ``pread``; or copied, where the file is bytes in memory; or asked of a server."""
     direct_bytes: int
     """Read past the page cache, by ``O_DIRECT``."""
     seconds: float
@@ -68,7 +70,12 @@ class FileStats:
 
     @property
     def read(self) -> str:
-        """The ways it was read, in words: "mapped", "buffered", "direct", some of them, or "left to page faults"."""
+        """The ways it was read, in words: "mapped", "buffered", "direct", some of them, or "left to page faults".
+
+        Of what a server has "requested".
+        """
+        if is_address(self.path):
+            return "requested"
         ways = [way for way in ("mapped", "buffered", "direct") if getattr(self, f"{way}_bytes")]
         return " and ".join(ways) or "left to page faults"
 
