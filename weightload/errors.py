@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from weightload._base.printable import printable
 
 __all__ = [
+    "AddressError",
     "CacheError",
     "CheckpointError",
     "ChecksumError",

@@ -437,19 +437,30 @@ def test_commands(web: Web, folder: Path) -> None:
         ("s3:///key", "names no bucket"),
         ("az://container/key", "Azure wants an account"),
         ("http://host:99999/key.safetensors", "the server's name or its port"),
+        ("http:///key.safetensors", "names no server"),
         ("hf://one", "must be hf://organisation/repository"),
     ],
 )
 def test_addresses_that_nothing_can_be_asked_of(
     address: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "")
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
     for error in (AddressError, ValueError, WeightLoadError):
         with pytest.raises(error, match=reason):
             weightload.load_file(address)
-    assert main(["load", address]) == 2
-    assert reason in capsys.readouterr().err
+    for command in ("load", "verify", "inspect"):
+        assert main([command, address]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_what_a_command_does_not_take_is_repeated_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", "--cache", "folder", f"http://me:PASSWORD@host/model.safetensors?{SECRET}"])
+    told = capsys.readouterr().err
+    assert "http://host/model.safetensors" in told
+    assert "PASSWORD" not in told
+    assert SECRET not in told
 
 
 def test_without_the_library(web: Web, folder: Path) -> None:

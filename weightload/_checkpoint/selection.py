@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,4 +121,8 @@ def predicate(names: Names) -> Callable[[str], bool]:
 
 
 # In C++: a collection of weak references calls back in Python, where the exception of a signal handler is lost.
-atexit.register(_C.leave_interpreter)
+@atexit.register
+def _leave_interpreter() -> None:
+    if (transport := sys.modules.get("weightload._remote.transport")) is not None:
+        transport.leave_interpreter()
+    _C.leave_interpreter()

@@ -9,7 +9,6 @@ threads are done, and the library tells nobody when they are. But they hold thei
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import weakref
 from typing import Any
@@ -31,11 +30,11 @@ class CountingLoop(asyncio.SelectorEventLoop):
         self._futures.add(future)
         return future
 
-    def wait_for_futures(self, seconds: float) -> None:
-        """Wait until nobody holds a future any more, so long at most. For when the loop is closed."""
+    def run_until_no_futures(self, seconds: float) -> None:
+        """Run until nobody holds a future any more, so long at most. For the end, when nothing new is asked for."""
         end = time.monotonic() + seconds
-        pause = threading.Event()
         while self._futures and time.monotonic() < end:
             # What its threads let go of without the GIL the library frees when it is called next.
             library().store.MemoryStore()
-            pause.wait(SECONDS_BETWEEN_LOOKS)
+            self.call_later(SECONDS_BETWEEN_LOOKS, self.stop)
+            self.run_forever()

@@ -84,7 +84,7 @@ def _what_is_missing(address: str) -> str:
         return "the server's name or its port"
     if not host:
         return "it names no bucket"
-    if scheme in AZURE and not any(name in os.environ for name in ACCOUNTS):
+    if scheme in AZURE and not any(os.environ.get(name) for name in ACCOUNTS):
         return f"Azure wants an account ({ACCOUNTS[0]}), and credentials where the container is not public"
     return "the library does not take it, or what the environment says of it"
 
@@ -92,6 +92,8 @@ def _what_is_missing(address: str) -> str:
 def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Any:
     """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
     parts = split(address)
+    if not parts.hostname:
+        raise AddressError(f"{shown(address)}: it names no server")
     user, at, host = parts.netloc.rpartition("@")
     options: dict[str, Any] = {**CLIENT, "allow_http": parts.scheme.lower() == "http"}
     if at:

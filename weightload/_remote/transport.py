@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from weightload._base.handlers import forgiven
 from weightload._base.uncopied import Process
 from weightload._remote.answers import Answer, InHand, Tap, told
 from weightload._remote.loop import CountingLoop
@@ -17,7 +18,8 @@ from weightload.errors import WeightLoadError
 _Result = TypeVar("_Result")
 
 SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_FOR_FUTURES = 2.0  # a thread that has come so far is at Python code, and needs milliseconds
+SECONDS_FOR_FUTURES = 10.0  # which take milliseconds where the machine has time for the library's threads
+AT_EXIT = "the interpreter is exiting: no load begins any more"
 
 
 class Transport:
@@ -25,11 +27,11 @@ class Transport:
 
     def __init__(self) -> None:
         self._loop = CountingLoop()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._lock = threading.RLock()  # a signal's handler may load while the thread that it stops submits
+        self._closed = self._stopping = False
         self._process = Process()
-        self._thread = threading.Thread(target=self._run, name="weightload-remote", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="weightload-remote", daemon=True).start()
 
     def submit(self, request: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
         """What it will bring; cancelled where the interpreter is exiting."""
@@ -42,22 +44,42 @@ class Transport:
         return refused
 
     def close(self) -> None:
-        """Break off what is under way, and join the thread; the library's threads are done with Python after it.
+        """Break off what is under way, and wait for the thread; the library's are done with Python after it.
 
-        In a forked child there is nothing of it, and what wakes the loop is shared with the parent.
+        Also where Ctrl-C, or a signal's handler that raises, comes in between: that is raised at the end. In a forked
+        child there is nothing of it, and what wakes the loop is shared with the parent.
         """
         if self._process.is_parent():
             return
-        with self._lock:
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.wait_for_futures(SECONDS_FOR_FUTURES)
+        came: BaseException | None = None
+        while not self._ended.is_set():
+            try:
+                with self._lock:
+                    self._closed = True
+                with forgiven(RuntimeError):  # it is closed meanwhile
+                    self._loop.call_soon_threadsafe(self._stop)
+                self._ended.wait()
+            except BaseException as error:
+                came = error
+        try:
+            if came is not None:
+                raise came
+        finally:
+            came = None  # its traceback has this frame in it
+
+    def _stop(self) -> None:
+        if not self._stopping:  # twice would stop the breaking off, too
+            self._stopping = True
+            self._loop.stop()
 
     def _run(self) -> None:
-        self._loop.run_forever()
-        self._loop.run_until_complete(_break_off())
-        self._loop.close()
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(_break_off())
+            self._loop.run_until_no_futures(SECONDS_FOR_FUTURES)
+            self._loop.close()
+        finally:
+            self._ended.set()
 
 
 async def _break_off() -> None:
@@ -79,7 +101,7 @@ def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
     try:
         while not answer.wait(SECONDS_BETWEEN_LOOKS):
             pass
-        failed = WeightLoadError("the interpreter is exiting") if asked.cancelled() else asked.exception()
+        failed = WeightLoadError(AT_EXIT) if asked.cancelled() else asked.exception()
     except BaseException:
         answer.cancel()
         raise
@@ -110,7 +132,8 @@ class _Own:
     """What a process has of it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # as the transport's
+        self.is_over = False  # the interpreter is exiting
         self.transport: Transport | None = None
         self.process = Process()
 
@@ -123,7 +146,7 @@ def transport() -> Transport:
 
     Raises:
         WeightLoadError: this process was forked of one that has spoken to servers: the library's threads, and the
-            locks that they held, are in the parent only.
+            locks that they held, are in the parent only. Or the interpreter is exiting.
     """
     if _own.process.is_parent():
         if _own.transport is not None:
@@ -132,7 +155,20 @@ def transport() -> Transport:
             )
         _own.__init__()  # type: ignore[misc]
     with _own.lock:
+        if _own.is_over:
+            raise WeightLoadError(AT_EXIT)
         if _own.transport is None:
-            _own.transport = Transport()
-            atexit.register(_own.transport.close)
+            begun = Transport()
+            if _own.transport is None:
+                _own.transport = begun
+                atexit.register(begun.close)
+            else:  # a signal's handler has begun one meanwhile
+                begun.close()
         return _own.transport
+
+
+def leave_interpreter() -> None:
+    """Let nothing begin from now on: for the exit hook, behind which nobody would close it."""
+    _own.is_over = True
+    if _own.transport is not None:
+        _own.transport.close()

@@ -6,10 +6,12 @@ import argparse
 import io
 import os
 import sys
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
 from weightload import __version__, settings
+from weightload._base.addresses import shown
 from weightload.cli import inspect as cli_inspect
 from weightload.cli import load as cli_load
 from weightload.cli import settings as cli_settings
@@ -72,8 +74,15 @@ def _drop_output() -> None:
     os.close(nowhere)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats no secrets of an address that it does not know what to do with."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(map(shown, message.split(" "))))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="weightload",
         description="Look into safetensors checkpoints, their loading and its settings.",
         epilog=EPILOG,

@@ -25,7 +25,7 @@ from weightload.cli.common import (
     say,
     tell_warning,
 )
-from weightload.errors import WeightLoadError
+from weightload.errors import AddressError, WeightLoadError
 
 
 def add(commands: Commands) -> None:
@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
             if options.parity:
                 done += f", {_compare(path)} tensors equal to safetensors'"
             say(f"ok   {file.path}: {done}")
+        except AddressError:
+            raise
         except (SafetensorError, OSError) as error:
             say(f"BAD  {error}")
             worst = max(worst, UNUSABLE if isinstance(error, (OSError, MemoryError)) else BROKEN)
