@@ -340,6 +340,21 @@ def test_a_rank_that_cannot_read_fails_all(ranks: Ranks, mixed: list[Path], kind
     ranks.call(one_cannot_read, kind, strategy, mixed, who)
 
 
+def one_has_a_wrong_argument(rank: Rank, kind: str, paths: list[Path]) -> None:
+    with rank.group(kind) as group:
+        duplicates: Any = "none" if rank.number == 1 else "error"
+        with pytest.raises(
+            errors.GroupValueError, match="rank 1 failed before it began: ValueError: dup"
+        ):
+            weightload.safetensors_weights_iterator(paths, device=DEVICE, group=group, duplicates=duplicates)
+        use_and_drop(group, "broadcast", paths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_argument_of_one_rank_is_raised_on_all(ranks: Ranks, mixed: list[Path], kind: str) -> None:
+    ranks.call(one_has_a_wrong_argument, kind, mixed, timeout_s=100)
+
+
 def one_has_no_memory(rank: Rank, kind: str, strategy: str, paths: list[Path]) -> None:
     with rank.group(kind) as group, settings.override(**TUNED):
         for limit in (0, 300_000, 1_500_000):

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,32 @@ def test_an_exception_in_the_consumers_loop(shards: list[Path]) -> None:
         consume()
     gc.collect()
     assert thread_count() == threads
+
+
+@pytest.mark.parametrize("option", ["names", "shard", "rename"])
+def test_an_error_of_the_callers_function_keeps_no_file_open(shards: list[Path], option: str) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    options: Any = {option: fail}
+    with pytest.raises(ZeroDivisionError) as raised:
+        weightload.safetensors_weights_iterator(shards, to_cpu=True, **options)
+    assert open_checkpoints() == []
+    del raised
+
+
+def test_ctrl_c_while_the_bar_is_drawn_ends_the_load(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: Any = weightload.safetensors_weights_iterator(shards, to_cpu=True, show_progress=True)
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    next(weights)
+    monkeypatch.setattr(weights._bar, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(weights)
+    assert list(weights) == []  # or the tensor that was on its way would be missing
+    assert open_checkpoints() == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -71,13 +72,15 @@ def select(file: _C.CheckpointFile, names: Names | None) -> list[int]:
     if names is None:
         return list(range(len(file)))
     picked = predicate(names)
-    return [number for number, name in enumerate(file.names()) if picked(name)]
+    in_file = file.names()
+    del file  # what a predicate raises has this frame in its traceback, and would keep the file open
+    return [number for number, name in enumerate(in_file) if picked(name)]
 
 
 def select_all(files: Sequence[_C.CheckpointFile], names: Names | None, duplicates: str = "error") -> list[list[int]]:
     """``select`` for each file, and one tensor of each name; see ``without_repeats``."""
     picked = None if names is None else predicate(names)  # once: an iterator among them can be read once
-    selection = [select(file, picked) for file in files]
+    selection = list(map(select, files, itertools.repeat(picked)))  # no frame that has a file: see select
     return without_repeats(files, selection, duplicates, everything=names is None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,6 @@ class Filling:
         elif replicas is not None:
             replicas.names = {piece for name in replicas.names for piece in self.matched.pieces.get(name, [name])}
             direct = direct - replicas.names
-            self.together.waits = functools.partial(replicas.fail, paths=self.source.paths)
         self.matched = dataclasses.replace(self.matched, direct=direct)
 
     def run(self, show_progress: bool | None = False, first: torch.device = devices.CPU) -> None:

@@ -174,6 +174,8 @@ def load_into(
                 compared = of_dtensors(matched.dtensors, together.ranks, made_of, set(matched.absent))
                 together.begin({"strategy": strategy} | of_files(opened, named=False) | compared | checks)
             replicas = find_replicas(matched.dtensors, strategy, together.load) if matched.dtensors else None
+            if replicas is not None and group is None:
+                together.waits = functools.partial(replicas.fail, paths=paths)
             source = Source.of(opened, paths)
             filling = Filling(matched, source, group, strategy, together, replicas, checking)
             at_load = time.perf_counter()

@@ -91,7 +91,11 @@ class WeightsWithBar(StandsForALoad):
         except BaseException:  # the end, too
             self._bar.close()
             raise
-        self._bar.update(_bytes_of(tensor))
+        try:
+            self._bar.update(_bytes_of(tensor))
+        except BaseException:  # as Ctrl-C: who goes on would not have this tensor
+            self.close()
+            raise
         return name, tensor
 
     def close(self) -> None:

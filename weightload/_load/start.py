@@ -198,7 +198,7 @@ def start(
         target = ring(most_bytes)
     except Exception as error:
         if group is not None:
-            fail_together(error, group, strategy, source.paths)
+            fail_together(error, group, strategy, source.paths, device)
         raise
     sharing: Sharing | None = None
     files: list[_C.CheckpointFile] = []
@@ -250,8 +250,8 @@ def fail_together(
 ) -> None:
     """Raise this rank's error on every rank of the group, in place of the agreement that the others expect.
 
-    They are told between CPUs, or through ``device`` where the group has no backend for CPUs; without either they are
-    not told.
+    They are told between CPUs, or through ``device`` where the group has no backend for CPUs; without either, or where
+    that device can do nothing now, they are not told.
     """
 
     def fail() -> Chosen:
@@ -260,8 +260,13 @@ def fail_together(
     if has_cpu_backend(group):
         Sharing(group, strategy, devices.CPU, None, paths).agree(fail)
     elif device is not None and device.type not in ("cpu", "meta"):
-        here = devices.resolve(device)
-        target = make_target(here, 0, 1)
+        try:
+            here = devices.resolve(device)
+            devices.require_no_capture(here)
+            target = make_target(here, 0, 1)
+        except Exception as failed:
+            pass_on(failed)
+            return
         try:
             Sharing(group, strategy, here, target, paths).agree(fail)
         finally:
@@ -279,9 +284,10 @@ def fail_arguments_together(
     try:
         chosen = strategy if strategy in STRATEGIES else "auto"
         remote = any(map(is_address, paths))
-        group, chosen = resolve_group(group, chosen, devices.kind_of(device), load_name(paths), remote)
+        kind = devices.kind_of(device)
+        group, chosen = resolve_group(group, chosen, kind, load_name(paths), remote)
     except Exception as failed:
         pass_on(failed)
         return  # the arguments' error comes first
     if group is not None:
-        fail_together(error, group, chosen, paths)
+        fail_together(error, group, chosen, paths, torch.device(kind))

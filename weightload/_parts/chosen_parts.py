@@ -33,6 +33,7 @@ def choose_parts(
     kept: list[list[int]] = []
     for file, numbers in zip(files, selection, strict=True):
         tensors: list[tuple[Any, ...]] = file.tensors()
+        del file  # what `shard` raises has this frame in its traceback, and would keep the file open
         keep = []
         for number in numbers:
             name, dtype, shape = tensors[number][:3]

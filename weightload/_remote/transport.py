@@ -31,7 +31,11 @@ class Transport:
         self._closed = self._stopping = False
         self._process = Process()
         self._ended = threading.Event()
-        threading.Thread(target=self._run, name="weightload-remote", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="weightload-remote", daemon=True).start()
+        except BaseException:
+            self._loop.close()
+            raise
 
     def submit(self, request: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
         """What it will bring; cancelled where the interpreter is exiting."""
