@@ -343,9 +343,7 @@ def test_a_rank_that_cannot_read_fails_all(ranks: Ranks, mixed: list[Path], kind
 def one_has_a_wrong_argument(rank: Rank, kind: str, paths: list[Path]) -> None:
     with rank.group(kind) as group:
         duplicates: Any = "none" if rank.number == 1 else "error"
-        with pytest.raises(
-            errors.GroupValueError, match="rank 1 failed before it began: ValueError: dup"
-        ):
+        with pytest.raises(errors.GroupValueError, match="rank 1 failed before it began: ValueError: dup"):
             weightload.safetensors_weights_iterator(paths, device=DEVICE, group=group, duplicates=duplicates)
         use_and_drop(group, "broadcast", paths)
 
