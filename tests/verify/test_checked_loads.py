@@ -82,6 +82,34 @@ def test_a_bit_is_noticed(files: list[Path], number: int) -> None:
     assert digest(files[number]) in str(raised.value)
 
 
+@pytest.mark.parametrize("there", [0, 1])
+def test_without_threads(files: list[Path], there: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the verdict hashes what no thread does."""
+    started, left = threading.Thread.start, [there]
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "weightload-verify":
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+        started(thread)
+
+    write_sums(files)
+    right = load(files)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    left[0] = there
+    assert load(files).keys() == right.keys()
+    damage(files[2])
+    left[0] = there
+    with pytest.raises(errors.ChecksumError):
+        load(files)
+    left[0] = there
+    weights = weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256")
+    next(weights)
+    weights.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weightload-verify"]
+
+
 def test_also_where_no_tensor_of_it_is_wanted(files: list[Path]) -> None:
     write_sums(files)
     damage(files[2])

@@ -120,7 +120,7 @@ class Checker:
         return [functools.partial(parts.hash, begin, self._require_wanted) for begin in parts.begins]
 
     def _start(self, work: list[Callable[[], None]]) -> None:
-        """Have this done; what was to be done is."""
+        """Have this done; what was to be done is. Where no thread can be started, by who waits for it."""
         count = min(len(work), usable_cpus())
         self._work = work[::-1]
         self._ended.clear()
@@ -128,7 +128,11 @@ class Checker:
             self._ended.set()
         with self._lock:  # until all are there: none is the last before
             for _ in range(count):
-                threading.Thread(target=self._run, name="weightload-verify", daemon=True).start()
+                try:
+                    threading.Thread(target=self._run, name="weightload-verify", daemon=True).start()
+                except RuntimeError as none_left:
+                    pass_on(none_left)
+                    break
                 self._running += 1
 
     def finish(self, look: Callable[[], None] = lambda: None) -> None:
@@ -170,6 +174,10 @@ class Checker:
         # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
         while self._running and not self._ended.wait(0.1):
             look()
+        if self._work and not self._stopped.is_set():
+            with self._lock:
+                self._running += 1
+            self._run()
 
     def _let_go(self) -> None:
         for work in self._all:
