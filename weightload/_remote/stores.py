@@ -67,6 +67,8 @@ def place_of(address: str) -> Place:
         environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
         key = scheme, bucket, environment
         if key not in _stores:
+            if scheme in AZURE and os.environ.get(ACCOUNTS[0]) == "":
+                raise ValueError("no account")  # the library would ask for one of no name
             plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
             options = {**CLIENT, "allow_http": True} if plain else CLIENT
             _stores[key] = stores.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=RETRIES)
