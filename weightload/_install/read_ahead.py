@@ -106,17 +106,19 @@ class ReadAhead:
         self._lock = threading.RLock()  # guards what follows
         self._expected: dict[str, None] = {}
         self._coming: dict[str, PrefetchLoader] = {}
-        self._is_of_use: bool | None = None  # not known yet
+        # Also for what is in the page cache: threads map it in a fraction of what its page faults take.
+        least = LEAST_FOR_PIPELINE if device.type != "cpu" else _C.TensorReader.LEAST_FOR_THREADS
+        self._is_of_use = reader.file.size >= least  # until it is closed
 
     def expect(self, name: str) -> None:
         """A tensor will be wanted."""
-        if self._is_of_use is not False:
+        if self._is_of_use:
             with self._lock:
                 self._expected[name] = None
 
     def take(self, name: str) -> torch.Tensor | None:
         """A tensor, when it has come; None if it does not come, or was taken before."""
-        if self._is_of_use is False:
+        if not self._is_of_use:
             return None
         with self._lock:  # not before: another thread may be about to begin with it
             if name in self._expected:
@@ -157,8 +159,6 @@ class ReadAhead:
     def _begin(self, first: str) -> None:
         """With the lock held. A signal's handler that comes in here, and takes one, reads for itself."""
         plan = self._next_of_expected(first)
-        if self._is_of_use is None:
-            self._is_of_use = self._would_be_of_use()
         if not self._is_of_use or len(plan) < 2:
             return
         try:
@@ -181,9 +181,3 @@ class ReadAhead:
             plan[name] = self._expected.pop(name)
             total += end - begin
         return plan
-
-    def _would_be_of_use(self) -> bool:
-        """Also for what is in the page cache: threads map it in a fraction of what its page faults take."""
-        least = LEAST_FOR_PIPELINE if self._device.type != "cpu" else _C.TensorReader.LEAST_FOR_THREADS
-        size: int = self._reader.file.size
-        return size >= least

@@ -28,7 +28,6 @@ from weightload.cli.common import (
     flush,
     tell,
 )
-from weightload.errors import AddressError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("weightload: stopped")
         return STOPPED
-    except AddressError as error:
+    except ValueError as error:  # of a setting, a device, a path, an address
         tell(f"weightload: {error}")
         return USAGE
     except SafetensorError as error:
@@ -60,9 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         tell(f"weightload: {error}")
         return UNUSABLE
-    except ValueError as error:  # of a setting, a device, a path
-        tell(f"weightload: {error}")
-        return USAGE
 
 
 def _drop_output() -> None:
