@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.torch_cuda import TorchCuda
 
 DEVICES = 2
 _HANDLES = 4096
@@ -34,14 +35,11 @@ def runtime() -> ctypes.CDLL:
     raise RuntimeError("torch does not run on the simulated CUDA here")
 
 
-class Native:
+class Native(TorchCuda):
     """The whole of it; devices by number, streams by torch's ids, 0 being the default one."""
 
     def __init__(self) -> None:
         self._library = runtime()
-
-    def set_available(self, available: bool) -> None:
-        assert available, "CUDA stays available"
 
     def seed_delays(self, seed: int, longest_us: int = 300) -> None:
         self._library.simulated_cuda_seed(ctypes.c_uint64(seed), ctypes.c_uint64(longest_us))
@@ -67,32 +65,10 @@ class Native:
         assert gate > 0
         return lambda: self._library.simulated_cuda_release(gate)
 
-    def synchronize(self, device: int) -> None:
-        if self.has_context(device):
-            torch.cuda.synchronize(device)
-
-    def empty_cache(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-            torch._C._host_emptyCache()
-
     def _settle(self) -> None:
         for device in range(DEVICES):
             self.synchronize(device)
         torch._C._host_emptyCache()
-
-    def live_bytes(self, device: int) -> int:
-        if not self.has_context(device):
-            return 0
-        self.synchronize(device)
-        torch.cuda.empty_cache()  # looks which memory, freed while other streams used it, has become free
-        return torch.cuda.memory_allocated(device)
-
-    def reset_peak(self, device: int) -> None:
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def peak_bytes(self, device: int) -> int:
-        return torch.cuda.max_memory_allocated(device)
 
     def limit_device_memory(self, limit: int) -> None:
         """What the devices have from now on, beside what is in use and not cached."""

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from support.torch_cuda import TorchCuda
+
 EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _C: Any = torch._C
 _started: Callable[[], bool] = torch.cuda.is_initialized
@@ -22,11 +24,8 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-class Native:
+class Native(TorchCuda):
     """Devices by number, streams by torch's ids, 0 being the default one."""
-
-    def set_available(self, available: bool) -> None:
-        assert available, "CUDA stays available"
 
     def seed_delays(self, seed: int, longest_us: int = 300) -> None:
         """A real device is as late as it is."""
@@ -49,28 +48,6 @@ class Native:
             word.fill_(1)
 
         return release
-
-    def synchronize(self, device: int) -> None:
-        if self.has_context(device):
-            torch.cuda.synchronize(device)
-
-    def empty_cache(self) -> None:
-        if _started():
-            torch.cuda.empty_cache()
-            _C._host_emptyCache()
-
-    def live_bytes(self, device: int) -> int:
-        if not self.has_context(device):
-            return 0
-        self.synchronize(device)
-        torch.cuda.empty_cache()  # looks which memory, freed while other streams used it, has become free
-        return torch.cuda.memory_allocated(device)
-
-    def reset_peak(self, device: int) -> None:
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def peak_bytes(self, device: int) -> int:
-        return torch.cuda.max_memory_allocated(device)
 
     def limit_device_memory(self, limit: int) -> None:
         """What torch may take from now on, beside what is in use and not cached."""
