@@ -66,6 +66,7 @@ class Nginx:
         self._process, self._folder = process, folder
         self.host = f"127.0.0.1:{port}"
         self.url = f"{'https' if tls else 'http'}://{self.host}"
+        self._port = port
         self._trust = ssl.create_default_context()
         self._trust.check_hostname, self._trust.verify_mode = False, ssl.CERT_NONE
 
@@ -95,6 +96,13 @@ class Nginx:
         assert gone
         return worker
 
+    def wait_for_callers(self) -> None:
+        """Until somebody has connected whom a worker that is stopped has not accepted yet."""
+        end = time.monotonic() + DEADLINE
+        while _not_accepted(self._port) == 0:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
     def reload(self) -> None:
         """And wait until another worker answers; the one before ends when it has nothing to do."""
         before, end = self.worker(), time.monotonic() + DEADLINE
@@ -115,6 +123,16 @@ class Nginx:
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
+
+
+def _not_accepted(port: int) -> int:
+    """Connections to a port of loopback that wait to be accepted, as Linux tells."""
+    listening = "0A"
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, queues, *_ = line.split()
+        if state == listening and int(local.split(":")[1], 16) == port:
+            return int(queues.split(":")[1], 16)
+    raise AssertionError(f"nobody listens on {port}")
 
 
 @contextlib.contextmanager

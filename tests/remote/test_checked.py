@@ -131,14 +131,14 @@ class Object:
 
     def __init__(self, data: bytes, start: int) -> None:
         self.where, self.data, self.start = "here", data, memoryview(data)[:start]
-        self.tap: Callable[[int, bytes], None] | None = None
+        self.tap: tap.Tap | None = None
 
 
 def test_the_same_bytes_twice_are_two_readings() -> None:
     data = bytes(range(200))
     source = Object(data, 10)
     ours = tap.Tap(source, 8, tap.Budget())
-    assert source.tap == ours.give
+    assert source.tap is ours
     ours.give(0, data[:8])
     assert not ours.used
     ours.give(0, data[:10])

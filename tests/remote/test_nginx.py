@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from support.ranks.groups import assert_done, run_ranks
 
 import weightload
 from weightload import settings
-from weightload._remote import answers, source, stores
+from weightload._remote import stores
 from weightload.errors import ChecksumError, HtmlPage, ReadError
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason="there is no nginx")
@@ -302,29 +301,21 @@ def test_a_server_that_is_gone(model: Path, tmp_path: Path, few_tries: None) -> 
 
 
 @pytest.mark.slow
-def test_a_worker_that_stops_for_a_while(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tries: None
-) -> None:
+def test_a_worker_that_stops_for_a_while(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than the library waits for bytes; for ever in the end."""
     monkeypatch.setitem(stores.CLIENT, "read_timeout", "2s")
     want = load_file(model)
-    given_up = threading.Event()
-
-    def broken_off(where: str, what: str) -> answers.BrokenOffError:
-        given_up.set()
-        return answers.broken_off(where, what)
-
-    monkeypatch.setattr(source, "broken_off", broken_off)
     with nginx(tmp_path, model.parent, "limit_rate 900k;") as server, settings.override(**SMALL):
         weights = weightload.safetensors_weights_iterator([server.address(NAME)], to_cpu=True)
         got = [next(weights)]
         worker = server.worker()
         os.kill(worker, signal.SIGSTOP)
-        assert given_up.wait(60)
+        server.wait_for_callers()  # so one request was given up, and is made again
         os.kill(worker, signal.SIGCONT)
         got.extend(weights)
         assert all(torch.equal(tensor, want[name]) for name, tensor in got)
         assert len(got) == len(want)
+        monkeypatch.setitem(stores.RETRIES, "max_retries", 2)
         weights = weightload.safetensors_weights_iterator([server.address(NAME)], to_cpu=True)
         next(weights)
         os.kill(worker, signal.SIGSTOP)

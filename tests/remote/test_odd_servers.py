@@ -19,6 +19,7 @@ from servers import Handler, all_told, damage_once, serving
 
 import weightload
 from weightload._remote import in_order, tap
+from weightload._remote.source import open_addresses
 from weightload.errors import (
     CheckpointError,
     ChecksumError,
@@ -358,6 +359,64 @@ def test_a_signal_handler_loads_while_it_stops_a_load(model: Path) -> None:
     with serving(model.parent) as web:
         command = [sys.executable, "-c", textwrap.dedent(script), web.address(model.name)]
         assert subprocess.run(command, check=False, timeout=120).returncode == 0
+
+
+def test_a_signal_handler_loads_while_it_stops_a_checked_load_that_makes_a_copy(model: Path, tmp_path: Path) -> None:
+    """Its locks are wanted by the thread that brings the handler what it loads."""
+    script = """
+        import signal, sys, weightload
+        busy, loads = False, 0
+
+        def handler(*_):
+            global busy, loads
+            if not busy:
+                busy = True
+                weightload.safe_open(sys.argv[1], "pt")
+                busy, loads = False, loads + 1
+
+        def load():
+            verify, cache = {"model.safetensors": sys.argv[2]}, f"{sys.argv[3]}/{done}"
+            return weightload.safetensors_weights_iterator(sys.argv[1:2], to_cpu=True, verify=verify, cache=cache)
+
+        done = 0
+        dict(load())
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.003, 0.0031)
+        while loads < 60 or done < 3:
+            done += 1
+            assert len(dict(load())) == 4
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    with serving(model.parent) as web:
+        command = [sys.executable, "-c", textwrap.dedent(script), web.address(model.name), digest, str(tmp_path)]
+        assert subprocess.run(command, check=False, timeout=120).returncode == 0
+
+
+def test_a_load_goes_on_while_another_ones_lock_is_held(model: Path) -> None:
+    """By a thread whose signal handler loads, say."""
+
+    class Tap:
+        def __init__(self) -> None:
+            self.lock = threading.Condition()
+            self.given = threading.Event()
+
+        def give(self, begin: int, data: object) -> None:
+            self.given.set()
+
+    with serving(model.parent) as web:
+        files = open_addresses([web.address(model.name)])
+        source = files[0].remote
+        source.start, source.tap = source.start[:0], Tap()  # so that it has to ask
+        with source.tap.lock:
+            answer = source.ask(0, 1000)
+            assert len(dict(weightload.safetensors_weights_iterator([web.address(model.name)], to_cpu=True))) > 1
+            assert not source.tap.given.is_set()
+            assert not answer.wait(0)
+        while not answer.wait(10):
+            pass
+        assert source.tap.given.is_set()
+        assert bytes(answer.bytes()) == model.read_bytes()[:1000]
 
 
 @pytest.mark.parametrize("room", [512 << 20, 0])

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.uncopied import Process
+from weightload._remote.answers import without_waiting
 from weightload._remote.transport import SECONDS_BETWEEN_LOOKS
 from weightload.errors import CacheError, ReadError, WeightLoadError, located
 
@@ -247,7 +248,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition()  # guards all below
+        self.lock = self._changed = threading.Condition()  # guards all below
         self._work: collections.deque[tuple[Callable[[], None], int]] = collections.deque()
         self._rooms: list[concurrent.futures.Future[None]] = []
         self._waiting = 0  # bytes
@@ -389,7 +390,11 @@ class Copies:
             self._writer.submit(copy.drop)
 
     async def _take(self, copy: Copy, begin: int, data: Any) -> None:
-        room = self._submit(copy, begin, data)
+        await without_waiting(self._writer.lock)
+        try:
+            room = self._submit(copy, begin, data)
+        finally:
+            self._writer.lock.release()
         if room is not None:
             await asyncio.wrap_future(room)
 

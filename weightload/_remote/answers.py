@@ -3,53 +3,118 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Awaitable, Callable
-from typing import Any
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
-from weightload._base.handlers import pass_on
+from weightload._base.handlers import forgiven
 from weightload._remote.failures import CHANGED, read_error
 from weightload.errors import ReadError
 
 LENGTH_BYTES = 8
 MOST_HEADER = 100_000_000  # bytes, of the format; a longer one is refused without its bytes
-Tap = Callable[[int, Any], None]
-"""Is told where bytes begin, and what they are."""
+
+Lock = threading.Condition  # whose lock is one that its holder may take again
+
+
+class Tap(Protocol):
+    """Is told of what comes."""
+
+    lock: Lock
+    """Which ``give`` takes."""
+
+    def give(self, begin: int, data: Any) -> None:
+        """Where bytes begin, and what they are."""
+
 
 FIRST_BYTES = 256 << 10  # of the first request: most files' whole header
 # A body that ends early, or stands still, is asked for again so often, with a pause that doubles.
 ATTEMPTS = 5
 FIRST_PAUSE = 0.1  # seconds
-
+SECONDS_BETWEEN_TRIES = 0.001  # to take a lock, which is hardly ever held
 
 Saver = Callable[[int, Any], Awaitable[None]]
 """Takes bytes from an offset on; an answer waits for it, so that what is saved can be slower than what comes."""
 
 
 class Answer:
-    """What a request will bring. For the core's threads, see csrc/bindings/remote_source.h."""
+    """What a request will bring. For the core's threads, see csrc/bindings/remote_source.h.
 
-    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
-        self._future = future
+    No lock is held while Python code runs: a signal's handler may come in between and wait for an answer of its own,
+    which the loop, if it wanted that lock, would never bring. So it is not a ``concurrent.futures.Future``.
+
+    Args:
+        loop: makes the request; None where none is made any more.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None, request: Coroutine[Any, Any, Any]) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[Any] | None = None
+        self._is_unwanted = self._has_come = False
+        self._came = threading.Lock()  # free once it has
+        self._came.acquire()
+        self._result: Any = None
+        self.failure: BaseException | None = None
+        if loop is not None:
+            loop.call_soon_threadsafe(self._begin, request)
+        else:
+            request.close()
+            self._end(None, asyncio.CancelledError())
 
     def wait(self, seconds: float) -> bool:
         """Whether it has come, or failed."""
-        if not self._future.done():
-            try:
-                self._future.exception(seconds)
-            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError) as not_yet:
-                pass_on(not_yet)
-        return self._future.done()
+        if not self._has_come and self._came.acquire(timeout=seconds):
+            self._came.release()
+        return self._has_come
+
+    @property
+    def was_broken_off(self) -> bool:
+        return isinstance(self.failure, asyncio.CancelledError)
 
     def bytes(self) -> Any:
-        try:
-            return self._future.result()
-        except concurrent.futures.CancelledError as cancelled:
-            pass_on(cancelled)
-            raise ReadError("the request was broken off") from None
+        """What it has brought, once it has come. Raises what the request has raised."""
+        if self.was_broken_off:
+            raise ReadError("the request was broken off")
+        if self.failure is not None:
+            try:
+                raise self.failure
+            finally:
+                del self  # the exception's traceback has this frame in it
+        return self._result
 
     def cancel(self) -> None:
-        self._future.cancel()
+        self._is_unwanted = True
+        if self._loop is not None:
+            with forgiven(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._break_off)
+
+    # On the loop.
+
+    def _begin(self, request: Coroutine[Any, Any, Any]) -> None:
+        if self._is_unwanted:
+            request.close()
+            self._end(None, asyncio.CancelledError())
+            return
+        assert self._loop is not None
+        self._task = self._loop.create_task(request)
+        self._task.add_done_callback(self._take)
+
+    def _break_off(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _take(self, task: asyncio.Task[Any]) -> None:
+        self._task = None
+        if task.cancelled():
+            self._end(None, asyncio.CancelledError())
+        else:
+            failure = task.exception()
+            self._end(None if failure is not None else task.result(), failure)
+
+    def _end(self, result: Any, failure: BaseException | None) -> None:
+        self._result, self.failure = result, failure
+        self._has_come = True
+        self._came.release()
 
 
 class InHand:
@@ -94,11 +159,24 @@ async def tried_again(attempt: Callable[[], Awaitable[Any]]) -> Any:
     return await attempt()
 
 
+async def without_waiting(lock: Lock) -> None:
+    """Take a lock on the loop, which goes on meanwhile.
+
+    The thread that holds it may be in a signal's handler, and that wait for what the loop brings.
+    """
+    while not lock.acquire(blocking=False):
+        await asyncio.sleep(SECONDS_BETWEEN_TRIES)
+
+
 async def told(request: Callable[[], Awaitable[Any]], begin: int, tap: Tap | None) -> Any:
     """What a request brings, which the tap is told of before anyone has it."""
     data = await request()
     if tap is not None:
-        tap(begin, data)
+        await without_waiting(tap.lock)
+        try:
+            tap.give(begin, data)
+        finally:
+            tap.lock.release()
     return data
 
 

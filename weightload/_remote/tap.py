@@ -13,25 +13,28 @@ DIFFERENT = "the server has given two different answers for the same bytes"
 
 
 class Budget:
-    """Bytes that the taps of a load may hold together."""
+    """Bytes that the taps of a load may hold together.
+
+    Attributes:
+        lock: of all that they keep; is told when more has come.
+    """
 
     MOST = 512 << 20
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Condition()
         self._held = 0
 
     def take(self, count: int) -> bool:
-        """Whether there is room for so many more."""
-        with self._lock:
-            if self._held + count > self.MOST:
-                return False
-            self._held += count
-            return True
+        """Whether there is room for so many more. With the lock held."""
+        if self._held + count > self.MOST:
+            return False
+        self._held += count
+        return True
 
     def give_back(self, count: int) -> None:
-        with self._lock:
-            self._held -= count
+        """With the lock held."""
+        self._held -= count
 
 
 class Reading:
@@ -40,18 +43,19 @@ class Reading:
     Of what there is no room for the digest is kept: it is asked for again in the end, and must be the same.
     """
 
-    def __init__(self, start: memoryview, budget: Budget, arrived: threading.Condition) -> None:
-        self._budget, self._arrived = budget, arrived  # which guards all below
+    def __init__(self, start: memoryview, budget: Budget) -> None:
+        self._budget, self._arrived = budget, budget.lock  # which guards all below
         self._begins: list[int] = []
         self._ends: dict[int, int] = {}
         self._held: dict[int, memoryview] = {}
         self._dropped: dict[int, bytes] = {}
         self._passing: int | None = None  # the one that was taken from last
         if len(start):
-            self.put(0, start)
+            with self._arrived:
+                self.put(0, start)
 
     def put(self, begin: int, data: memoryview) -> bool:
-        """Whether it belongs here: it does not where a byte of it has been given before. With the condition held."""
+        """Whether it belongs here: it does not where a byte of it has been given before. With the lock held."""
         at = bisect.bisect_right(self._begins, begin)
         end = begin + len(data)
         if at and self._ends[self._begins[at - 1]] > begin:
@@ -93,7 +97,7 @@ class Reading:
             return at, min([end, *self._begins[later : later + 1]]), None
 
     def close(self) -> None:
-        """Nothing is to be kept any more. With the condition held."""
+        """Nothing is to be kept any more. With the lock held."""
         for begin in list(self._held):
             self._let_go(begin)
 
@@ -118,16 +122,17 @@ class Tap:
 
     Attributes:
         used: whether it was given anything but the header.
+        lock: of all that the taps of a load keep.
     """
 
     def __init__(self, source: Any, header_bytes: int, budget: Budget) -> None:
         self._source, self._budget, self._header_bytes = source, budget, header_bytes
+        self.lock = budget.lock
         self._start = memoryview(source.start)
-        self._arrived = threading.Condition()
         self._open = True
         self.used = False
-        self.readings = [Reading(self._start, budget, self._arrived)]
-        source.tap = self.give
+        self.readings = [Reading(self._start, budget)]
+        source.tap = self
 
     def give(self, begin: int, data: Any) -> None:
         """For who has the answers.
@@ -135,7 +140,7 @@ class Tap:
         Raises:
             ReadError: it is not what the object begins with.
         """
-        with self._arrived:
+        with self.lock:
             if not self._open or not len(data):
                 return
             data = memoryview(data)
@@ -147,13 +152,13 @@ class Tap:
             if not len(data):
                 return
             if not any(reading.put(begin, data) for reading in self.readings):
-                self.readings.append(Reading(self._start, self._budget, self._arrived))
+                self.readings.append(Reading(self._start, self._budget))
                 self.readings[-1].put(begin, data)
-            self._arrived.notify_all()
+            self.lock.notify_all()
 
     def close(self) -> None:
         """Nothing is to be kept any more."""
-        with self._arrived:
+        with self.lock:
             self._open = False
             self._source.tap = None
             for reading in self.readings:

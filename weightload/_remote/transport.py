@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -37,15 +36,10 @@ class Transport:
             self._loop.close()
             raise
 
-    def submit(self, request: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
-        """What it will bring; cancelled where the interpreter is exiting."""
+    def submit(self, request: Coroutine[Any, Any, Any]) -> Answer:
+        """What it will bring; broken off where the interpreter is exiting."""
         with self._lock:
-            if not self._closed:
-                return asyncio.run_coroutine_threadsafe(request, self._loop)
-        request.close()
-        refused: concurrent.futures.Future[_Result] = concurrent.futures.Future()
-        refused.cancel()
-        return refused
+            return Answer(None if self._closed else self._loop, request)
 
     def close(self) -> None:
         """Break off what is under way, and wait for the thread; the library's are done with Python after it.
@@ -100,18 +94,18 @@ def finish(request: Coroutine[Any, Any, _Result]) -> _Result:
     except BaseException:
         request.close()
         raise
-    asked = here.submit(request)
-    answer = Answer(asked)
+    answer = here.submit(request)
     try:
         while not answer.wait(SECONDS_BETWEEN_LOOKS):
             pass
-        failed = WeightLoadError(AT_EXIT) if asked.cancelled() else asked.exception()
+        failed = WeightLoadError(AT_EXIT) if answer.was_broken_off else answer.failure
     except BaseException:
         answer.cancel()
         raise
     if failed is not None:
         raise bare(failed)
-    return asked.result()
+    result: _Result = answer.bytes()
+    return result
 
 
 def asked(
@@ -121,9 +115,9 @@ def asked(
     if offset + count <= len(start):
         data = start[offset : offset + count]
         if tap is not None:
-            tap(offset, data)
+            tap.give(offset, data)
         return InHand(data)
-    return Answer(transport().submit(told(lambda: fetch(offset, offset + count), offset, tap)))
+    return transport().submit(told(lambda: fetch(offset, offset + count), offset, tap))
 
 
 def bare(error: BaseException) -> BaseException:
