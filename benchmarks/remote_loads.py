@@ -11,8 +11,9 @@ signature, so that clients of S3 take it for a bucket. Networks: as it is; with 
 waits, no packet does); with a bandwidth of 1 Gbit/s (a token bucket). Each load is a process of its own, which has
 imported everything before the clock starts, in shuffled turns; it is timed until every tensor is held in CPU memory and
 every page of it was touched. A sum over all bytes must be the same for all. "raw ranged reads" are 16 threads with a
-connection each that read ranges of 8 MiB into memory that was touched before: the limit. On two CPUs the server takes a
-part of them, and so it does from everybody.
+connection each that read ranges of 8 MiB into memory that was touched before: the limit. "into new memory" is the same
+into memory that is touched first by the reads, as tensors are. On two CPUs the server takes a part of them, and so it
+does from everybody: so the processor's time of each load is told, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
+import mmap
 import os
 import random
 import statistics
@@ -125,31 +128,39 @@ WAYS: dict[str, Any] = {
     "download, safetensors": download,
 }
 LIMIT = "raw ranged reads"
+NEW_MEMORY = "the same, into new memory"
 
 
 def one(way: str, network: str, sizes: dict[str, int]) -> dict[str, Any]:
     """In a process of its own."""
-    if way == LIMIT:
-        return {"seconds": raw_reads(network, sizes)}
+    if way in (LIMIT, NEW_MEMORY):
+        before = time.process_time()
+        seconds = raw_reads(network, sizes, is_new=way == NEW_MEMORY)
+        return {"seconds": seconds, "cpu_seconds": time.process_time() - before}
     import torch
 
     load = WAYS[way]()
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), time.process_time()
     held = []
     for _, tensor in load(network, list(sizes)):
         tensor.flatten().view(torch.uint8)[::4096].sum()
         held.append(tensor)
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - before
     digest = sum(int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64)) for tensor in held)
-    return {"seconds": seconds, "digest": digest, "bytes": sum(tensor.nbytes for tensor in held)}
+    total = sum(tensor.nbytes for tensor in held)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "digest": digest, "bytes": total}
 
 
-def raw_reads(network: str, sizes: dict[str, int]) -> float:
+def raw_reads(network: str, sizes: dict[str, int], is_new: bool) -> float:
     ranges = iter([
         (name, begin, min(begin + RANGE, size)) for name, size in sizes.items() for begin in range(0, size, RANGE)
     ])  # fmt: skip
     lock = threading.Lock()
-    memory = [memoryview(bytearray(os.urandom(4096) * (RANGE // 4096))) for _ in range(THREADS)]
+    places = 1 + sum(sizes.values()) // RANGE + len(sizes) if is_new else THREADS
+    memory = mmap.mmap(-1, places * RANGE)
+    if not is_new:
+        memory.write(os.urandom(4096) * (len(memory) // 4096))
+    into = itertools.count()
 
     def read(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", PORTS[network])
@@ -161,9 +172,10 @@ def raw_reads(network: str, sizes: dict[str, int]) -> float:
             connection.request("GET", f"/{BUCKET}/{name}", headers={"Range": f"bytes={begin}-{end - 1}"})
             answer = connection.getresponse()
             assert answer.status == 206, answer.status
-            at = 0
+            place = (next(into) if is_new else number) * RANGE
+            view, at = memoryview(memory)[place : place + end - begin], 0
             while at < end - begin:
-                at += answer.readinto(memory[number][at : end - begin])
+                at += answer.readinto(view[at:])
             answer.read()
 
     begun = time.perf_counter()
@@ -224,7 +236,7 @@ def measure(network: str, ways: list[str], sizes: dict[str, int], rounds: int) -
     if limited:
         rule = ("tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", RATE, "burst", "1mb", "latency", "50ms")
         subprocess.run(inside(*rule), check=True)
-    loads: dict[str, list[dict[str, Any]]] = {way: [] for way in [LIMIT, *ways]}
+    loads: dict[str, list[dict[str, Any]]] = {way: [] for way in [LIMIT, NEW_MEMORY, *ways]}
     reasons: dict[str, str] = {}
     for number in range(-1, rounds):  # the first is not counted
         for way in random.sample(list(loads), len(loads)):
@@ -260,8 +272,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"{row['network']:10} {way:24} not measured: {row.get('reason', '')[:90]}", flush=True)
             continue
         line = f"{row['network']:10} {way:24} {statistics.median(seconds[way]):7.3f} s"
+        line += f"   {statistics.median(load['cpu_seconds'] for load in row['loads']):6.2f} s of the CPUs"
         line += f"   of the limit {limit / statistics.median(seconds[way]):.2f}"
-        if ours and way not in ("weightload s3", LIMIT):
+        if ours and way not in ("weightload s3", LIMIT, NEW_MEMORY):
             line += f"   weightload s3 is {against(seconds[way], ours)} times as fast"
         print(line, flush=True)
 
@@ -273,7 +286,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=[*WAYS, LIMIT], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*WAYS, LIMIT, NEW_MEMORY], help=argparse.SUPPRESS)
     parser.add_argument("--sizes", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

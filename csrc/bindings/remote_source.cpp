@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "bindings/gil.h"
 #include "bindings/signals.h"
+#include "file/socket_bytes.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,32 @@ class Answer {
 
  private:
   py::object answer_;
+};
+
+// A request whose body is taken from its connection. One that is not done is dropped, and its connection with it.
+class DirectRequest {
+ public:
+  explicit DirectRequest(py::object request) : request_(std::move(request)) {}
+  ~DirectRequest() {
+    if (!request_) return;
+    try {
+      request_.attr("drop")();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("dropping a connection");
+    }
+  }
+  DirectRequest(const DirectRequest&) = delete;
+  DirectRequest& operator=(const DirectRequest&) = delete;
+
+  int socket() const { return request_.attr("fileno")().cast<int>(); }
+  std::chrono::milliseconds patience() const {
+    return std::chrono::milliseconds(static_cast<int64_t>(1000 * request_.attr("patience").cast<double>()));
+  }
+  py::object head() const { return request_.attr("head")(); }
+  void done() { std::exchange(request_, py::object()).attr("done")(); }
+
+ private:
+  py::object request_;
 };
 
 class Buffer {
@@ -86,6 +113,30 @@ void RemoteSource::fail(py::error_already_set& error, uint64_t offset) const {
   throw Error(ErrorKind::read, py::str(exception), {path_, {}, offset, errno_of(exception)});
 }
 
+bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const {
+  py::object begun = object_.attr("begin_direct")(offset, count);
+  if (begun.is_none()) return false;
+  DirectRequest request(std::move(begun));
+  const int socket = request.socket();
+  const Patience patience{request.patience(), kSignalInterval};
+  {
+    const py::gil_scoped_release release;
+    if (!wait_for_bytes(socket, patience, look)) return false;
+  }
+  const py::object head = request.head();
+  if (head.is_none()) return false;
+  const Buffer first(head);
+  if (first.size() > count) return false;
+  {
+    const py::gil_scoped_release release;
+    std::memcpy(destination, first.data(), first.size());
+    if (!receive(socket, static_cast<char*>(destination) + first.size(), count - first.size(), patience, look))
+      return false;
+  }
+  request.done();
+  return true;
+}
+
 void RemoteSource::read(uint64_t offset, void* destination, size_t count) const {
   read_looking(offset, destination, count, no_look);
 }
@@ -94,6 +145,7 @@ void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count
   if (count == 0) return;
   const py::gil_scoped_acquire acquire;
   try {
+    if (read_directly(offset, destination, count, look)) return;
     Answer answer(object_.attr("ask")(offset, count));
     while (!answer.wait()) {
       const py::gil_scoped_release release;

@@ -9,11 +9,19 @@ namespace weightload {
 
 // What a server has, by way of an object of Python's (weightload/_remote/source.py), which has
 //   ask(offset, count) -> answer    begins a request, and returns at once
+//   begin_direct(offset, count)     makes one, too, or none (None): see weightload/_remote/direct.py
 // and its answer, of which each may be called by any thread,
 //   wait(seconds) -> bool           whether it has come
 //   bytes() -> a buffer             of exactly so many bytes, of the object as it was when it was opened; or raises
 //   cancel()                        nobody wants it any more
-// Threads of the core take the GIL to ask and to wait, which lets go of it; bytes are copied without it.
+// Threads of the core take the GIL to ask and to wait, which lets go of it; bytes are copied without it. A direct
+// request has
+//   fileno() -> int                 its connected socket
+//   patience -> float               seconds in which something must come
+//   head() -> a buffer, or None     once something has come: what came of the body behind the head; None if the answer
+//                                   is not exactly the one that was wanted
+//   done(), drop()                  the body has been taken to its end, or not
+// and where it fails in any way, the range is asked for: no error is told by it.
 class RemoteSource final : public ByteSource {
  public:
   RemoteSource(pybind11::object object, std::string path, uint64_t size);
@@ -31,6 +39,8 @@ class RemoteSource final : public ByteSource {
   pybind11::object object() const { return object_; }
 
  private:
+  // Whether it has been read so; whatever is in the memory if not. With the GIL held.
+  bool read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const;
   [[noreturn]] void fail(pybind11::error_already_set& error, uint64_t offset) const;
 
   pybind11::object object_;

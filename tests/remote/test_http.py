@@ -182,13 +182,13 @@ def test_other_credentials_are_wanted(web: Web, folder: Path, status: int) -> No
         weightload.load_file(web.address(files_of(folder)[0].name))
 
 
-def once(fault: str) -> object:
-    """A fault of the first answer that has tensors' bytes, or of every one."""
+def strikes(fault: str, times: int) -> object:
+    """A fault of so many of the first answers that have tensors' bytes."""
     struck: list[str] = []
 
     def before(handler: Handler) -> bool:
         asked = handler.headers.get("Range", "")
-        if asked.startswith("bytes=0-") or struck:
+        if asked.startswith("bytes=0-") or len(struck) == times:
             return False
         struck.append(asked)
         begin, end = map(int, asked.removeprefix("bytes=").split("-"))
@@ -213,10 +213,11 @@ def once(fault: str) -> object:
 
 
 @pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("fault", ["500", "503", "cut off, but right"])
-def test_what_may_be_tried_again_is(web: Web, folder: Path, fault: str, tags: bool) -> None:
+def test_what_may_be_tried_again_is(web: Web, folder: Path, fault: str, times: int, tags: bool) -> None:
     web.tags = tags
-    web.before = once(fault)  # type: ignore[assignment]
+    web.before = strikes(fault, times)  # type: ignore[assignment]
     path = files_of(folder)[1]
     require_same(weightload.load_file(web.address(path.name)), load_file(path))
 
@@ -261,7 +262,7 @@ def test_a_server_that_is_away_for_a_while(web: Web, folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["cut off", "another range", "416"])
 def test_wrong_answers_are_errors(web: Web, folder: Path, fault: str) -> None:
-    web.before = once(fault)  # type: ignore[assignment]
+    web.before = strikes(fault, 100)  # type: ignore[assignment]
     path = files_of(folder)[1]
     with pytest.raises(ReadError) as raised:
         weightload.load_file(web.address(path.name))

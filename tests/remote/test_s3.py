@@ -20,6 +20,7 @@ from servers import environment
 
 import weightload
 import weightload.errors
+from weightload._remote.source import open_addresses
 
 BUCKET = "weights"
 
@@ -171,3 +172,28 @@ def test_ranks_ask_for_each_byte_once(endpoint: str, folder: Path, tmp_path: Pat
 def test_no_thread_is_left_behind(endpoint: str) -> None:
     weightload.load_file(f"{ADDRESS}/model-00001-of-00002.safetensors")
     assert [thread.name for thread in threading.enumerate()].count("weightload-remote") == 1
+
+
+def test_signed_requests_need_no_library(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By HTTP without TLS the core takes bytes from its own connections, once the object is open."""
+    name = sorted(folder.glob("model-*.safetensors"))[-1].name
+    (file,) = open_addresses([f"{ADDRESS}/{name}"])
+
+    def ask(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(file.remote, "ask", ask)
+    memory = bytearray(file.size - (256 << 10))
+    file.read_into(256 << 10, memory)
+    assert memory == (folder / name).read_bytes()[256 << 10 :]
+
+
+def test_a_bucket_for_which_nobody_signs(endpoint: str, folder: Path) -> None:
+    """The library does without."""
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="public", ACL="public-read")
+    for path in folder.iterdir():
+        client.upload_file(str(path), "public", path.name, ExtraArgs={"ACL": "public-read"})
+    with environment(AWS_SKIP_SIGNATURE="true", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY=""):
+        files = weightload.resolve_safetensors_files("s3://public")
+        require_same(dict(weightload.safetensors_weights_iterator(files, to_cpu=True)), expected(folder))

@@ -85,6 +85,9 @@ class InOrder:
     def ask(self, offset: int, count: int, tapped: bool = True) -> Answer | InHand:
         return asked(self._fetch, self.start, offset, count, self.tap if tapped else None)
 
+    def begin_direct(self, offset: int, count: int) -> None:
+        """It has no ranges."""
+
     async def _fetch(self, begin: int, end: int) -> bytearray:
         """A range; a stream that breaks off is begun again, a few times."""
         async with self._turn:

@@ -22,9 +22,10 @@ from weightload._remote.answers import (
     require_same,
     tried_again,
 )
+from weightload._remote.direct import Direct, Request
 from weightload._remote.failures import ANOTHER_RANGE, CUT_OFF, may_pass, read_error, reason_of, status_of, translated
 from weightload._remote.in_order import InOrder
-from weightload._remote.stores import Place, library, place_of
+from weightload._remote.stores import Place, library, open_address, patience, place_of
 from weightload._remote.transport import asked, bare, finish
 
 OPENED_AT_ONCE = 32
@@ -38,11 +39,26 @@ class RemoteObject:
         self.size: int = meta["size"]
         self._tag, self.same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
+        self._meta = meta
+        self._direct: Direct | None = None
         self.tap: Tap | None = None  # told of all that a load is given
         self.saver: Saver | None = None  # told of all that comes
 
     def ask(self, offset: int, count: int, tapped: bool = True) -> Answer | InHand:
         return asked(self.fetch, self.start, offset, count, self.tap if tapped else None)
+
+    def begin_direct(self, offset: int, count: int) -> Request | None:
+        """A request whose body the core's threads take from its connection; None where they have to ask."""
+        others = self.tap is not None or self.saver is not None
+        if self._direct is None or others or offset + count <= len(self.start):
+            return None
+        return self._direct.begin(offset, offset + count)
+
+    async def prepare(self) -> None:
+        """Find out whether there can be direct requests."""
+        address = await open_address(self.place)
+        if address and Direct.serves(address):
+            self._direct = Direct(address, self.place.headers, self._meta, patience())
 
     async def fetch(self, begin: int, end: int) -> Any:
         """The bytes of a range, as a buffer.
@@ -109,6 +125,7 @@ async def _open(address: str) -> RemoteObject | InOrder:
     if len(data) < length:
         rest = await opened.fetch(len(data), length)
         opened.start = memoryview(b"".join((opened.start, memoryview(rest))))
+    await opened.prepare()
     return opened
 
 

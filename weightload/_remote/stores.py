@@ -6,6 +6,7 @@ import base64
 import datetime
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlunsplit
 
@@ -22,6 +23,7 @@ ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_S
 
 # The whole of a request may take long, as its bytes do on slow networks; nothing of it may come for so long.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1day"}
+SIGNED_FOR = datetime.timedelta(hours=1)  # behind it the library signs each request
 RETRIES = {
     "max_retries": 6,
     "retry_timeout": datetime.timedelta(seconds=60),
@@ -30,10 +32,19 @@ RETRIES = {
 
 
 class Place(NamedTuple):
-    """Where something is: a store of the library's, and a path in it."""
+    """Where something is: a store of the library's, and a path in it.
+
+    Attributes:
+        address: of a request that another client may make for it; empty where it has to be signed for that.
+        headers: that go along then.
+        is_plain: whether a bucket's server is spoken to without TLS.
+    """
 
     store: Any
     path: str
+    address: str = ""
+    headers: Mapping[str, str] = MappingProxyType({})
+    is_plain: bool = False
 
 
 _stores: dict[object, Any] = {}
@@ -60,19 +71,19 @@ def place_of(address: str) -> Place:
     scheme = scheme_of(address)
     try:
         if scheme in WEB:
-            return Place(_web_store(stores, address), "")
+            return _web_place(stores, address)
         if scheme == HUB:
-            return Place(_web_store(stores, *url_of(address)), "")
+            return _web_place(stores, *url_of(address))
         bucket, _, path = address.partition("://")[2].partition("/")
         environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(PREFIXES)))
+        plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
         key = scheme, bucket, environment
         if key not in _stores:
             if scheme in AZURE and os.environ.get(ACCOUNTS[0]) == "":
                 raise ValueError("no account")  # the library would ask for one of no name
-            plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
             options = {**CLIENT, "allow_http": True} if plain else CLIENT
             _stores[key] = stores.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=RETRIES)
-        return Place(_stores[key], path)
+        return Place(_stores[key], path, is_plain=plain)
     except (ModuleNotFoundError, AddressError):
         raise
     except Exception as error:
@@ -91,7 +102,7 @@ def _what_is_missing(address: str) -> str:
     return "the library does not take it, or what the environment says of it"
 
 
-def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Any:
+def _web_place(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Place:
     """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
     parts = split(address)
     if not parts.hostname:
@@ -103,4 +114,22 @@ def _web_store(stores: Any, address: str, headers: Mapping[str, bytes] | None = 
     if headers:
         options["default_headers"] = headers
     plain = urlunsplit((parts.scheme.lower(), host, parts.path, parts.query, ""))
-    return stores.HTTPStore.from_url(plain, client_options=options, retry_config=RETRIES)
+    store = stores.HTTPStore.from_url(plain, client_options=options, retry_config=RETRIES)
+    return Place(store, "", plain, {name: value.decode() for name, value in (headers or {}).items()})
+
+
+async def open_address(place: Place) -> str:
+    """Of a request that another client may make: signed, where the store wants that. Empty if there is none."""
+    if not place.is_plain or not isinstance(place.store, library().store.S3Store) or os.environ.get("AWS_PROXY_URL"):
+        return place.address
+    try:
+        signed: str = await library().sign_async(place.store, "GET", place.path, SIGNED_FOR)
+    except Exception as error:
+        pass_on(error)  # a bucket for which nobody signs, say
+        return ""
+    return signed
+
+
+def patience() -> float:
+    """Seconds in which something of an answer must come."""
+    return float(CLIENT["read_timeout"].removesuffix("s"))
