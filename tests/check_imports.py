@@ -24,8 +24,8 @@ NEED_TORCH = ("device/accelerator.cpp", "device/plain_torch.cpp", "group/process
 
 # Of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import everything.
 PACKAGE_ROOMS = (
-    "_base", "", "_remote", "_cache", "_parts", "_checkpoint", "_group", "_load", "_into", "_api", "_install",
-    "integrations", "cli",
+    "_base", "", "_remote", "_cache", "_parts", "_checkpoint", "_group", "_verify", "_load", "_into", "_api",
+    "_install", "integrations", "cli",
 )  # fmt: skip
 MOST_MODULES = 12
 # Their folders may import one another as they like, but are no larger.

@@ -62,7 +62,10 @@ class DirectRequest {
     return std::chrono::milliseconds(static_cast<int64_t>(1000 * request_.attr("patience").cast<double>()));
   }
   py::object head() const { return request_.attr("head")(); }
-  void done() { std::exchange(request_, py::object()).attr("done")(); }
+  void done(const void* body, size_t count) {
+    const py::object request = std::exchange(request_, py::object());
+    request.attr("done")(py::memoryview::from_memory(body, static_cast<py::ssize_t>(count)));
+  }
 
  private:
   py::object request_;
@@ -133,7 +136,7 @@ bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t coun
     if (!receive(socket, static_cast<char*>(destination) + first.size(), count - first.size(), patience, look))
       return false;
   }
-  request.done();
+  request.done(destination, count);
   return true;
 }
 

@@ -20,8 +20,8 @@ namespace weightload {
 //   patience -> float               seconds in which something must come
 //   head() -> a buffer, or None     once something has come: what came of the body behind the head; None if the answer
 //                                   is not exactly the one that was wanted
-//   done(), drop()                  the body has been taken to its end, or not
-// and where it fails in any way, the range is asked for: no error is told by it.
+//   done(body), drop()              it has been taken to its end, or not
+// and where it fails, the range is asked for. Only what done() raises is an error.
 class RemoteSource final : public ByteSource {
  public:
   RemoteSource(pybind11::object object, std::string path, uint64_t size);

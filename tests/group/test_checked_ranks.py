@@ -268,15 +268,15 @@ def test_shards(checkpoint: list[Path], tmp_path: Path, on_one_node: bool) -> No
 NODES = """
 import hashlib
 from weightload import errors
-from weightload._load import checking
+from weightload._verify import checker
 
 os.environ["GROUP_RANK"] = str(rank // 2)
 os.environ.pop("LOCAL_WORLD_SIZE", None)
 paths = sys.argv[4:]
 digests = {os.path.basename(path): hashlib.sha256(open(path, "rb").read()).hexdigest() for path in paths}
 hashed = []
-real = checking.check
-checking.check = lambda file, *rest: (hashed.append(file.path), real(file, *rest))
+real = checker.check
+checker.check = lambda file, *rest: (hashed.append(file.path), real(file, *rest))
 for strategy in ("striped", "broadcast"):
     for verify in (digests, digests | {os.path.basename(paths[1]): "0" * 64}):
         hashed.clear()

@@ -14,7 +14,7 @@ from servers import Handler, Web, damage_once, serving
 from support.ranks.groups import assert_done, run_ranks
 
 import weightload
-from weightload._remote import tap
+from weightload._verify import tap
 from weightload.errors import ChecksumError, ReadError
 
 MIB = 1 << 20

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from servers import Handler, all_told, damage_once, serving
 
 import weightload
-from weightload._remote import in_order, tap
+from weightload._remote import in_order
 from weightload._remote.source import open_addresses
+from weightload._verify import tap
 from weightload.errors import (
     CheckpointError,
     ChecksumError,

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.ranks.groups import assert_done, run_ranks
 
 import weightload
-from weightload._checkpoint import hashes
-from weightload._load import checking
+from weightload._verify import checker, hashes
 from weightload.errors import CheckpointError, ChecksumError, ReadError
 
 POLYNOMIALS = {"crc32c": (32, 0x82F63B78), "crc64nvme": (64, 0x9A6C9329AC4BC9B5)}  # reflected
@@ -56,8 +55,8 @@ def files(tmp_path: Path) -> list[Path]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files have many, of odd numbers of bytes."""
     pytest.importorskip("awscrt.checksums")
-    monkeypatch.setattr(checking, "PART", 40_001)
-    monkeypatch.setattr(checking, "PIECE", 9_999)
+    monkeypatch.setattr(checker, "PART", 40_001)
+    monkeypatch.setattr(checker, "PIECE", 9_999)
 
 
 def test_the_definition() -> None:

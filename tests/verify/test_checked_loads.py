@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import weightload
 from weightload import _C, errors
 from weightload._checkpoint.selection import open_files
-from weightload._load import checking
+from weightload._verify import checker, checking
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_forked_child_waits_for_no_hashing(files: list[Path], monkeypatch: pyt
         while True:
             arrived(0)
 
-    monkeypatch.setattr(checking, "check", hashing_for_ever)
+    monkeypatch.setattr(checker, "check", hashing_for_ever)
     write_sums(files)
     for taken in (1, None):
         with weightload.safetensors_weights_iterator(files, to_cpu=True, verify="sha256") as weights:

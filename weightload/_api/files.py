@@ -8,14 +8,14 @@ import torch
 
 from weightload import _C
 from weightload._base.paths import Path, as_text
-from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.selection import Opening, open_files
 from weightload._group.cached import cache_of, require_cache, using
 from weightload._load import devices
-from weightload._load.checking import checked
 from weightload._load.fetch import load_all
 from weightload._load.options import Backend, device_of
 from weightload._load.start import Source, start
+from weightload._verify.checking import checked
+from weightload._verify.digests import Verify, require_verify
 
 
 def load_file(

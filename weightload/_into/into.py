@@ -14,7 +14,6 @@ from weightload import _C
 from weightload._base.addresses import is_address
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
-from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, one_of_each, require_duplicates
 from weightload._checkpoint.selection import Opening, open_files
 from weightload._group.agreement import NOT_CHECKED, of_files
@@ -26,10 +25,11 @@ from weightload._into.replicas import find_replicas
 from weightload._into.state_dict import Target, differing_names, match, refusal, wanted_names, wanted_of
 from weightload._into.together import of_dtensors, of_group, of_meshes
 from weightload._load import devices
-from weightload._load.checking import Checking
 from weightload._load.renaming import Rename, Renamed, rename_opened, require_rename
 from weightload._load.start import Source, fail_arguments_together, fail_together
 from weightload._parts.shards import go_back_to_shards, is_dtensor
+from weightload._verify.checking import Checking
+from weightload._verify.digests import Verify, require_verify
 
 
 def load_into(

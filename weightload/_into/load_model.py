@@ -13,18 +13,18 @@ from weightload._base.handlers import pass_on
 from weightload._base.paths import Path, as_text
 from weightload._base.plain_torch import plainly
 from weightload._base.printable import printable
-from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.selection import Opening, open_files
 from weightload._into.filling import Filling
 from weightload._into.own_loading import SAVING, is_overridden
 from weightload._into.places import PLAIN
 from weightload._into.state_dict import match
 from weightload._load import devices
-from weightload._load.checking import checked
 from weightload._load.fetch import load_all
 from weightload._load.options import Backend, device_of
 from weightload._load.start import Source
 from weightload._parts.shards import is_dtensor
+from weightload._verify.checking import checked
+from weightload._verify.digests import Verify, require_verify
 from weightload.errors import StateDictError, located
 
 

@@ -18,9 +18,9 @@ from weightload._group.agreement import FAILED, agreed_record, check, digest, fa
 from weightload._group.ranks import group_of_dimension, has_cpu_backend, is_one_node, world_is_one_node
 from weightload._into.places import PLAIN
 from weightload._load import devices
-from weightload._load.checking import Ranks
 from weightload._load.ring import make_target
 from weightload._parts.shards import Dealt, is_dtensor
+from weightload._verify.checking import Ranks
 from weightload.errors import GroupError, WeightLoadError
 
 if TYPE_CHECKING:

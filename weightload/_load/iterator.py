@@ -10,18 +10,18 @@ import torch
 from weightload._base.addresses import is_address
 from weightload._base.paths import Path, Paths, path_list
 from weightload._base.plain_torch import plainly
-from weightload._checkpoint.digests import Verify, require_verify
 from weightload._checkpoint.duplicates import Duplicates, require_duplicates
 from weightload._checkpoint.selection import Names, Opening, open_files
 from weightload._group.cached import CachedWeights, cache_of, require_cache
 from weightload._group.ranks import load_name, require_strategy, resolve_group
 from weightload._load import devices, progress
-from weightload._load.checking import CheckedWeights, Checking, Ranks
 from weightload._load.fused_weights import FusedWeights, RenamedLoad
 from weightload._load.options import Backend, require_backend
 from weightload._load.renaming import Rename, require_rename
 from weightload._load.start import Source, Started, fail_arguments_together, start
 from weightload._parts.chosen_parts import Shard
+from weightload._verify.checking import CheckedWeights, Checking, Ranks
+from weightload._verify.digests import Verify, require_verify
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

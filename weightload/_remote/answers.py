@@ -22,6 +22,8 @@ class Tap(Protocol):
 
     lock: Lock
     """Which ``give`` takes."""
+    keeps: bool
+    """Whether it keeps what it is given, so that nobody may write there any more."""
 
     def give(self, begin: int, data: Any) -> None:
         """Where bytes begin, and what they are."""

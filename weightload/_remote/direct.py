@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.uncopied import Process
+from weightload._remote.answers import Tap
 from weightload._version import __version__
 
 SECONDS_TO_CONNECT = 1.0
@@ -103,6 +104,7 @@ class Request:
     def __init__(self, direct: Direct, connection: http.client.HTTPConnection, is_new: bool, begin: int, end: int):
         self._direct, self._connection, self._is_new = direct, connection, is_new
         self._begin, self._end = begin, end
+        self.tap: Tap | None = None
         self._socket = connection.sock  # which the connection forgets where the answer ends it
         self._response: http.client.HTTPResponse | None = None
         self.patience = direct.patience
@@ -123,8 +125,8 @@ class Request:
             pass_on(failed)
             return None
 
-    def done(self) -> None:
-        """The body was taken to its end."""
+    def done(self, body: memoryview) -> None:
+        """The body was taken to its end, and is there for as long as this runs. Raises what the tap raises."""
         response = self._response
         assert response is not None
         ends = response.will_close
@@ -134,6 +136,9 @@ class Request:
             self._connection.close()
         else:
             self._direct.connections.give_back(self._connection)
+        with body:
+            if self.tap is not None:
+                self.tap.give(self._begin, body)
 
     def drop(self) -> None:
         # A server may close a connection that has been idle at any moment.
@@ -178,8 +183,8 @@ class Direct:
             and not any(kind in urllib.request.getproxies() for kind in ("http", "all"))
         )
 
-    def begin(self, begin: int, end: int) -> Request | None:
-        """Ask for a range; None where the library should."""
+    def begin(self, begin: int, end: int, tap: Tap | None) -> Request | None:
+        """Ask for a range, which a tap is told of; None where the library should."""
         if self.failures >= MOST_FAILURES or not self.connections.is_usable():
             return None
         headers = {**self._headers, "Range": f"bytes={begin}-{end - 1}", "User-Agent": AGENT}
@@ -194,7 +199,9 @@ class Direct:
                 for name, value in headers.items():
                     connection.putheader(name, value)
                 connection.endheaders()
-                return Request(self, connection, is_new, begin, end)
+                request = Request(self, connection, is_new, begin, end)
+                request.tap = tap
+                return request
             except BaseException as failed:
                 if connection is not None:
                     connection.close()

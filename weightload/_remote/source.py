@@ -49,10 +49,10 @@ class RemoteObject:
 
     def begin_direct(self, offset: int, count: int) -> Request | None:
         """A request whose body the core's threads take from its connection; None where they have to ask."""
-        others = self.tap is not None or self.saver is not None
-        if self._direct is None or others or offset + count <= len(self.start):
+        is_kept = self.saver is not None or (self.tap is not None and self.tap.keeps)
+        if self._direct is None or is_kept or offset + count <= len(self.start):
             return None
-        return self._direct.begin(offset, offset + count)
+        return self._direct.begin(offset, offset + count, self.tap)
 
     async def prepare(self) -> None:
         """Find out whether there can be direct requests."""

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 
 from weightload._api.files import load_file
 from weightload._base.addresses import is_address, shown
-from weightload._checkpoint.digests import expected_digests
 from weightload._checkpoint.resolve import check_contents, find_files
 from weightload._checkpoint.selection import open_files
-from weightload._load.checking import check
+from weightload._verify.checker import check
+from weightload._verify.digests import expected_digests
 from weightload.cli.common import (
     BROKEN,
     OK,

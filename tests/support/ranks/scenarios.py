@@ -25,7 +25,7 @@ from conftest import open_checkpoints, running_threads, thread_count
 import weightload
 from support.zoo.models import ZOO
 from weightload import _C, errors, settings
-from weightload._load import checking
+from weightload._verify import checker
 
 STAND_BY = {"fault": "delay", "first": 1 << 60}  # counts reads, and does nothing to them
 
@@ -216,7 +216,7 @@ def checked(
     ``hold``: hashing never ends by itself. ``fail``: what it hashes cannot be read.
     """
     hashed: list[str] = []
-    check = checking.check
+    check = checker.check
 
     def seen(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any]) -> None:
         hashed.append(os.path.basename(file.path))
@@ -226,11 +226,11 @@ def checked(
             raise errors.located(errors.ReadError(f"{file.path}: {os.strerror(errno.EIO)}"), file.path)
         check(file, expected, arrived)
 
-    checking.check = seen
+    checker.check = seen
     try:
         drained = load(here, files, **options)
     finally:
-        checking.check = check
+        checker.check = check
     if drained is not None:
         drained.hashed = sorted(hashed)
     return drained

@@ -125,6 +125,8 @@ class Tap:
         lock: of all that the taps of a load keep.
     """
 
+    keeps = True
+
     def __init__(self, source: Any, header_bytes: int, budget: Budget) -> None:
         self._source, self._budget, self._header_bytes = source, budget, header_bytes
         self.lock = budget.lock
@@ -143,12 +145,8 @@ class Tap:
         with self.lock:
             if not self._open or not len(data):
                 return
-            data = memoryview(data)
             self.used = self.used or begin + len(data) > self._header_bytes
-            known = self._start[begin : begin + len(data)]
-            if bytes(known) != bytes(data[: len(known)]):
-                raise read_error(self._source.where, f"{DIFFERENT}, from {begin} on")
-            begin, data = begin + len(known), data[len(known) :]
+            begin, data = behind_start(self._source, self._start, begin, memoryview(data))
             if not len(data):
                 return
             if not any(reading.put(begin, data) for reading in self.readings):
@@ -165,4 +163,16 @@ class Tap:
                 reading.close()
 
 
-__all__ = ["DIFFERENT", "Budget", "Reading", "Tap"]
+def behind_start(source: Any, start: memoryview, begin: int, data: memoryview) -> tuple[int, memoryview]:
+    """What of an answer is behind the object's beginning, which was read when it was opened.
+
+    Raises:
+        ReadError: it is not what the object begins with.
+    """
+    known = start[begin : begin + len(data)]
+    if bytes(known) != bytes(data[: len(known)]):
+        raise read_error(source.where, f"{DIFFERENT}, from {begin} on")
+    return begin + len(known), data[len(known) :]
+
+
+__all__ = ["DIFFERENT", "Budget", "Reading", "Tap", "behind_start"]

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from weightload._checkpoint.digests import KINDS, SHA256
 from weightload._remote.optional import optional
+from weightload._verify.digests import KINDS, SHA256
 
 
 class Hash(Protocol):

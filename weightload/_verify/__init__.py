@@ -1,0 +1,1 @@
+"""``verify=``: digests of whole files, while they are loaded."""

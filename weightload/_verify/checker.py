@@ -1,0 +1,292 @@
+"""Threads that hash files, and what a load was given of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from weightload import _C
+from weightload._base.cpus import usable_cpus
+from weightload._base.handlers import pass_on
+from weightload._base.printable import printable
+from weightload._base.uncopied import Process
+from weightload._verify import hashes
+from weightload._verify.crc_tap import CrcReading, CrcTap
+from weightload._verify.digests import KINDS, SHA256
+from weightload._verify.tap import DIFFERENT, Budget, Reading, Tap
+from weightload.errors import ChecksumError, WeightLoadError, located
+
+PIECE = 8 << 20  # bytes that are read and hashed at a time
+PART = 64 << 20  # of a local file, which a thread hashes where the digest can be made of those of parts
+
+
+class Work(NamedTuple):
+    """A file that is to be checked."""
+
+    file: _C.CheckpointFile
+    expected: str
+    tap: Tap | CrcTap | None
+    mine: bool
+    """Whether this process checks it in any case. If not, another does; what a server has this one checks, too, if it
+    was given any of it: nobody else has these bytes."""
+
+
+class Parts:
+    """A local file whose CRC is made of its parts', which are hashed in any order."""
+
+    def __init__(self, file: _C.CheckpointFile, expected: str) -> None:
+        self.file, self._expected = file, expected
+        self._lock = threading.Lock()
+        self._left = list(range(0, max(file.size, 1), PART))
+        self._hashed: dict[int, hashes.Crc] = {}
+
+    @property
+    def begins(self) -> list[int]:
+        return list(self._left)
+
+    def hash(self, begin: int, require_wanted: Callable[[], None]) -> None:
+        """One of them. The last one has the verdict. Raises as ``check``, and what ``require_wanted`` does."""
+        crc = hashes.Crc(kind_of(self._expected))
+        end = min(begin + PART, self.file.size)
+        memory = bytearray(min(PIECE, max(end - begin, 1)))
+        for at in range(begin, end, PIECE):
+            require_wanted()
+            piece = memoryview(memory)[: min(PIECE, end - at)]
+            self.file.read_into(at, piece)
+            crc.update(piece)
+        with self._lock:
+            self._hashed[begin] = crc
+            self._left.remove(begin)
+            if self._left:
+                return
+        first, *others = (self._hashed[at] for at in sorted(self._hashed))
+        for later in others:
+            first.append(later)
+        _require_equal(self.file, first.hexdigest(), self._expected)
+
+
+class Checker:
+    """Threads that hash files, of which a load reads tensors at the same time: one a file, as many as there are CPUs.
+
+    Several a local file, where its digest can be made of those of parts.
+
+    They read by the descriptor that the load reads by, through the page cache. What a server has they take from what
+    the load asks for; the rest they ask for themselves, when the load is over.
+    """
+
+    def __init__(self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool]) -> None:
+        budget = Budget()
+        self._all: list[Work] = []
+        known: set[int] = set()
+        for file, right, whose in zip(files, expected, mine, strict=True):
+            if id(file) not in known:
+                known.add(id(file))
+                self._all.append(Work(file, right, _tap(file, right, budget), whose))
+        self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
+        self._work: list[Callable[[], None]] = []  # from the last on
+        self._running = 0
+        self._process = Process()
+        self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
+        self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._failure: BaseException | None = None
+        try:
+            self._start([job for work in self._all if work.mine for job in self._jobs(work)])
+        except BaseException:
+            self.close()
+            raise
+
+    def _jobs(self, work: Work) -> list[Callable[[], None]]:
+        """What is to be done of a file from the beginning on."""
+        if isinstance(work.tap, CrcTap):
+            return []  # when the load is over
+        if work.tap is not None:
+            return [functools.partial(self._check, work, work.tap.readings[0])]
+        if kind_of(work.expected) == SHA256:
+            return [functools.partial(self._check, work, None)]
+        parts = Parts(work.file, work.expected)
+        return [functools.partial(parts.hash, begin, self._require_wanted) for begin in parts.begins]
+
+    def _last_jobs(self, work: Work) -> list[Callable[[], None]]:
+        """What is to be done of it when the load is over."""
+        if isinstance(work.tap, CrcTap):
+            readings = work.tap.readings if work.mine or work.tap.used else []
+            return [functools.partial(self._combine, work, reading) for reading in readings]
+        if work.tap is None or not work.tap.used:
+            return []
+        return [functools.partial(self._check, work, reading) for reading in work.tap.readings[1 if work.mine else 0 :]]
+
+    def _start(self, work: list[Callable[[], None]]) -> None:
+        """Have this done; what was to be done is. Where no thread can be started, by who waits for it."""
+        count = min(len(work), usable_cpus())
+        self._work = work[::-1]
+        self._ended.clear()
+        if not work:
+            self._ended.set()
+        with self._lock:  # until all are there: none is the last before
+            for _ in range(count):
+                try:
+                    threading.Thread(target=self._run, name="weightload-verify", daemon=True).start()
+                except RuntimeError as none_left:
+                    pass_on(none_left)
+                    break
+                self._running += 1
+
+    def finish(self, look: Callable[[], None] = lambda: None) -> None:
+        """Wait until all is hashed; the load is over. ``look``: called now and then.
+
+        Raises:
+            ChecksumError: a file has another digest; ReadError: it cannot be read; whenever it is called.
+            WeightLoadError: it was closed before that was known, or this is a forked child.
+        """
+        if self._process.is_parent():
+            raise WeightLoadError("this load was begun before fork(): the threads that check it are the parent's")
+        self._over.set()
+        with self._turn:
+            self._wait(look)
+            rest = [] if self._stopped.is_set() else [job for work in self._all for job in self._last_jobs(work)]
+            if rest:
+                self._start(rest)
+                self._wait(look)
+            self._let_go()
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+        if self._stopped.is_set():
+            raise WeightLoadError("the load was left before its files were checked")
+
+    def close(self) -> None:
+        """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
+        if self._process.is_parent():
+            return
+        self._stopped.set()
+        self._wait()
+        self._let_go()
+
+    def _wait(self, look: Callable[[], None] = lambda: None) -> None:
+        # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
+        while self._running and not self._ended.wait(0.1):
+            look()
+        if self._work and not self._stopped.is_set():
+            with self._lock:
+                self._running += 1
+            self._run()
+
+    def _let_go(self) -> None:
+        for work in self._all:
+            if work.tap is not None:
+                work.tap.close()
+        self._all, self._work = [], []  # the files
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                with self._lock:
+                    if not self._work:
+                        return
+                    job = self._work.pop()
+                job()
+        except BaseException as error:  # for the consumer
+            with self._lock:
+                if not isinstance(error, _StoppedError):
+                    self._failure = self._failure or error.with_traceback(None)  # which has the file in it
+            self._stopped.set()
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._running == 0:
+                    self._ended.set()
+
+    def _require_wanted(self) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+
+    def _check(self, work: Work, reading: Reading | None) -> None:
+        def arrived(at: int) -> Any:
+            while not self._stopped.is_set():
+                over = self._over.is_set()  # before: what comes last may come between the two
+                piece = reading.take(at) if reading is not None else None
+                if piece is not None or reading is None:
+                    return piece
+                if over:
+                    return self._missing(work.file, reading, at)
+                reading.wait()
+            raise _StoppedError
+
+        check(work.file, work.expected, arrived)
+
+    def _combine(self, work: Work, reading: CrcReading) -> None:
+        """Of what the load was given; the rest is asked for."""
+        kind = kind_of(work.expected)
+        whole = hashes.Crc(kind)
+        for begin, end, crc in reading.in_order(work.file.size):
+            if crc is not None:
+                whole.append(crc)
+                continue
+            for at in range(begin, end, PIECE):
+                whole.update(self._asked(work.file.remote, at, min(PIECE, end - at)))
+        _require_equal(work.file, whole.hexdigest(), work.expected)
+
+    def _missing(self, file: _C.CheckpointFile, reading: Reading, at: int) -> Any:
+        """What the load has not been given, or what was not kept: that must be the same again."""
+        begin, end, known = reading.gap(at, min(at + PIECE, file.size))
+        data = self._asked(file.remote, begin, end - begin)
+        if known is not None and hashlib.sha256(data).digest() != known:
+            raise located(ChecksumError(f"{printable(file.path)}: {DIFFERENT}, from {begin} on"), file.path)
+        return data[at - begin :]
+
+    def _asked(self, source: Any, at: int, count: int) -> Any:
+        """What a server has there; not waited for when nobody wants the verdict any more."""
+        answer = source.ask(at, count, tapped=False)
+        while not answer.wait(0.1):
+            if self._stopped.is_set():
+                answer.cancel()
+                raise _StoppedError
+        return memoryview(answer.bytes())
+
+
+def _tap(file: _C.CheckpointFile, expected: str, budget: Budget) -> Tap | CrcTap | None:
+    if not file.is_remote:
+        return None
+    if kind_of(expected) == SHA256:
+        return Tap(file.remote, file.data_begin, budget)
+    return CrcTap(file.remote, file.data_begin, kind_of(expected))
+
+
+class _StoppedError(Exception):
+    """Nobody wants the verdict any more."""
+
+
+def check(file: _C.CheckpointFile, expected: str, arrived: Callable[[int], Any] = lambda at: None) -> None:
+    """Hash a file.
+
+    Args:
+        expected: the digest, as ``expected_digests`` has it.
+        arrived: bytes from an offset on that somebody has read already, if there are any.
+
+    Raises:
+        ChecksumError: it has another digest. ReadError: it cannot be read.
+    """
+    hashed = hashes.new(kind_of(expected))
+    memory = bytearray(min(PIECE, max(file.size, 1)))
+    at = 0
+    while at < file.size:
+        piece = arrived(at)
+        if piece is None:
+            piece = memoryview(memory)[: min(PIECE, file.size - at)]
+            file.read_into(at, piece)
+        hashed.update(piece)
+        at += len(piece)
+    _require_equal(file, hashed.hexdigest(), expected)
+
+
+def kind_of(expected: str) -> str:
+    return expected.partition(":")[0]
+
+
+def _require_equal(file: _C.CheckpointFile, found: str, expected: str) -> None:
+    kind, _, right = expected.partition(":")
+    if found != right:
+        what = f"{printable(file.path)}: its {KINDS[kind].shown} is {found}, and should be {right}"
+        raise located(ChecksumError(what), file.path)

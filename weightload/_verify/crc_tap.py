@@ -1,0 +1,98 @@
+"""The CRC of a server's object, made of those of the answers that a load was given, in whatever order they came."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from weightload._verify.hashes import Crc
+from weightload._verify.tap import behind_start
+
+
+class Piece(NamedTuple):
+    """An answer that was hashed when it came, and let go of."""
+
+    end: int
+    crc: Crc
+
+
+class CrcReading:
+    """Answers that have no bytes in common."""
+
+    def __init__(self, start: memoryview, kind: str) -> None:
+        self._begins: list[int] = []  # in order
+        self._pieces: dict[int, Piece] = {}
+        if len(start):
+            self.put(0, Piece(len(start), crc_of(kind, start)))
+
+    def put(self, begin: int, piece: Piece) -> bool:
+        """Whether it belongs here, or is here: it does not belong here where a byte of it has been given before."""
+        known = self._pieces.get(begin)
+        if known is not None and known.end == piece.end and known.crc.hexdigest() == piece.crc.hexdigest():
+            return True
+        at = bisect.bisect_right(self._begins, begin)
+        if at and self._pieces[self._begins[at - 1]].end > begin:
+            return False
+        if at < len(self._begins) and self._begins[at] < piece.end:
+            return False
+        self._begins.insert(at, begin)
+        self._pieces[begin] = piece
+        return True
+
+    def in_order(self, size: int) -> Iterator[tuple[int, int, Crc | None]]:
+        """All ranges of an object of this size, each with its CRC; None for what was not given."""
+        at = 0
+        for begin in self._begins:
+            piece = self._pieces[begin]
+            if at < begin:
+                yield at, begin, None
+            yield begin, piece.end, piece.crc
+            at = piece.end
+        if at < size:
+            yield at, size, None
+
+
+class CrcTap:
+    """As ``tap.Tap``, which keeps the bytes for a hash that wants them in order.
+
+    Attributes:
+        lock: of all below.
+        used: whether it was given anything but the header.
+        readings: one, unless different bytes came for the same range, or ranges that overlap.
+    """
+
+    keeps = False
+
+    def __init__(self, source: Any, header_bytes: int, kind: str) -> None:
+        self._source, self._header_bytes, self._kind = source, header_bytes, kind
+        self._start = memoryview(source.start)
+        self.lock = threading.Condition()
+        self.used = False
+        self.readings = [CrcReading(self._start, kind)]
+        source.tap = self
+
+    def give(self, begin: int, data: Any) -> None:
+        """For who has the answers, from any thread. Raises as ``behind_start``."""
+        end = begin + len(data)
+        begin, rest = behind_start(self._source, self._start, begin, memoryview(data))
+        piece = Piece(end, crc_of(self._kind, rest))
+        with self.lock:
+            self.used = self.used or end > self._header_bytes
+            if begin < end and not any(reading.put(begin, piece) for reading in self.readings):
+                self.readings.append(CrcReading(self._start, self._kind))
+                self.readings[-1].put(begin, piece)
+
+    def close(self) -> None:
+        """It is told of nothing any more."""
+        self._source.tap = None
+
+
+def crc_of(kind: str, data: memoryview) -> Crc:
+    crc = Crc(kind)
+    crc.update(data)
+    return crc
+
+
+__all__ = ["CrcReading", "CrcTap", "crc_of"]
