@@ -1,6 +1,6 @@
 """Measures loads from a server on loopback, against the other ways of loading from one.
 
-    python benchmarks/remote_loads.py --model-path MODEL [--networks plain "20 ms" "1 Gbit/s"] [--ways ...] [--rounds 3]
+    python benchmarks/remote_loads.py --model-path MODEL [--networks plain "20 ms" ...] [--ways ...] [--rounds 3]
         [--json FILE]
 
 Wants root, nginx with its Lua module, iproute2 (Debian: nginx libnginx-mod-http-lua iproute2), `pip install
@@ -8,9 +8,9 @@ Wants root, nginx with its Lua module, iproute2 (Debian: nginx libnginx-mod-http
 
 The server is nginx with two workers, in a network namespace of its own, on files in the page cache; it answers any
 signature, so that clients of S3 take it for a bucket. Networks: as it is; with each answer 20 ms late (the server
-waits, no packet does); with a bandwidth of 1 Gbit/s (a token bucket). Each load is a process of its own, which has
-imported everything before the clock starts, in shuffled turns; it is timed until every tensor is held in CPU memory and
-every page of it was touched. A sum over all bytes must be the same for all. "raw ranged reads" are 16 threads with a
+waits, no packet does); with 25 MB/s for each connection, as object stores have a rate for each; with a bandwidth of
+1 Gbit/s (a token bucket). Each load is a process of its own, which has imported everything before the clock starts, in
+shuffled turns; it is timed until every tensor is held in CPU memory and every page of it was touched. A sum over all bytes must be the same for all. "raw ranged reads" are 16 threads with a
 connection each that read ranges of 8 MiB into memory that was touched before: the limit. "into new memory" is the same
 into memory that is touched first by the reads, as tensors are. On two CPUs the server takes a part of them, and so it
 does from everybody: so the processor's time of each load is told, too.
@@ -40,7 +40,7 @@ from first_loads import against
 from harness.machine import describe, fill_cache
 
 NAMESPACE = "weightload-remote"
-PORTS = {"plain": 8801, "20 ms": 8802, "1 Gbit/s": 8801}
+PORTS = {"plain": 8801, "20 ms": 8802, "25 MB/s each": 8803, "1 Gbit/s": 8801}
 RATE = "1gbit"
 BUCKET = "bucket"
 RANGE = 8 << 20
@@ -60,6 +60,7 @@ http {{
   keepalive_requests 100000;
   server {{ listen 127.0.0.1:8801; location / {{ root {root}; }} }}
   server {{ listen 127.0.0.1:8802; location / {{ access_by_lua_block {{ ngx.sleep(0.02) }} root {root}; }} }}
+  server {{ listen 127.0.0.1:8803; limit_rate 25m; location / {{ root {root}; }} }}
 }}
 """
 

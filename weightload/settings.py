@@ -23,6 +23,8 @@ __all__ = ["NAMES", "Settings", "current", "origins", "override", "variable"]
 MIB = 1 << 20
 READ_MODES = ("auto", "buffered", "direct")
 MOST_DEFAULT_THREADS = 16
+REQUESTS_AT_FIRST = 16
+MOST_REQUESTS = 64  # at once, of the default
 LARGEST = (1 << 63) - 1  # of any number
 SLOTS_OF_CACHED = 32  # of cached_pinned_bytes: two for each of as many threads as are usual
 LEAST_COLD_THREADS = 8  # some wait for the storage while others copy; beside other readers, each gets its turn
@@ -79,8 +81,8 @@ class Settings:
     )
     """Through the page cache, past it, or range by range whichever is better."""
 
-    requests: int = _knob(16, unit="requests", loads=f"{BOTH}, from servers", least=1)
-    """Ranges that are asked of servers at once, each by a thread that waits for it."""
+    requests: int = _knob(0, unit="requests", loads=f"{BOTH}, from servers", least=0)
+    """Ranges that are asked of servers at once, each by a thread that waits for it; 0 for as many as pay."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -116,7 +118,11 @@ class Settings:
 
     def threads_of(self, files: Iterable[_C.CheckpointFile], cold: bool = False) -> int:
         """The same of a load: as many as requests at once, where a server has any of it."""
-        return self.requests if any(file.is_remote for file in files) else self.thread_count(cold)
+        return self.requests or MOST_REQUESTS if any(file.is_remote for file in files) else self.thread_count(cold)
+
+    def threads_at_first(self, files: Iterable[_C.CheckpointFile]) -> int:
+        """How many of them begin; more as long as they bring more. 0: all."""
+        return REQUESTS_AT_FIRST if not self.requests and any(file.is_remote for file in files) else 0
 
 
 Readers = Literal["one", "same", "apart"]

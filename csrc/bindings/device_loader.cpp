@@ -58,10 +58,11 @@ void register_device_loader(py::module_& module) {
   loader
       .def(py::init([](const DeviceTarget& target, const py::list& files,
                        const std::vector<std::vector<uint32_t>>& selection, const py::list& places,
-                       std::optional<PyGroup*> group, const WantedParts& parts, unsigned threads, uint64_t block_bytes,
-                       uint64_t window_bytes, ReadMode read) {
+                       std::optional<PyGroup*> group, const WantedParts& parts, unsigned threads,
+                       unsigned threads_at_first, uint64_t block_bytes, uint64_t window_bytes, ReadMode read) {
              DeviceLoaderOptions options;
              options.threads = threads;
+             options.threads_at_first = threads_at_first;
              options.slot_bytes = target.slot_bytes;
              options.cold = target.cold;
              options.block_bytes = block_bytes;
@@ -77,8 +78,8 @@ void register_device_loader(py::module_& module) {
                  });
            }),
            py::arg("target"), py::arg("files"), py::arg("selection"), py::arg("places"), py::arg("group"),
-           py::arg("parts"), py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("window_bytes"),
-           py::arg("read"))
+           py::arg("parts"), py::kw_only(), py::arg("threads"), py::arg("threads_at_first"), py::arg("block_bytes"),
+           py::arg("window_bytes"), py::arg("read"))
       .def("device_counts", &device_counts, "What the ring and the side stream have done so far, beside counts().");
   define_iteration(loader);
   refuse_copies(loader);

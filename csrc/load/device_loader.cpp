@@ -87,7 +87,7 @@ void DeviceLoader::start_reading(const DeviceLoaderOptions& options) {
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
   start(
-      slots_.tasks, options.threads, window, [this](size_t task, const Look& look) { work(task, look); },
+      slots_.tasks, threads_of(options.threads, options.threads_at_first), window, [this](size_t task, const Look& look) { work(task, look); },
       options.pause);
 }
 

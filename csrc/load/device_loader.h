@@ -23,6 +23,7 @@ struct OtherSlots {
 
 struct DeviceLoaderOptions {
   unsigned threads = 2;
+  unsigned threads_at_first = 0;        // and more only as long as they bring more; 0: all at once
   uint64_t slot_bytes = 8ull << 20;     // of the ring; a multiple of kDirectAlignment
   std::optional<OtherSlots> cold;       // where what is to be read does not look to be in the page cache
   uint64_t block_bytes = 128ull << 20;  // see LayoutOptions::block_bytes

@@ -154,7 +154,7 @@ void HostLoader::start_reading(const HostLoaderOptions& options) {
   }
   const unsigned threads = from_storage ? std::max(options.threads, options.cold_threads) : options.threads;
   start(
-      reads_.tasks, threads, shared_.own_part(options.window_bytes),
+      reads_.tasks, threads_of(threads, options.threads_at_first), shared_.own_part(options.window_bytes),
       [this](size_t task, const Look& look) { work(task, look); }, options.pause);
 }
 

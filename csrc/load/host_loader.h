@@ -29,6 +29,8 @@ struct HostLoaderOptions {
   // for the storage while others copy.
   unsigned threads = 2;
   unsigned cold_threads = 2;
+  // Of those, and more only as long as they bring more; 0: all at once. See threads/widening.h.
+  unsigned threads_at_first = 0;
 
   // How far, in bytes, reading may run ahead of the consumer. Bounds the private memory that no tensor owns
   // yet, and what an early exit has read in vain. Too small starves the threads: at least threads *

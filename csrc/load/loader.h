@@ -66,7 +66,7 @@ class Loader {
   // Starts the threads on the tasks of a plan. The last that a kind's constructor does: should something throw after
   // it, what is the kind's would be gone before the threads are.
   template <typename Task>
-  void start(const std::vector<Task>& tasks, unsigned threads, uint64_t window_bytes, OrderedPool::Work work,
+  void start(const std::vector<Task>& tasks, Threads threads, uint64_t window_bytes, OrderedPool::Work work,
              const Look& pause) {
     std::vector<uint64_t> ends;
     ends.reserve(tasks.size());

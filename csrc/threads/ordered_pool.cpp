@@ -10,13 +10,14 @@
 
 namespace weightload {
 
-OrderedPool::OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work, Look pause)
+OrderedPool::OrderedPool(std::vector<uint64_t> ends, Threads threads, uint64_t window_bytes, Work work, Look pause)
     : ends_(std::move(ends)),
       window_bytes_(window_bytes),
       work_(std::move(work)),
       pause_(std::move(pause)),
-      ended_(ends_.size(), false) {
-  const size_t count = std::min<size_t>(std::max(threads, 1u), ends_.size());
+      ended_(ends_.size(), false),
+      widening_({std::max(threads.at_first, 1u), std::max(threads.most, 1u)}) {
+  const size_t count = std::min<size_t>(std::max(threads.most, 1u), ends_.size());
   threads_.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     std::thread thread = start_thread([this] { run(); });
@@ -120,19 +121,26 @@ void OrderedPool::run() {
     return;
   }
   while (true) {
-    room_.wait(lock, [&] { return stopped_ || failure_ || next_ == ends_.size() || may_start(next_); });
-    if (stopped_ || failure_ || next_ == ends_.size()) return;
+    const auto is_over = [&] { return stopped_ || failure_ || next_ == ends_.size(); };
+    if (!is_over() && running_ < widening_.width() && !may_start(next_)) widening_.starved();
+    room_.wait(lock, [&] { return is_over() || (running_ < widening_.width() && may_start(next_)); });
+    if (is_over()) return;
     const size_t task = next_++;
+    ++running_;
+    const unsigned step = widening_.step();
     // Others must see that nothing is left to wait for.
     if (next_ == ends_.size()) room_.notify_all();
     lock.unlock();
+    const auto begun = std::chrono::steady_clock::now();
     std::exception_ptr failure;
     try {
       work_(task, [this, task] { look(task); });
     } catch (...) {
       failure = std::current_exception();
     }
+    const Widening::Seconds took = std::chrono::steady_clock::now() - begun;
     lock.lock();
+    --running_;
     if (failure) {
       if (task < failed_task_ && !stopped_) {
         failed_task_ = task;
@@ -142,6 +150,7 @@ void OrderedPool::run() {
       progress_.notify_all();
       continue;
     }
+    if (widening_.ended(step, bytes_of(task), took)) room_.notify_all();
     ended_[task] = true;
     size_t done = done_.load(std::memory_order_relaxed);
     if (task != done) continue;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/look.h"
+#include "threads/widening.h"
 
 namespace weightload {
 
@@ -31,10 +32,10 @@ class OrderedPool {
   // called now and then by what takes long.
   using Work = std::function<void(size_t task, const Look& look)>;
 
-  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads, tasks) threads, fewer when the
+  // `ends[t]` is the number of bytes of tasks 0 .. t together. Starts min(threads.most, tasks) threads, fewer when the
   // system gives no more. `pause` is called, too, where the consumer does the work and looks; it may throw, which ends
   // wait().
-  OrderedPool(std::vector<uint64_t> ends, unsigned threads, uint64_t window_bytes, Work work, Look pause = no_look);
+  OrderedPool(std::vector<uint64_t> ends, Threads threads, uint64_t window_bytes, Work work, Look pause = no_look);
   ~OrderedPool();  // stops and joins
 
   OrderedPool(const OrderedPool&) = delete;
@@ -64,6 +65,7 @@ class OrderedPool {
   bool work_here(size_t task, std::chrono::milliseconds patience);
   void look(size_t task) const;
   bool may_start(size_t task) const;  // with mutex_ held
+  uint64_t bytes_of(size_t task) const { return ends_[task] - (task == 0 ? 0 : ends_[task - 1]); }
   bool nobody_works() const { return left_ == threads_.size(); }
 
   const std::vector<uint64_t> ends_;
@@ -76,6 +78,8 @@ class OrderedPool {
   std::condition_variable progress_;  // the consumer waits: what it waits for is done, an error, or stop
   std::vector<bool> ended_;           // by task, guarded by mutex_
   size_t next_ = 0;                   // guarded by mutex_
+  size_t running_ = 0;                // threads in a task; guarded by mutex_
+  Widening widening_;                 // guarded by mutex_
   size_t awaited_ = SIZE_MAX;         // guarded by mutex_; what the consumer waits for, if it does
   std::atomic<bool> stopped_{false};  // written with mutex_ held, as the next
   std::atomic<size_t> failed_task_{SIZE_MAX};

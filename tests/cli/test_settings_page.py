@@ -101,7 +101,8 @@ def test_a_value_that_is_not_allowed_is_wrong_usage(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [("window_bytes", 256 << 20, "256 MiB"), ("task_bytes", 65536, "64 KiB"), ("task_bytes", 5000, "5000 bytes"),
-     ("threads", 0, "0 (the CPUs of the process)"), ("threads", 4, "4"), ("read", "auto", "auto")],
+     ("threads", 0, "0 (the CPUs of the process)"), ("threads", 4, "4"),
+     ("requests", 0, "0 (16 to 64, as many as pay)"), ("requests", 16, "16"), ("read", "auto", "auto")],
 )  # fmt: skip
 def test_values_in_words(name: str, value: int | str, words: str) -> None:
     assert cli_settings.shown(name, value) == words

@@ -60,7 +60,7 @@ PROBE = """
     file = _C.CheckpointFile.__new__(_C.CheckpointFile)
     require_error("reader of a file", lambda: _C.TensorReader(file))
     options = dict.fromkeys(("map", "must_map", "read_ahead"), True) | dict.fromkeys(
-        ("threads", "cold_threads", "window_bytes", "task_bytes", "block_bytes"), 4096
+        ("threads", "cold_threads", "threads_at_first", "window_bytes", "task_bytes", "block_bytes"), 4096
     )
     for wrong in (file, None):
         made = lambda: start.WeightIterator([wrong], [[0]], [], None, [], read=_C.ReadMode.auto, **options)

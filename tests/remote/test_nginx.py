@@ -323,6 +323,15 @@ def test_a_worker_that_stops_for_a_while(model: Path, tmp_path: Path, monkeypatc
             list(weights)
 
 
+def test_more_requests_where_more_bring_more(model: Path, tmp_path: Path) -> None:
+    """A server that holds each connection to a rate: the load begins with 16, and takes more."""
+    small = {"task_bytes": 128 * KIB, "block_bytes": MIB, "window_bytes": 12 * MIB}
+    with nginx(tmp_path, model.parent, "limit_rate 512k;") as server, settings.override(**small):
+        require_same(dict(weightload.safetensors_weights_iterator([server.address(NAME)], to_cpu=True)), model)
+        of = {request.connection for request in server.requests() if request.range != f"bytes=0-{FIRST - 1}"}
+    assert 16 < len(of) <= settings.MOST_REQUESTS
+
+
 def replace(path: Path) -> None:
     write(path.with_name("new"), 24)
     assert path.with_name("new").stat().st_size == path.stat().st_size

@@ -26,6 +26,8 @@ _METADATA = ("/latest/api/token", "/latest/meta-data", "/metadata/identity", "/c
 # What the sources of a failure say, and we then.
 _SOURCES = (
     ("unexpectedrange", ANOTHER_RANGE),
+    ("missinglastmodified", "the server does not say when the object was changed"),
+    ("missingetag", "the server gives the object no tag"),
     ("range request not supported", "the server gives no ranges of it"),
     ("toomanyredirects", "the server sends on in a circle"),
     ("dns error", "the server's name is not known"),

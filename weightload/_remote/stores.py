@@ -19,7 +19,14 @@ from weightload.errors import AddressError
 # Environment variables that the library makes a store by: credentials, endpoints.
 PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
 ACCOUNTS = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING")
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+)
 
 # The whole of a request may take long, as its bytes do on slow networks; nothing of it may come for so long.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1day"}

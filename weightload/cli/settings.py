@@ -68,12 +68,18 @@ def in_words() -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+IN_WORDS: dict[tuple[str, int], str] = {
+    ("threads", 0): "0 (the CPUs of the process)",
+    ("requests", 0): f"0 ({settings.REQUESTS_AT_FIRST} to {settings.MOST_REQUESTS}, as many as pay)",
+}
+
+
 def shown(name: str, value: int | str) -> str:
-    """A value as people read it: bytes in MiB or KiB where that is a whole number, ``threads=0`` in words."""
+    """A value as people read it: whole MiB or KiB as such, and 0 in words where it means another number."""
     if isinstance(value, str):
         return value
-    if name == "threads":
-        return str(value) if value else "0 (the CPUs of the process)"
+    if (name, value) in IN_WORDS:
+        return IN_WORDS[name, value]
     if not name.endswith("bytes"):
         return str(value)
     for unit, size in UNITS:
