@@ -10,10 +10,11 @@ The server is nginx with two workers, in a network namespace of its own, on file
 signature, so that clients of S3 take it for a bucket. Networks: as it is; with each answer 20 ms late (the server
 waits, no packet does); with 25 MB/s for each connection, as object stores have a rate for each; with a bandwidth of
 1 Gbit/s (a token bucket). Each load is a process of its own, which has imported everything before the clock starts, in
-shuffled turns; it is timed until every tensor is held in CPU memory and every page of it was touched. A sum over all bytes must be the same for all. "raw ranged reads" are 16 threads with a
-connection each that read ranges of 8 MiB into memory that was touched before: the limit. "into new memory" is the same
-into memory that is touched first by the reads, as tensors are. On two CPUs the server takes a part of them, and so it
-does from everybody: so the processor's time of each load is told, too.
+shuffled turns; it is timed until every tensor is held in CPU memory and every page of it was touched. A sum over all
+bytes must be the same for all. "raw ranged reads" are 16 threads with a connection each that read ranges of 8 MiB into
+memory that was touched before: the limit. "into new memory" is the same into memory that is touched first by the reads,
+as tensors are. On two CPUs the server takes a part of them, and so it does from everybody: so the processor's time of
+each load is told, too.
 """
 
 from __future__ import annotations

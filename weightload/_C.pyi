@@ -12,6 +12,7 @@ import typing_extensions
 
 __all__: list[str] = [
     "CheckpointFile",
+    "Connection",
     "DeviceLoader",
     "DeviceTarget",
     "Group",
@@ -41,6 +42,19 @@ __all__: list[str] = [
     "selection_digest",
     "set_page_costs",
 ]
+
+class Connection:
+    """
+    A connection by TCP that the core takes bytes from.
+    """
+    def __init__(self, address: str, port: int) -> None:
+        """
+        Begins to connect to a numeric address, and waits for nothing.
+        """
+    def is_quiet(self) -> bool:
+        """
+        Whether it is open, and nothing has come that nobody has asked for.
+        """
 
 class CheckpointFile:
     """

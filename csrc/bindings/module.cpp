@@ -4,6 +4,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ core of weightload. Private: use the weightload package.";
   weightload::register_gil(module);
   weightload::register_errors(module);
+  weightload::register_connection(module);
   weightload::register_checkpoint_file(module);
   weightload::register_device_target(module);
   weightload::register_group(module);

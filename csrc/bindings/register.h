@@ -34,6 +34,7 @@ void copy_by_number(Class& python_class) {
 void register_gil(pybind11::module_& module);
 void register_errors(pybind11::module_& module);
 void register_checkpoint_file(pybind11::module_& module);
+void register_connection(pybind11::module_& module);
 void register_device_target(pybind11::module_& module);
 void register_group(pybind11::module_& module);
 void register_host_loader(pybind11::module_& module);

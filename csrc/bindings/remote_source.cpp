@@ -6,8 +6,9 @@
 
 #include "base/error.h"
 #include "bindings/gil.h"
+#include "bindings/register.h"
 #include "bindings/signals.h"
-#include "file/socket_bytes.h"
+#include "file/connection.h"
 
 namespace py = pybind11;
 
@@ -16,6 +17,8 @@ namespace {
 
 // How long a thread waits for an answer before it looks whether its load has been stopped.
 constexpr double kSecondsBetweenLooks = std::chrono::duration<double>(kSignalInterval).count();
+
+constexpr Patience kToConnect{std::chrono::seconds(2), kSignalInterval};
 
 // An answer that has not been read to its end is not wanted.
 class Answer {
@@ -40,35 +43,6 @@ class Answer {
 
  private:
   py::object answer_;
-};
-
-// A request whose body is taken from its connection. One that is not done is dropped, and its connection with it.
-class DirectRequest {
- public:
-  explicit DirectRequest(py::object request) : request_(std::move(request)) {}
-  ~DirectRequest() {
-    if (!request_) return;
-    try {
-      request_.attr("drop")();
-    } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("dropping a connection");
-    }
-  }
-  DirectRequest(const DirectRequest&) = delete;
-  DirectRequest& operator=(const DirectRequest&) = delete;
-
-  int socket() const { return request_.attr("fileno")().cast<int>(); }
-  std::chrono::milliseconds patience() const {
-    return std::chrono::milliseconds(static_cast<int64_t>(1000 * request_.attr("patience").cast<double>()));
-  }
-  py::object head() const { return request_.attr("head")(); }
-  void done(const void* body, size_t count) {
-    const py::object request = std::exchange(request_, py::object());
-    request.attr("done")(py::memoryview::from_memory(body, static_cast<py::ssize_t>(count)));
-  }
-
- private:
-  py::object request_;
 };
 
 class Buffer {
@@ -117,27 +91,29 @@ void RemoteSource::fail(py::error_already_set& error, uint64_t offset) const {
 }
 
 bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const {
-  py::object begun = object_.attr("begin_direct")(offset, count);
-  if (begun.is_none()) return false;
-  DirectRequest request(std::move(begun));
-  const int socket = request.socket();
-  const Patience patience{request.patience(), kSignalInterval};
-  {
+  const py::object request = object_.attr("begin_direct")(offset, count);
+  if (request.is_none()) return false;
+  const py::object holder = request.attr("connection");
+  Connection& connection = holder.cast<Connection&>();
+  const py::bytes text = request.attr("text");
+  const double seconds = request.attr("patience").cast<double>();
+  const Patience patience{std::chrono::milliseconds(static_cast<int64_t>(1000 * seconds)), kSignalInterval};
+  const auto without_gil = [&](const auto& work) {
     const py::gil_scoped_release release;
-    if (!wait_for_bytes(socket, patience, look)) return false;
+    return work();
+  };
+  std::string head;
+  const auto send = static_cast<std::string_view>(text);
+  const bool has_come = without_gil(
+      [&] { return connection.send(send, kToConnect, look) && connection.receive_head(head, patience, look); });
+  if (has_come && request.attr("is_wanted")(py::bytes(head)).cast<bool>() &&
+      without_gil([&] { return connection.receive(destination, count, patience, look); })) {
+    request.attr("done")(
+        py::memoryview::from_memory(static_cast<const void*>(destination), static_cast<py::ssize_t>(count)));
+    return true;
   }
-  const py::object head = request.head();
-  if (head.is_none()) return false;
-  const Buffer first(head);
-  if (first.size() > count) return false;
-  {
-    const py::gil_scoped_release release;
-    std::memcpy(destination, first.data(), first.size());
-    if (!receive(socket, static_cast<char*>(destination) + first.size(), count - first.size(), patience, look))
-      return false;
-  }
-  request.done(destination, count);
-  return true;
+  request.attr("failed")();
+  return false;
 }
 
 void RemoteSource::read(uint64_t offset, void* destination, size_t count) const {
@@ -164,6 +140,15 @@ void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count
   } catch (py::error_already_set& error) {
     fail(error, offset);
   }
+}
+
+void register_connection(py::module_& module) {
+  py::class_<Connection> connection(module, "Connection", "A connection by TCP that the core takes bytes from.");
+  connection
+      .def(py::init<const std::string&, uint16_t>(), py::arg("address"), py::arg("port"),
+           "Begins to connect to a numeric address, and waits for nothing.")
+      .def("is_quiet", &Connection::is_quiet, "Whether it is open, and nothing has come that nobody has asked for.");
+  refuse_copies(connection);
 }
 
 }  // namespace weightload

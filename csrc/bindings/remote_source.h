@@ -16,12 +16,11 @@ namespace weightload {
 //   cancel()                        nobody wants it any more
 // Threads of the core take the GIL to ask and to wait, which lets go of it; bytes are copied without it. A direct
 // request has
-//   fileno() -> int                 its connected socket
-//   patience -> float               seconds in which something must come
-//   head() -> a buffer, or None     once something has come: what came of the body behind the head; None if the answer
-//                                   is not exactly the one that was wanted
-//   done(body), drop()              it has been taken to its end, or not
-// and where it fails, the range is asked for. Only what done() raises is an error.
+//   connection, text, patience      a Connection (file/connection.h), what to send, and seconds
+//   is_wanted(head) -> bool         whether the body behind this head is exactly what was wanted
+//   done(body)                      it has been taken to its end
+//   failed()                        it has not: the range is asked for. Only what done() raises is an error.
+// A load that is left drops it without a call: Python code that runs then could swallow what a signal's handler raises.
 class RemoteSource final : public ByteSource {
  public:
   RemoteSource(pybind11::object object, std::string path, uint64_t size);

@@ -13,7 +13,8 @@ from servers import Web, damage_once, serving
 
 import weightload
 from weightload import settings
-from weightload._remote.direct import AGENT, Direct
+from weightload._remote import direct
+from weightload._remote.direct import AGENT
 from weightload._verify.crc_tap import CrcReading, CrcTap, Piece, crc_of
 from weightload._verify.hashes import Crc
 from weightload.errors import ChecksumError, ReadError
@@ -35,7 +36,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(params=["direct", "by the library"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "direct":
-        monkeypatch.setattr(Direct, "serves", staticmethod(lambda address: False))
+        monkeypatch.setattr(direct, "serves", lambda address: False)
     return str(request.param)
 
 

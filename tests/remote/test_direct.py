@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -19,7 +20,7 @@ from servers import Handler, Web, environment, serving
 import weightload
 from weightload import settings
 from weightload._remote import stores
-from weightload._remote.direct import AGENT, MOST_FAILURES, Direct
+from weightload._remote.direct import AGENT, MOST_FAILURES, Connections, _connections, serves
 from weightload.errors import ReadError
 
 SMALL = {"task_bytes": 1 << 20, "block_bytes": 1 << 20, "window_bytes": 4 << 20, "requests": 4}
@@ -108,6 +109,11 @@ def speak_nonsense(handler: Handler) -> bool:
     return hang_up(handler)
 
 
+def put_off(handler: Handler) -> bool:
+    handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 5)
+    return hang_up(handler)
+
+
 ODD: dict[str, Callable[[Handler], bool]] = {
     "another tag": lambda handler: tell(handler, {"ETag": '"another"'}, shift=4),
     "another time": lambda handler: tell(handler, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, shift=4),
@@ -122,6 +128,10 @@ ODD: dict[str, Callable[[Handler], bool]] = {
     "cut off": cut_off,
     "hung up": hang_up,
     "nonsense": speak_nonsense,
+    "put off": put_off,
+    "a time out of all bounds": lambda handler: tell(
+        handler, {"Last-Modified": "Wed, 21 Oct 99999999999999999 07:28:00 GMT"}, shift=4
+    ),
 }
 
 
@@ -179,7 +189,7 @@ def test_an_answer_that_stands_still(model: Path, monkeypatch: pytest.MonkeyPatc
         assert len(stood) == 2
 
 
-@pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.parametrize("part", ["head", "a head that drips", "body"])
 def test_a_load_is_left_while_an_answer_stands_still(model: Path, part: str) -> None:
     """At once: what the server would wait for is that it was left."""
     reached = threading.Event()
@@ -198,7 +208,9 @@ def test_a_load_is_left_while_an_answer_stands_still(model: Path, part: str) -> 
             handler.wfile.write(data[begin : begin + 1000])
             handler.wfile.flush()
         reached.set()
-        handler.server.released.wait()
+        while not handler.server.released.wait(0.05):
+            if "drips" in part:
+                handler.wfile.write(b"H")
         return hang_up(handler)
 
     with serving(model.parent) as web, settings.override(**SMALL):
@@ -232,13 +244,15 @@ def test_an_object_that_changes(model: Path) -> None:
 
 
 def test_who_is_served() -> None:
-    assert Direct.serves("http://host/a/b.safetensors?sig=x%2By&n=1")
-    assert Direct.serves("http://[::1]:8080/a")
+    assert serves("http://host/a/b.safetensors?sig=x%2By&n=1")
+    assert serves("http://[::1]:8080/a")
     for other in ("https://host/a", "http://host/a b", "http://host/a/../b", "http://host/%2E%2e/b", "http://hôst/a"):
-        assert not Direct.serves(other)
+        assert not serves(other)
+    for host in ("127.1", "2130706433", "0x7f000001", "1.2.3.4.5", "017700000001", "a.0x1.", "[::1%25lo]"):
+        assert not serves(f"http://{host}/a")
     for proxy in ("http_proxy", "ALL_PROXY"):
         with environment(**{proxy: "http://127.0.0.1:1"}):
-            assert not Direct.serves("http://host/a")
+            assert not serves("http://host/a")
 
 
 def test_a_server_of_the_oldest_kind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +297,57 @@ def test_a_forked_child_is_told(model: Path) -> None:
         command = [sys.executable, "-c", textwrap.dedent(script), web.address(NAME)]
         assert subprocess.run(command, check=False, timeout=120, env=os.environ).returncode == 0
         assert len(web.asked) == 3
+
+
+def test_one_kept_connection_that_stands_still_ends_the_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between has forgotten them all, perhaps: each would be waited for in its turn."""
+    monkeypatch.setitem(stores.CLIENT, "read_timeout", "1s")
+    known: set[object] = set()
+    dead: list[object] = []
+    is_over = threading.Event()
+
+    def forget(handler: Handler) -> bool:
+        if not is_direct(handler):
+            return False
+        if not is_over.is_set():
+            known.add(handler.client_address)
+        elif handler.client_address in known:
+            dead.append(handler.client_address)
+            handler.server.released.wait()
+            return hang_up(handler)
+        return False
+
+    with serving(model.parent) as web, settings.override(**SMALL):
+        web.before = forget
+        handle = weightload.safe_open(web.address(NAME), "pt")
+        require_same(load(web), model)
+        assert len(known) > 1
+        is_over.set()
+        for name, tensor in load_file(model).items():
+            assert torch.equal(handle.get_tensor(name), tensor)
+        assert len(dead) == 1
+        assert agents(web)[-1]
+
+
+@pytest.mark.parametrize("step", ["take", "give_back", "failed"])
+def test_what_a_signal_handler_raises_comes_out(model: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with serving(model.parent) as web:
+        if step == "failed":
+            web.before = lambda handler: is_direct(handler) and hang_up(handler)
+        with weightload.safe_open(web.address(NAME), "pt") as handle:
+            monkeypatch.setattr(Connections, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                handle.get_tensor("05")
+
+
+def test_connections_go_with_who_uses_them(model: Path) -> None:
+    with serving(model.parent) as web:
+        with weightload.safe_open(web.address(NAME), "pt") as handle:
+            handle.get_tensor("05")
+            assert [server for server in _connections if f":{server.port}" in web.url]
+        del handle
+        gc.collect()
+        assert not [server for server in _connections if f":{server.port}" in web.url]

@@ -337,28 +337,31 @@ def test_the_exit_while_the_library_hands_over_an_answer(model: Path, end: str) 
         assert ended.stderr == ""
 
 
-def test_a_signal_handler_loads_while_it_stops_a_load(model: Path) -> None:
-    """Whatever the load was at: it does not wait for what the handler has stopped."""
+@pytest.mark.parametrize("load", ['weightload.safe_open(sys.argv[1], "pt")', "weightload.load_file(sys.argv[1])"])
+def test_a_signal_handler_loads_while_it_stops_a_load(model: Path, load: str) -> None:
+    """Whatever the load was at: it does not wait for what the handler has stopped, nor do its threads."""
     script = """
         import signal, sys, weightload
+        from weightload._remote import direct
+        direct.serves = lambda address: False  # so that its threads wait for the library's answers
         busy, loads = False, 0
 
         def handler(*_):
             global busy, loads
             if not busy:
                 busy = True
-                weightload.safe_open(sys.argv[1], "pt")
+                LOAD
                 busy, loads = False, loads + 1
 
-        weightload.safe_open(sys.argv[1], "pt")
+        weightload.load_file(sys.argv[1])
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.003, 0.0031)
-        while loads < 300:
+        while loads < 150:
             weightload.safe_open(sys.argv[1], "pt")
         signal.setitimer(signal.ITIMER_REAL, 0)
     """
     with serving(model.parent) as web:
-        command = [sys.executable, "-c", textwrap.dedent(script), web.address(model.name)]
+        command = [sys.executable, "-c", textwrap.dedent(script).replace("LOAD", load), web.address(model.name)]
         assert subprocess.run(command, check=False, timeout=120).returncode == 0
 
 

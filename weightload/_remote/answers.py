@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-from weightload._base.handlers import forgiven
+from weightload._base.handlers import forgiven, pass_on
 from weightload._remote.failures import CHANGED, read_error
 from weightload.errors import ReadError
 
@@ -46,22 +46,27 @@ class Answer:
     which the loop, if it wanted that lock, would never bring. So it is not a ``concurrent.futures.Future``.
 
     Args:
-        loop: makes the request; None where none is made any more.
+        loop: makes the request; where it is closed, none is made.
+        waiting: it is in there until it has come: what a loop that ends has left must be ended with ``leave``.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None, request: Coroutine[Any, Any, Any]) -> None:
-        self._loop = loop
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, request: Coroutine[Any, Any, Any], waiting: set[Answer]
+    ) -> None:
+        self._loop, self._waiting = loop, waiting
         self._task: asyncio.Task[Any] | None = None
         self._is_unwanted = self._has_come = False
         self._came = threading.Lock()  # free once it has
         self._came.acquire()
         self._result: Any = None
         self.failure: BaseException | None = None
-        if loop is not None:
+        waiting.add(self)
+        try:
             loop.call_soon_threadsafe(self._begin, request)
-        else:
+        except RuntimeError as closed:
+            pass_on(closed)
             request.close()
-            self._end(None, asyncio.CancelledError())
+            self.leave()
 
     def wait(self, seconds: float) -> bool:
         """Whether it has come, or failed."""
@@ -86,20 +91,24 @@ class Answer:
 
     def cancel(self) -> None:
         self._is_unwanted = True
-        if self._loop is not None:
-            with forgiven(RuntimeError):  # it is closed
-                self._loop.call_soon_threadsafe(self._break_off)
+        with forgiven(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._break_off)
+
+    def leave(self) -> None:
+        """The loop will not bring it any more."""
+        self._end(None, asyncio.CancelledError())
 
     # On the loop.
 
     def _begin(self, request: Coroutine[Any, Any, Any]) -> None:
-        if self._is_unwanted:
+        try:
+            if self._is_unwanted:
+                raise asyncio.CancelledError
+            self._task = self._loop.create_task(request)
+            self._task.add_done_callback(self._take)
+        except BaseException as failed:  # no memory for it, say
             request.close()
-            self._end(None, asyncio.CancelledError())
-            return
-        assert self._loop is not None
-        self._task = self._loop.create_task(request)
-        self._task.add_done_callback(self._take)
+            self._end(None, failed)
 
     def _break_off(self) -> None:
         if self._task is not None:
@@ -114,9 +123,11 @@ class Answer:
             self._end(None if failure is not None else task.result(), failure)
 
     def _end(self, result: Any, failure: BaseException | None) -> None:
+        self._waiting.discard(self)
         self._result, self.failure = result, failure
         self._has_come = True
-        self._came.release()
+        with forgiven(RuntimeError):  # it is free: two have left it at once
+            self._came.release()
 
 
 class InHand:

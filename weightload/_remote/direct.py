@@ -1,8 +1,8 @@
 """Ranges by plain HTTP, whose bytes the core's threads take from the socket, straight to where they belong.
 
 The library copies a body twice before we have it, into memory that is new each time: on a fast network that is most of
-a load. So where a connection has nothing between the socket and the bytes (no TLS, no proxy), the standard library's
-``http.client`` makes the request and reads the answer's head, and the core receives the body.
+a load. So where a connection has nothing between the socket and the bytes (no TLS, no proxy), the core connects, sends
+the request that is written here, and receives; the head of an answer is read by the standard library's ``http.client``.
 
 Nothing is decided here. An answer that is not exactly the one that was wanted, in time and to its last byte, is
 dropped, and the library is asked for that range: it knows what can be tried again, and what an error is.
@@ -10,229 +10,245 @@ dropped, and the library is asked for that range: it knows what can be tried aga
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import email.utils
 import http.client
+import io
+import ipaddress
 import re
 import socket
+import time
 import urllib.request
 import weakref
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from weightload import _C
 from weightload._base.handlers import forgiven, pass_on
 from weightload._base.uncopied import Process
 from weightload._remote.answers import Tap
 from weightload._version import __version__
 
-SECONDS_TO_CONNECT = 1.0
-SECONDS_FOR_HEAD = 1.0  # from its first byte on
 MOST_FAILURES = 3  # in a row; then it is left to the library for good
-MOST_IDLE = 32  # connections
+MOST_IDLE = 64  # connections
+SECONDS_IDLE = 30.0  # what lies between may have forgotten an older connection without a word
+SECONDS_TO_RESOLVE = 5.0
 AGENT = f"weightload/{__version__}"
 
 # What every client writes in the same way. Of other addresses the library makes what it takes for right.
 _SAME_FOR_ALL = re.compile(r"/[A-Za-z0-9\-._~!$&()*+,;=:@/%]*(\?[A-Za-z0-9\-._~!$&()*+,;=:@/%?]*)?", re.ASCII)
 _DOTS = re.compile(r"/(\.|%2e){1,2}(/|\?|$)", re.IGNORECASE)
-_HOST = re.compile(r"[A-Za-z0-9\-.]+|[0-9A-Fa-f:.]+", re.ASCII)
+_NAME = re.compile(r"[a-z0-9\-.]+", re.ASCII)
+_LIKE_A_NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)\.?", re.ASCII)  # the last label of one: 127.1 is an address, too
+
+
+class Server(NamedTuple):
+    """Whom a connection is made to."""
+
+    host: str
+    port: int
 
 
 class Connections:
-    """Those to one server that wait for their next request."""
+    """Those to one server that wait for their next request.
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
-        self._idle: list[http.client.HTTPConnection] = []
+    Attributes:
+        failures: answers in a row that were not as they should be.
+    """
+
+    def __init__(self, server: Server, addresses: list[str]) -> None:
+        self._server, self._addresses = server, addresses
+        self._idle: list[tuple[float, _C.Connection]] = []
         self._process = Process()
+        self.failures = 0
 
-    def take(self) -> tuple[http.client.HTTPConnection, bool]:
-        """One, and whether it is new.
+    def take(self) -> _C.Connection:
+        """One that is open, or that begins to be."""
+        while True:
+            try:
+                since, kept = self._idle.pop()  # by any thread, and a signal's handler
+            except IndexError as none_left:
+                pass_on(none_left)
+                return _C.Connection(self._addresses[self.failures % len(self._addresses)], self._server.port)
+            if time.monotonic() - since < SECONDS_IDLE and kept.is_quiet():
+                return kept
 
-        Raises:
-            OSError: none can be made.
-        """
-        while self._idle:
-            kept = self._idle.pop()
-            if _is_quiet(kept.sock):
-                return kept, False
-            kept.close()
-        made = http.client.HTTPConnection(self._host, self._port, timeout=SECONDS_TO_CONNECT)
-        try:
-            made.connect()
-        except BaseException:
-            made.close()
-            raise
-        return made, True
-
-    def give_back(self, connection: http.client.HTTPConnection) -> None:
+    def give_back(self, connection: _C.Connection) -> None:
         if len(self._idle) < MOST_IDLE:
-            self._idle.append(connection)
-        else:
-            connection.close()
+            self._idle.append((time.monotonic(), connection))
 
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-    def __del__(self) -> None:
-        self.close()
+    def failed(self) -> None:
+        """So will others that were kept, perhaps."""
+        self.failures += 1
+        self._idle.clear()
 
     def is_usable(self) -> bool:
         """Not in a forked child: it would write into the parent's connections."""
-        return not self._process.is_parent()
+        return self.failures < MOST_FAILURES and not self._process.is_parent()
 
 
-def _is_quiet(connected: socket.socket) -> bool:
-    """Whether a connection is open, and nothing has come that nobody asked for."""
-    try:
-        connected.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError as ended:
-        pass_on(ended)
-    return False
+_connections: weakref.WeakValueDictionary[Server, Connections] = weakref.WeakValueDictionary()
 
 
-_connections: weakref.WeakValueDictionary[tuple[str, int], Connections] = weakref.WeakValueDictionary()
+class _Head:
+    """Stands for the socket that ``http.client`` reads an answer's head from."""
+
+    def __init__(self, head: bytes) -> None:
+        self._head = head
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._head)
 
 
 class Request:
-    """One that was sent. For the core's threads, see csrc/bindings/remote_source.h."""
+    """One that is to be sent. For the core's threads, see csrc/bindings/remote_source.h."""
 
-    def __init__(self, direct: Direct, connection: http.client.HTTPConnection, is_new: bool, begin: int, end: int):
-        self._direct, self._connection, self._is_new = direct, connection, is_new
-        self._begin, self._end = begin, end
-        self.tap: Tap | None = None
-        self._socket = connection.sock  # which the connection forgets where the answer ends it
-        self._response: http.client.HTTPResponse | None = None
+    def __init__(self, direct: Direct, begin: int, end: int, tap: Tap | None) -> None:
+        self._direct, self._begin, self._end, self._tap = direct, begin, end, tap
+        self._ends_connection = False
+        self.connection = direct.connections.take()
+        self.text = direct.text_of(begin, end)
         self.patience = direct.patience
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def head(self) -> bytes | None:
-        """What has come of the body, if the head is as it should be; its first byte has come."""
+    def is_wanted(self, head: bytes) -> bool:
+        """Whether the body will be these bytes of the object as it was opened, and nothing else."""
         try:
-            self._socket.settimeout(SECONDS_FOR_HEAD)
-            self._response = response = self._connection.getresponse()
-            if not self._direct.is_wanted(response, self._begin, self._end):
-                return None
-            self._socket.settimeout(0.0)  # from now on the core waits
-            return response.fp.read1(len(response.fp.peek()))
-        except (OSError, http.client.HTTPException, ValueError) as failed:
+            answer = http.client.HTTPResponse(_Head(head))  # type: ignore[arg-type]
+            answer.begin()
+            self._ends_connection = answer.will_close
+            return self._direct.is_wanted(answer, self._begin, self._end)
+        except Exception as failed:
             pass_on(failed)
-            return None
+            return False
 
     def done(self, body: memoryview) -> None:
         """The body was taken to its end, and is there for as long as this runs. Raises what the tap raises."""
-        response = self._response
-        assert response is not None
-        ends = response.will_close
-        response.close()
-        self._direct.failures = 0
-        if ends:
-            self._connection.close()
-        else:
-            self._direct.connections.give_back(self._connection)
+        self._direct.connections.failures = 0
+        if not self._ends_connection:
+            self._direct.connections.give_back(self.connection)
         with body:
-            if self.tap is not None:
-                self.tap.give(self._begin, body)
+            if self._tap is not None:
+                self._tap.give(self._begin, body)
 
-    def drop(self) -> None:
-        # A server may close a connection that has been idle at any moment.
-        self._direct.failures += 1 if self._is_new or self._response is not None else 0
-        if self._response is not None:
-            self._response.close()
-        self._connection.close()
+    def failed(self) -> None:
+        """The connection is of no more use, and the library is asked."""
+        self._direct.connections.failed()
 
 
 class Direct:
     """An object of a server's.
 
     Args:
-        address: begins with ``http://``; a signed one, where the server wants that.
+        address: one that ``serves`` takes; a signed one, where the server wants that.
         headers: that go along with each request.
         meta: the library's, of the answer when the object was opened.
         patience: seconds in which something of an answer must come.
     """
 
-    def __init__(self, address: str, headers: Mapping[str, str], meta: Any, patience: float) -> None:
-        parts = urlsplit(address)
-        assert parts.hostname is not None
-        self._target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        self._headers = headers
+    def __init__(
+        self, connections: Connections, address: str, headers: Mapping[str, str], meta: Any, patience: float
+    ) -> None:
+        self.connections, self.patience = connections, patience
         self._size, self._tag, self._modified = meta["size"], meta["e_tag"], meta["last_modified"]
-        self.patience = patience
-        self.failures = 0
-        at = parts.hostname, parts.port or 80
-        self.connections = _connections.get(at) or _connections.setdefault(at, Connections(*at))
+        all_headers = {"Host": urlsplit(address).netloc.rpartition("@")[2], **headers, "User-Agent": AGENT}
+        if self._tag and not self._tag.startswith("W/"):
+            all_headers["If-Match"] = self._tag
+        lines = [f"GET {_target(address)} HTTP/1.1", *(f"{name}: {value}" for name, value in all_headers.items())]
+        self._text = "\r\n".join(lines).encode("latin-1")
+        if self._text.count(b"\n") != len(lines) - 1 or self._text.count(b"\r") != len(lines) - 1:
+            raise ValueError("a header of more than one line")
 
-    @staticmethod
-    def serves(address: str) -> bool:
-        """Whether requests to it go so: plain HTTP, not by a proxy, and written as everybody would."""
-        parts = urlsplit(address)
-        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        return (
-            parts.scheme == "http"
-            and parts.hostname is not None
-            and _HOST.fullmatch(parts.hostname) is not None
-            and _SAME_FOR_ALL.fullmatch(target) is not None
-            and _DOTS.search(target) is None
-            and not any(kind in urllib.request.getproxies() for kind in ("http", "all"))
-        )
+    @classmethod
+    async def of(cls, address: str, headers: Mapping[str, str], meta: Any, patience: float) -> Direct | None:
+        """None where the library should make all requests."""
+        if not serves(address):
+            return None
+        try:
+            return cls(await _connections_to(_server(address)), address, headers, meta, patience)
+        except Exception as failed:
+            pass_on(failed)
+            return None
 
     def begin(self, begin: int, end: int, tap: Tap | None) -> Request | None:
         """Ask for a range, which a tap is told of; None where the library should."""
-        if self.failures >= MOST_FAILURES or not self.connections.is_usable():
-            return None
-        headers = {**self._headers, "Range": f"bytes={begin}-{end - 1}", "User-Agent": AGENT}
-        if self._tag and not self._tag.startswith("W/"):
-            headers["If-Match"] = self._tag
-        for _ in range(2):
-            connection, is_new = None, True
-            try:
-                connection, is_new = self.connections.take()
-                connection.sock.settimeout(SECONDS_TO_CONNECT)
-                connection.putrequest("GET", self._target, skip_accept_encoding=True)
-                for name, value in headers.items():
-                    connection.putheader(name, value)
-                connection.endheaders()
-                request = Request(self, connection, is_new, begin, end)
-                request.tap = tap
-                return request
-            except BaseException as failed:
-                if connection is not None:
-                    connection.close()
-                if not isinstance(failed, (OSError, http.client.HTTPException, ValueError)):
-                    raise
-                pass_on(failed)
-                if is_new:
-                    break
-        self.failures += 1
-        return None
+        return Request(self, begin, end, tap) if self.connections.is_usable() else None
 
-    def is_wanted(self, response: http.client.HTTPResponse, begin: int, end: int) -> bool:
-        """Whether the body will be these bytes of the object as it was opened, and nothing else."""
+    def text_of(self, begin: int, end: int) -> bytes:
+        """The request."""
+        return b"%s\r\nRange: bytes=%d-%d\r\n\r\n" % (self._text, begin, end - 1)
+
+    def is_wanted(self, answer: http.client.HTTPResponse, begin: int, end: int) -> bool:
+        """See ``Request.is_wanted``."""
         return (
-            response.status == HTTPStatus.PARTIAL_CONTENT
-            and response.length == end - begin
-            and response.getheader("Transfer-Encoding") is None
-            and response.getheader("Content-Encoding") in (None, "identity")
-            and response.getheader("Content-Range") == f"bytes {begin}-{end - 1}/{self._size}"
-            and response.getheader("ETag") == self._tag
-            and _time(response.getheader("Last-Modified")) == self._modified
+            answer.status == HTTPStatus.PARTIAL_CONTENT
+            and answer.length == end - begin
+            and answer.getheader("Transfer-Encoding") is None
+            and answer.getheader("Content-Encoding") in (None, "identity")
+            and answer.getheader("Content-Range") == f"bytes {begin}-{end - 1}/{self._size}"
+            and answer.getheader("ETag") == self._tag
+            and _time(answer.getheader("Last-Modified")) == self._modified
         )
+
+
+def serves(address: str) -> bool:
+    """Whether requests to it can go so: plain HTTP, not by a proxy, and written as everybody would."""
+    parts = urlsplit(address)
+    target = _target(address)
+    return (
+        parts.scheme == "http"
+        and _is_common(parts.hostname or "")
+        and _SAME_FOR_ALL.fullmatch(target) is not None
+        and _DOTS.search(target) is None
+        and not any(kind in urllib.request.getproxies() for kind in ("http", "all"))
+    )
+
+
+def _is_common(host: str) -> bool:
+    if "%" in host:  # a scope
+        return False
+    with forgiven(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    last = host.rstrip(".").rpartition(".")[2]
+    return _NAME.fullmatch(host) is not None and _LIKE_A_NUMBER.fullmatch(last) is None
+
+
+def _server(address: str) -> Server:
+    parts = urlsplit(address)
+    assert parts.hostname is not None
+    return Server(parts.hostname, parts.port or 80)
+
+
+def _target(address: str) -> str:
+    parts = urlsplit(address)
+    return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+
+
+async def _connections_to(server: Server) -> Connections:
+    """Those that there are, or new ones; the server's name is asked for once."""
+    known = _connections.get(server)
+    if known is not None:
+        return known
+    with forgiven(ValueError):
+        ipaddress.ip_address(server.host)
+        return _connections.setdefault(server, Connections(server, [server.host]))
+    loop = asyncio.get_running_loop()
+    asking = loop.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    found = await asyncio.wait_for(asking, SECONDS_TO_RESOLVE)
+    addresses = [str(where[0]) for *_, where in found]
+    return _connections.setdefault(server, Connections(server, addresses))
 
 
 _UNKNOWN = datetime.datetime.fromtimestamp(0, datetime.timezone.utc)  # as the library has it
 
 
 def _time(header: str | None) -> datetime.datetime | None:
-    with forgiven(ValueError, TypeError):
+    with forgiven(ValueError, TypeError, OverflowError):
         return _UNKNOWN if header is None else email.utils.parsedate_to_datetime(header)
     return None
 
 
-__all__ = ["Direct", "Request"]
+__all__ = ["Direct", "Request", "serves"]

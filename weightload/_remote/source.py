@@ -57,8 +57,8 @@ class RemoteObject:
     async def prepare(self) -> None:
         """Find out whether there can be direct requests."""
         address = await open_address(self.place)
-        if address and Direct.serves(address):
-            self._direct = Direct(address, self.place.headers, self._meta, patience())
+        if address:
+            self._direct = await Direct.of(address, self.place.headers, self._meta, patience())
 
     async def fetch(self, begin: int, end: int) -> Any:
         """The bytes of a range, as a buffer.

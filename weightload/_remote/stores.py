@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import os
@@ -30,7 +31,8 @@ ENDPOINTS = (
 
 # The whole of a request may take long, as its bytes do on slow networks; nothing of it may come for so long.
 CLIENT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1day"}
-SIGNED_FOR = datetime.timedelta(hours=1)  # behind it the library signs each request
+SIGNED_FOR = datetime.timedelta(minutes=15)  # as long as a signature in a header; then the library signs each request
+SECONDS_TO_SIGN = 5.0
 RETRIES = {
     "max_retries": 6,
     "retry_timeout": datetime.timedelta(seconds=60),
@@ -126,13 +128,23 @@ def _web_place(stores: Any, address: str, headers: Mapping[str, bytes] | None = 
 
 
 async def open_address(place: Place) -> str:
-    """Of a request that another client may make: signed, where the store wants that. Empty if there is none."""
-    if not place.is_plain or not isinstance(place.store, library().store.S3Store) or os.environ.get("AWS_PROXY_URL"):
+    """Of a request that another client may make: signed, where the store wants that. Empty if there is none.
+
+    Signed by keys of the environment only, and not where the library does without: other ones it would ask a machine
+    of the cloud for.
+    """
+    if not place.is_plain or not isinstance(place.store, library().store.S3Store):
         return place.address
+    environment = {name.lower(): value for name, value in os.environ.items()}
+    skips = environment.get("aws_skip_signature", "").lower() not in ("", "0", "false", "no", "off", "n", "f")
+    has_keys = environment.get("aws_access_key_id") and environment.get("aws_secret_access_key")
+    if skips or not has_keys or environment.get("aws_proxy_url"):
+        return ""
     try:
-        signed: str = await library().sign_async(place.store, "GET", place.path, SIGNED_FOR)
+        signing = library().sign_async(place.store, "GET", place.path, SIGNED_FOR)
+        signed: str = await asyncio.wait_for(signing, SECONDS_TO_SIGN)
     except Exception as error:
-        pass_on(error)  # a bucket for which nobody signs, say
+        pass_on(error)
         return ""
     return signed
 

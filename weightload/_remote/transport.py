@@ -1,4 +1,8 @@
-"""The thread that speaks to servers: an event loop of its own, on which requests wait for their answers."""
+"""The thread that speaks to servers: an event loop of its own, on which requests wait for their answers.
+
+Nothing here takes a lock. A signal's handler may come in between any two lines, and load: with threads of its own,
+which would wait for a lock that the thread below the handler holds.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,8 @@ class Transport:
 
     def __init__(self) -> None:
         self._loop = CountingLoop()
-        self._lock = threading.RLock()  # a signal's handler may load while the thread that it stops submits
-        self._closed = self._stopping = False
+        self._waiting: set[Answer] = set()
+        self._stopping = False
         self._process = Process()
         self._ended = threading.Event()
         try:
@@ -38,8 +42,7 @@ class Transport:
 
     def submit(self, request: Coroutine[Any, Any, Any]) -> Answer:
         """What it will bring; broken off where the interpreter is exiting."""
-        with self._lock:
-            return Answer(None if self._closed else self._loop, request)
+        return Answer(self._loop, request, self._waiting)
 
     def close(self) -> None:
         """Break off what is under way, and wait for the thread; the library's are done with Python after it.
@@ -52,8 +55,6 @@ class Transport:
         came: BaseException | None = None
         while not self._ended.is_set():
             try:
-                with self._lock:
-                    self._closed = True
                 with forgiven(RuntimeError):  # it is closed meanwhile
                     self._loop.call_soon_threadsafe(self._stop)
                 self._ended.wait()
@@ -75,8 +76,10 @@ class Transport:
             self._loop.run_forever()
             self._loop.run_until_complete(_break_off())
             self._loop.run_until_no_futures(SECONDS_FOR_FUTURES)
-            self._loop.close()
         finally:
+            self._loop.close()  # who submits now is told
+            for answer in list(self._waiting):  # and who did a moment ago
+                answer.leave()
             self._ended.set()
 
 
@@ -130,10 +133,13 @@ class _Own:
     """What a process has of it."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # as the transport's
         self.is_over = False  # the interpreter is exiting
-        self.transport: Transport | None = None
+        self.published: dict[str, Transport] = {}  # one at most
         self.process = Process()
+
+    @property
+    def transport(self) -> Transport | None:
+        return self.published.get("it")
 
 
 _own = _Own()
@@ -152,17 +158,19 @@ def transport() -> Transport:
                 "this process was forked of one that has loaded from servers, and cannot: start it another way (spawn)"
             )
         _own.__init__()  # type: ignore[misc]
-    with _own.lock:
-        if _own.is_over:
-            raise WeightLoadError(AT_EXIT)
-        if _own.transport is None:
-            begun = Transport()
-            if _own.transport is None:
-                _own.transport = begun
-                atexit.register(begun.close)
-            else:  # a signal's handler has begun one meanwhile
-                begun.close()
-        return _own.transport
+    known = _own.transport
+    if known is None and not _own.is_over:
+        begun = Transport()
+        known = _own.published.setdefault("it", begun)  # another thread, or a signal's handler, may have been first
+        if known is begun:
+            atexit.register(begun.close)
+        else:
+            begun.close()
+    if known is None or _own.is_over:
+        if known is not None:
+            known.close()  # which the exit may have missed
+        raise WeightLoadError(AT_EXIT)
+    return known
 
 
 def leave_interpreter() -> None:
