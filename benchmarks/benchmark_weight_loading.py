@@ -127,7 +127,7 @@ def load(loader: Callable[[list[str]], Weights], files: list[str], touched: bool
 
 
 def prepare_scenario(files: list[str], cache: str, ranks: Ranks, can_evict: bool) -> None:
-    """What all rounds of a scenario start from: which pages a warm cache holds."""
+    """The state that all rounds of a scenario start from: which pages a warm cache holds."""
     gc.collect()
     ranks.barrier()
     if cache != "cold" and can_evict:

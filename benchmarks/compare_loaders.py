@@ -136,7 +136,7 @@ class Comparison:
             arm.close()
 
     def result(self) -> dict[str, Any]:
-        """What tables and pictures show; a loader that gave wrong bytes keeps the reason and loses its times."""
+        """Rows for tables and pictures; a loader that gave wrong bytes keeps the reason and loses its times."""
         facts = {arm.name: arm.facts for arm in self.arms}
         options = self.options
         place = environment(options.device, self.files)

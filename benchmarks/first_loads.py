@@ -89,7 +89,7 @@ MEMORIES = ("as it comes", "touched before")
 
 
 class Arm(NamedTuple):
-    """What runs."""
+    """One competitor of a cell."""
 
     way: str
     checkout: Path = HERE
@@ -98,7 +98,7 @@ class Arm(NamedTuple):
 
 
 def digests_of(kind: str, files: list[str]) -> dict[str, str]:
-    """What `verify=` takes."""
+    """The digests of files, as `verify=` takes them."""
     found = {}
     for file in files:
         digest = hashes.new(kind)
@@ -148,7 +148,7 @@ def against(theirs: list[float], ours: list[float]) -> str:
 
 
 def lines(cache: str, memory: str, seconds: dict[str, list[float]]) -> list[str]:
-    """What is printed of one state."""
+    """The printed lines of one state."""
     found = []
     for kind, (them, us) in KINDS.items():
         ours, theirs = seconds[us], seconds[them]

@@ -31,7 +31,7 @@ from weightload._checkpoint.selection import open_files
 
 
 def import_milliseconds(module: str) -> float:
-    """What importing a module adds to `import torch`, in a fresh process, its bytecode being there as pip leaves it."""
+    """Seconds that importing a module adds to `import torch`, in a fresh process, its bytecode as pip leaves it."""
     script = f"import torch, time; t = time.perf_counter(); import {module}; print((time.perf_counter() - t) * 1e3)"
     command = [sys.executable, "-c", script]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}

@@ -267,7 +267,7 @@ def print_row(row: dict[str, Any], whole: bool) -> None:
 
 
 def facts(device: str, folder: Path) -> dict[str, Any]:
-    """What a result must say of the machine."""
+    """The machine, as a result describes it."""
     if device == "cpu":
         return describe([str(folder)])
     import torch

@@ -140,7 +140,7 @@ def readers(files: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def others_of(files: list[str], given: list[str]) -> Iterator[list[str]]:
-    """What the readers read: as given, or copies of the last file, on the disk of the model."""
+    """The files that the readers read: as given, or copies of the last file, on the disk of the model."""
     if given:
         yield [given[number % len(given)] for number in range(READERS)]
         return

@@ -65,7 +65,7 @@ class Settings:
     block_bytes: int = _knob(64 * MIB, unit="bytes", loads=PRIVATE)
     """Memory that neighbouring small tensors share, and what ranks send in one piece; equal on all ranks of a load."""
     spare_bytes: int = _knob(4096 * MIB, unit="bytes", loads=PRIVATE, least=0)
-    """What the process keeps at most for its next loads; one limit, that of the CPU load begun last."""
+    """Memory that the process keeps at most for its next loads; one limit, that of the CPU load begun last."""
     pinned_bytes: int = _knob(256 * MIB, unit="bytes", loads=ACCELERATORS)
     """Page-locked memory at most."""
     cached_pinned_bytes: int = _knob(64 * MIB, unit="bytes", loads=ACCELERATORS)

@@ -1,4 +1,4 @@
-"""What a load must give: every tensor of the files, bit for bit."""
+"""Checks a load: every tensor of the files, bit for bit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Checkpoint:
         self.sample = set(list(dict.fromkeys(picked))[:SAMPLE])
 
     def differs(self, tensors: dict[str, torch.Tensor], device: torch.device, whole: bool) -> str | None:
-        """What is wrong with these tensors; not ``whole``: their two ends are compared."""
+        """Describes wrong tensors; not ``whole``: only their two ends are compared."""
         for name, tensor in tensors.items():
             wrong = self._difference(tensor, self._expected(name), device, whole)
             if wrong:
@@ -75,7 +75,7 @@ class Checkpoint:
         return None
 
     def _beside(self, there: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-        """What is wanted, on the device where it is compared, in buffers that are used again."""
+        """The expected bytes, on the device where they are compared, in buffers that are used again."""
         if there.device.type == "cpu":
             return want
         if self._buffers is None:

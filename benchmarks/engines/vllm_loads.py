@@ -72,7 +72,7 @@ def evict(folder: Path) -> None:
 
 
 def disk_bytes() -> int:
-    """What storage has given this process."""
+    """Bytes that storage has given this process."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 

@@ -1,1 +1,1 @@
-"""What is measured on a machine with one GPU; check.sh runs all of it."""
+"""Measurements on a machine with one GPU; check.sh runs all of them."""

@@ -40,7 +40,7 @@ PEERS = ("fastsafetensors", "instanttensor", "runai-model-streamer")
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """What a result must say of its device; without an accelerator, that it measures nothing."""
+    """The device of a result; without an accelerator, a note that it measures nothing."""
     facts: dict[str, Any] = {"device": LOGIC_ONLY if device.type == "cpu" else str(device), "device_name": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

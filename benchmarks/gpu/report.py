@@ -22,7 +22,7 @@ UNPROVEN = "unproven: no load here was shared over NCCL on a GPU"
 
 
 def heading(result: dict[str, Any]) -> list[str]:
-    """What was measured, where, with what."""
+    """The heading of a result: measurements, machine, versions."""
     device = f"device: {result['device']}" + (f", {result['device_name']}" if result["device_name"] else "")
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     return [

@@ -1,1 +1,1 @@
-"""What benchmarks share: the machine and its state, ranks, rounds in turns, and a line for the person who waits."""
+"""Shared by benchmarks: the machine and its state, ranks, rounds in turns, and a line for the person who waits."""

@@ -1,4 +1,4 @@
-"""What the two scripts for people share: wrong arguments answered in a line, and how far a run is, on stderr."""
+"""Shared by the two scripts for people: wrong arguments answered in a line, and how far a run is, on stderr."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def usable_device(name: str) -> torch.device:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is loaded."""
+    """The files of a run."""
 
     title: str
     files: list[str]
@@ -83,7 +83,7 @@ class Checkpoint:
 
 
 def checkpoint_of(parser: Parser, options: argparse.Namespace, ranks: Ranks) -> Checkpoint:
-    """What the arguments name, opened once. If that fails on any rank, all end, and a rank of that node says why."""
+    """Open the named files, once. If that fails on any rank, all end, and a rank of that node says why."""
     wrong, found = "", None
     try:
         settings.current()
@@ -128,7 +128,7 @@ def say(line: str) -> None:
 
 
 class Steps:
-    """What a run is at, and how far. Only the first rank speaks."""
+    """Tells how far a run is. Only the first rank speaks."""
 
     def __init__(self, count: int) -> None:
         self._count, self._begun = count, 0

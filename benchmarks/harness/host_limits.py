@@ -1,4 +1,4 @@
-"""What this machine can do at most with the bytes of a checkpoint, measured beside the loaders and in the same rounds.
+"""The limits of this machine for the bytes of a checkpoint, measured beside the loaders and in the same rounds.
 
 Each is a function of the files that returns seconds. All use the threads that weightload would, but for reads past the
 page cache: what a disk gives depends on how much it is asked at once, so those have several settings, each a limit of

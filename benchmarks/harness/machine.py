@@ -1,4 +1,4 @@
-"""What a result must say of where it was measured, and the state a run starts from: cold or warm, and verified."""
+"""Describes the machine of a result, and makes the state that a run starts from: cold or warm, and verified."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def describe(files: Sequence[str]) -> dict[str, Any]:
 
 
 def pages() -> dict[str, Any]:
-    """What decides the price of fresh memory: huge pages, and whether the kernel gives free memory back to a host."""
+    """Settings that decide the price of fresh memory: huge pages, and whether a host takes back free memory."""
     huge = Path("/sys/kernel/mm/transparent_hugepage")
     chosen = {}
     for setting in ("enabled", "defrag", "shmem_enabled"):

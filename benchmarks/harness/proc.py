@@ -1,4 +1,4 @@
-"""What the kernel tells of processes and of file systems. Imports nothing: processes of every loader use it."""
+"""Reads the kernel's figures of processes and file systems. Imports nothing: processes of every loader use it."""
 
 from __future__ import annotations
 

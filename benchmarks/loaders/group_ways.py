@@ -30,7 +30,7 @@ MOVABLE = (torch.float32, torch.float64, torch.float16, torch.int8, torch.uint8,
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What is loaded, where to, and by whom together."""
+    """The files, the device and the group of a load."""
 
     files: list[str]
     device: torch.device

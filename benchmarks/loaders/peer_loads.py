@@ -135,7 +135,7 @@ def instanttensor(files: list[str], device: torch.device, **options: Any) -> Wei
 
 
 def instanttensor_buffered(files: list[str], device: torch.device) -> Weights:
-    """What it recommends for files that may be in the page cache."""
+    """The settings that it recommends for files that may be in the page cache."""
     return instanttensor(files, device, backend=import_module("instanttensor").BackendPolicy.BUFFERED)
 
 

@@ -115,7 +115,7 @@ SWEEP = {f"weightload {n} threads": _ours(loads.weightload_threads(n), MAPPED, T
 
 
 def kind_of(peer: Peer, device: torch.device) -> str | None:
-    """What the peer gives there, or None where it cannot run."""
+    """The peer's result there, or None where it cannot run."""
     if device.type != "cpu":
         return DEVICE if peer.on_accelerators and (device.type == "cuda" or not peer.only_cuda) else None
     return peer.kind

@@ -167,7 +167,7 @@ class Runner:
     def _load(
         self, files: list[str], module: torch.nn.Module | None, thorough: bool
     ) -> tuple[Weights | None, dict[str, torch.Tensor], str | None]:
-        """What is timed; a module's tensors are its own."""
+        """The timed load; a module's tensors are its own."""
         weights, tensors, wrong = None, dict[str, torch.Tensor](), None
         if module is not None and self.peer.into is not None:
             self.peer.into(files, module)
@@ -180,7 +180,7 @@ class Runner:
         return weights, tensors, wrong
 
     def _wrong(self, tensors: dict[str, torch.Tensor], thorough: bool) -> str | None:
-        """What is wrong with what a load gave, all held."""
+        """Describes wrong tensors of a load, all held."""
         if set(tensors) != set(self.checkpoint.file_of):
             count = len(set(tensors) ^ set(self.checkpoint.file_of))
             return f"{count} names are missing or are not in the files"
@@ -231,7 +231,7 @@ def serve(name: str, files: list[str], device: torch.device) -> None:
 
 
 def _stats(weights: Weights | None) -> dict[str, Any] | None:
-    """What a loader tells of its own load: an iterator's ``stats()``, where it has one."""
+    """A loader's own figures: an iterator's ``stats()``, where it has one."""
     stats = getattr(weights, "stats", None)
     found: Any = stats() if callable(stats) else None
     return found.as_dict() if hasattr(found, "as_dict") else None
@@ -296,7 +296,7 @@ class Worker:
     def _answer(
         self, samples: list[tuple[float, int, float]] | None = None, limit: float | None = None
     ) -> dict[str, Any]:
-        """What it says next; until then its memory is sampled, with the times just before and after."""
+        """The worker's next line; until then its memory is sampled, with the times just before and after."""
         assert self._process.stdout is not None
         limit = limit or self.limit
         deadline = time.monotonic() + limit

@@ -47,7 +47,7 @@ def heading(result: dict[str, Any]) -> list[str]:
 
 
 def title(scenario: dict[str, Any]) -> str:
-    """What is compared in a scenario."""
+    """The competitors of a scenario."""
     ranks = f", {scenario['ranks']} ranks" if scenario.get("ranks", 1) > 1 else ""
     cache = "tmpfs" if scenario["place"] == "tmpfs" else f"{scenario['cache']} page cache"
     return f"{cache}, {KINDS[scenario['kind']]}{ranks}"

@@ -76,7 +76,7 @@ def best_of_each(rows: Iterable[Row]) -> list[Row]:
 
 
 def doubt(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """What to add to the verdict on two loaders, where chance may have given it."""
+    """A note on the verdict on two loaders, where chance may have given it."""
     if 2 / math.comb(len(ours) + len(theirs), len(ours)) > UNLIKELY:  # however far apart they are
         fewest = min(len(ours), len(theirs))
         return f" (of only {fewest} load{'s' if fewest > 1 else ''})"

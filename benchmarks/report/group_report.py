@@ -16,7 +16,7 @@ have private memory."""
 
 
 def heading(result: dict[str, Any]) -> str:
-    """What was loaded, and by whom."""
+    """The load of a row: files, ranks, device."""
     ranks, nodes, size = result["ranks"], result["nodes"], result["group_ranks"]
     return (
         f"{result['bytes'] / 1e9:.2f} GB, {result['tensors']} tensors, {result['files']} files; {ranks} rank(s) on "

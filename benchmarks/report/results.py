@@ -65,7 +65,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def scenario_in_words(cache: str, touched: bool) -> str:
-    """What a scenario measures: ``cache`` is that of a row."""
+    """Describes a scenario: ``cache`` is that of a row."""
     return f"{cache} page cache, {'every page touched' if touched else 'untouched'}"
 
 
@@ -109,7 +109,7 @@ def deliver(
     print_it: Callable[[dict[str, Any]], None] = print_table,
     draw: Callable[[dict[str, Any], Path], None] = save_plot,
 ) -> None:
-    """What a benchmark does with its result: the table printed, JSON and picture written where they are wanted."""
+    """Print the table of a result; write JSON and picture where they are wanted."""
     print_it(result)
     for path in (json_path, plot_path):
         if path:

@@ -161,7 +161,7 @@ class Load:
         return self.strategy != "independent" and self.ranks > 1
 
     def rank_bytes(self) -> float:
-        """What a rank that reads reads."""
+        """Bytes that a reading rank reads."""
         return self.size / self.ranks if self.strategy == "striped" else self.size
 
     def readers(self) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""What loading a checkpoint on 1 to 1000 nodes should take, by strategy, and which strategy that recommends; and what
-loading only each rank's part of it should take (scale/shards.py).
+"""Models loading a checkpoint on 1 to 1000 nodes: the time by strategy, and which strategy that recommends; also of
+loading only each rank's part of it (scale/shards.py).
 
     python benchmarks/scale/model.py [--gigabytes 140] [--json FILE] [--plot FILE.png] [--check]
 
@@ -45,7 +45,7 @@ def predict(storage: Storage, nodes: int, size: float, device: str, machine: Ass
 
 
 def recommend(storage: Storage, nodes: int, size: float, device: str, machine: Assumptions, group: str = "node") -> str:
-    """What a load should do: for groups within a node, or for one group over all nodes.
+    """The strategy to recommend: for groups within a node, or for one group over all nodes.
 
     What the package prefers (independent on the CPU, striped on accelerators), unless another is faster by more than
     `TIE`: the model does not know better than that.
@@ -62,7 +62,7 @@ def recommend(storage: Storage, nodes: int, size: float, device: str, machine: A
 
 
 def recommend_one_group(nodes: int, size: float, device: str, machine: Assumptions) -> str:
-    """What one group over all nodes should do to read each byte once, whatever the storage: the strategy whose worst
+    """The strategy of one group over all nodes that reads each byte once, whatever the storage: the one whose worst
     ratio to the better one, over all kinds of storage, is the smallest. A loader cannot see the storage's kind."""
     regrets = dict.fromkeys(("striped", "broadcast"), 1.0)
     for storage in STORAGES:
@@ -78,7 +78,7 @@ def node_counts(storage: Storage) -> tuple[int, ...]:
 
 
 def published() -> list[dict[str, Any]]:
-    """What others measured, and what the model says of the same; a model of limits should come out lower."""
+    """Figures that others measured, beside the model's; a model of limits should come out lower."""
     one, four = Assumptions(gpus=1), Assumptions(gpus=4)
     memory = STORAGES[1]
     fast = Storage("published", "50 GB/s storage", 50e9, 50e9)

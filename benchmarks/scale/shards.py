@@ -114,7 +114,7 @@ class Shards:
 
 
 def ways_of(plan: Plan) -> tuple[str, ...]:
-    """What makes sense for a plan, beside whole files."""
+    """Ways that make sense for a plan, beside whole files."""
     more = ((STRIPED,) if not plan.nodes_share else ()) + ((EXCHANGE,) if plan.inner == 1 else ())
     return (OWN, *more)
 

@@ -56,7 +56,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files have many, of odd numbers of bytes."""
     pytest.importorskip("awscrt.checksums")
     monkeypatch.setattr(checker, "PART", 40_001)
-    monkeypatch.setattr(checker, "PIECE", 9_999)
+    monkeypatch.setattr(checker, "CACHED_PIECE", 9_999)
 
 
 def test_the_definition() -> None:

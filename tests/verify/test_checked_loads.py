@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import base64
 import hashlib
 import os
 import shutil
@@ -411,3 +412,11 @@ def test_sums_that_are_none(files: list[Path]) -> None:
     sums.write_text(f"{'0' * 64}  {files[0].name}\n{'1' * 64}  {files[0].name}\n")
     with pytest.raises(errors.CheckpointError, match="two digests"):
         load(files)
+
+
+def test_in_base64_as_stores_have_it(files: list[Path]) -> None:
+    """S3's ChecksumSHA256 of a whole object."""
+    right = {path.name: f"sha256:{base64.b64encode(bytes.fromhex(digest(path))).decode()}" for path in files}
+    assert load(files, right).keys() == load(files, None).keys()
+    with pytest.raises(errors.ChecksumError):
+        load(files, right | {files[0].name: right[files[1].name]})

@@ -218,7 +218,7 @@ class TensorSlice:
 
     @plainly
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """What torch's indexing gives: of a mapped file a view where torch gives one, else memory of its own.
+        """Index as torch does: of a mapped file a view where torch gives one, else memory of its own.
 
         Raises:
             IndexError, TypeError, ValueError: torch's own; IndexError also for the last dimension of F4, which has

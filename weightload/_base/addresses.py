@@ -81,7 +81,7 @@ def split(address: str) -> SplitResult:
 
 
 def name_of(address: str) -> str:
-    """What comes last of its path."""
+    """The last part of its path."""
     name = shown(address).rstrip("/").rpartition("/")[2]
     return unquote(name) if scheme_of(address) in WEB else name
 

@@ -1,4 +1,4 @@
-"""What a load says of itself: bytes, seconds and rate by stage, how each file was read, and what held it up."""
+"""Statistics of a load: bytes, seconds and rate by stage, how each file was read, and what held it up."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class FileStats:
-    """What was read of one file, by this rank."""
+    """The reads of one file, by this rank."""
 
     path: str
     mapped_bytes: int
@@ -60,7 +60,7 @@ class FileStats:
 
     @property
     def bytes(self) -> int:
-        """What was read, without ``rounded_bytes``."""
+        """Bytes that were read, without ``rounded_bytes``."""
         return self.mapped_bytes + self.buffered_bytes + self.direct_bytes
 
     @property
@@ -105,7 +105,7 @@ class DeviceStats:
 
 @dataclasses.dataclass(frozen=True)
 class LoadStats:
-    """What a load has done so far. It is always counted, at two readings of the clock for every read and every wait."""
+    """Statistics of a load so far, always counted: at two readings of the clock for every read and every wait."""
 
     seconds: float
     """From the call that began the load until its last tensor was handed out, or it was closed, or until now. On an
@@ -176,7 +176,7 @@ class LoadStats:
 
     @property
     def bottleneck(self) -> str:
-        """What the load waited for most, in words."""
+        """The stage that the load waited for most, in words."""
         return bottleneck(self)
 
     def as_dict(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _lines(stats: LoadStats) -> Iterator[str]:
 
 
 def joined(first: LoadStats, second: LoadStats) -> LoadStats:
-    """What two loads did at the same time, of the same files: sums; of times that passed for both, the longer."""
+    """Statistics of two loads of the same files at the same time: sums; of times that passed for both, the longer."""
     stages = {}
     for name in [*first.stages, *(name for name in second.stages if name not in first.stages)]:
         both = [stats.stages[name] for stats in (first, second) if name in stats.stages]

@@ -1,4 +1,4 @@
-"""What may stand for a file in every public call: one path, or several, as text or bytes."""
+"""Paths as every public call takes them: one, or several, as text or bytes."""
 
 from __future__ import annotations
 

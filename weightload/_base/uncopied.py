@@ -36,7 +36,7 @@ class Load(Protocol):
 
     @property
     def agreement_seconds(self) -> float:
-        """What agreeing with other ranks took."""
+        """Seconds that agreeing with other ranks took."""
 
     @property
     def total_bytes(self) -> int:
@@ -50,7 +50,7 @@ class Load(Protocol):
         """Stop it."""
 
     def stats(self) -> LoadStats:
-        """What it has done so far."""
+        """Its counts so far."""
 
 
 class StandsForALoad(Uncopied):
@@ -78,5 +78,5 @@ class StandsForALoad(Uncopied):
         self._weights.close()
 
     def stats(self) -> LoadStats:
-        """What the load has done so far."""
+        """Statistics of the load so far."""
         return self._weights.stats()

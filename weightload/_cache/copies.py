@@ -47,7 +47,7 @@ class Ranges:
         self.all = sorted([*apart, (min([begin, *(low for low, _ in near)]), max([end, *(high for _, high in near)]))])
 
     def missing(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """What of a range is in none of them."""
+        """The parts of a range that are in none of them."""
         found = []
         for low, high in self.all:
             if high <= begin:
@@ -138,7 +138,7 @@ class Copy:
             self._have.add(low, high)
 
     def left_out(self) -> list[tuple[int, int]] | None:
-        """What is to be asked for so that it is whole; None if that is too much."""
+        """The ranges to ask for so that it is whole; None if that is too much."""
         return worth_asking(self._have, self.size)
 
     def report(self) -> Ranges | None:
@@ -205,7 +205,7 @@ class Copy:
 
 
 def worth_asking(have: Ranges, size: int) -> list[tuple[int, int]] | None:
-    """What of a file is missing; None if it is too much to ask for it only for a copy."""
+    """The ranges of a file that are missing; None if they are too much to ask for only for a copy."""
     gaps = have.missing(0, size)
     return gaps if sum(end - begin for begin, end in gaps) <= size * MOST_LEFT_OUT else None
 
@@ -372,7 +372,7 @@ class Copies:
 
     @property
     def failure(self) -> BaseException | None:
-        """What has gone wrong in the threads."""
+        """The first failure of the threads."""
         return self._writer.failure or self._sealer.failure
 
     def add(self, copy: Copy) -> None:

@@ -178,7 +178,7 @@ class Cache:
         return missing
 
     def _place(self) -> str:
-        """What the folder is, if it is there: the same for all who see the same one."""
+        """The folder's identity, if it is there: the same for all who see the same one."""
         with forgiven(OSError):
             status = os.stat(self._folder)
             return digest((self._node, status.st_dev, status.st_ino), 16)

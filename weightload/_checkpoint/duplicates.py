@@ -121,7 +121,7 @@ MOST_REMEMBERED = 16
 
 
 def remember(folder: str, owners: dict[str, str]) -> None:
-    """What an index on a server has said: the file of each tensor, by the folder's and the files' addresses as shown.
+    """An index on a server: the file of each tensor, by the folder's and the files' addresses as shown.
 
     The credentials that it was read with are not known any more when a load asks.
     """
@@ -140,7 +140,7 @@ def remember_copy(path: str, address: str) -> None:
 
 
 class Owners:
-    """What the index files beside the files of a load say, read when a name repeats."""
+    """The index files beside the files of a load, read when a name repeats."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = [_copies.get(path, path) for path in paths]

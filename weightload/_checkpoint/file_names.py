@@ -1,4 +1,4 @@
-"""What the name of a file says: shard numbers, variants, and what is no part of a model."""
+"""Reads the names of files: shard numbers, variants, and files that are no part of a model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Shard(NamedTuple):
 
 
 def shard_of(name: str) -> Shard | None:
-    """What a name says of a set of shards; None where it says nothing."""
+    """The set of shards that a name tells of; None where it tells of none."""
     match = _SHARD.fullmatch(name.removesuffix(ENDING))
     if match is None:
         return None
@@ -104,7 +104,7 @@ def words(stem: str) -> list[str]:
 
 
 def what_it_is(stem: str, others: Iterable[str], adapter_config: bool, config: bool) -> str | None:
-    """What a file is, in words, if not a model or a part of one; None if it may be one.
+    """Describes a file that is no model and no part of one; None if it may be one.
 
     Args:
         stem: the name without ending, shard number and variant.

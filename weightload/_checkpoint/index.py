@@ -48,7 +48,7 @@ def is_missing(path: Path) -> bool:
 
 @dataclass
 class Index:
-    """What an index says."""
+    """The content of an index."""
 
     shards: list[Path]
     """In natural order, each below the index's directory; one file is there once, by whatever names."""

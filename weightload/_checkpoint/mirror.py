@@ -62,7 +62,7 @@ def find_remote(address: str, variant: str | None) -> Found:
 
 
 def _usual_names(variant: str | None) -> Iterator[str]:
-    """What a web server is asked for."""
+    """The names that a web server is asked for."""
     for stem in (stem for stems in CANONICAL_STEMS for stem in stems):
         yield f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
         yield f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
@@ -82,7 +82,7 @@ def _make(folder: Path, there: dict[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def _told_of(address: str, folder: str, mirror: Path) -> Iterator[None]:
-    """What is raised about the mirror's files is said of the server's."""
+    """Errors about the mirror's files name the server's instead."""
 
     def said(text: object) -> str:
         return str(text).replace(str(mirror), shown(folder).rstrip("/"))

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint and is no part of it: how it is told, and what an error says is there instead."""
+"""Files beside a checkpoint that are no part of it: how they are reported, also in errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Aside(NamedTuple):
     group: str
     """Files of one group are told as one."""
     reason: str
-    """What it is, or what to pass for it."""
+    """A description of it, or the argument to pass for it."""
 
 
 def in_words(asides: Iterable[Aside]) -> str:
@@ -53,7 +53,7 @@ def in_words(asides: Iterable[Aside]) -> str:
 
 
 def sentence(folder: str, taken: Sequence[str], asides: Sequence[Aside]) -> str:
-    """What is told of a directory's files that were not taken."""
+    """The report on a directory's files that were not taken."""
     more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
     said = f"{printable(folder)}: took {printable(taken[0])}{more} and passed over {in_words(asides)}"
     if all(not aside.name.endswith(ENDING) for aside in asides):  # an index whose shards are gone
@@ -62,7 +62,7 @@ def sentence(folder: str, taken: Sequence[str], asides: Sequence[Aside]) -> str:
 
 
 def other_things(folder: str, names: Iterable[str]) -> list[Aside]:
-    """What a directory without a model's safetensors files has instead of them."""
+    """Describes a directory that has no model in safetensors files."""
     found = []
     for name in names:
         if name.startswith("."):
@@ -98,7 +98,7 @@ def folders_with_models(folder: str) -> list[str]:
 
 
 def about_folder(folder: str) -> str:
-    """What to pass in place of a directory whose models are in folders below; empty if that is not so."""
+    """The folders to pass in place of a directory whose models are below it; empty if there are none."""
     snapshots = os.path.join(folder, "snapshots")
     if os.path.isdir(snapshots):
         return f"it is a model's root in a hub cache: pass {printable(_snapshot(folder, snapshots))}"
@@ -122,7 +122,7 @@ def _snapshot(folder: str, snapshots: str) -> str:
 
 
 def about_missing(path: str) -> str:
-    """What may be meant by a path that is not there; empty if nothing comes to mind."""
+    """Paths that may be meant by one that is not there; empty if nothing comes to mind."""
     if (
         re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)
         and not path.endswith(ENDING)

@@ -1,4 +1,4 @@
-"""What every iterator does before and after: opening files, picking tensors, closing at the interpreter's exit."""
+"""The steps before and after every iterator: opening files, picking tensors, closing at the interpreter's exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a group compare before the first byte of a load travels, and how they fail together."""
+"""How the ranks of a group agree before the first byte of a load travels, and fail together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WISH_BYTES = 32  # at the end of a record: what the rank wants
 STATES = "tags or times of what a server has"
 VERIFY, DISK = "verify=", "files on disk, which verify= would have one rank check for all"
 NOT_CHECKED: Mapping[str, object] = {VERIFY: "nothing", DISK: ""}
-"""What of a check must be the same on every rank, where there is none."""
+"""The terms of a load without ``verify=``; as all terms, the same on every rank."""
 
 
 class Check(Protocol):
@@ -43,7 +43,7 @@ class Check(Protocol):
     verdict: _C.Verdict | None
 
     def same(self) -> Mapping[str, object]:
-        """What of it must be the same on every rank, once the files are open."""
+        """Its terms that must be the same on every rank, once the files are open."""
 
 
 Chosen = tuple[list[_C.CheckpointFile], list[list[int]], Parts]
@@ -189,7 +189,7 @@ class Sharing:
     def _record(
         self, files: list[_C.CheckpointFile], selection: list[list[int]], parts: Parts, may_differ: bool
     ) -> bytes:
-        """What must be the same on every rank."""
+        """Terms that must be the same on every rank."""
         now = settings.current()
         same: dict[str, object] = {
             "strategy": self._strategy,
@@ -204,7 +204,7 @@ class Sharing:
 
 
 def agreed_record(load: str, same: Mapping[str, object], wish: str = "") -> bytes:
-    """What a rank tells the others that is ready: as JSON, so that a difference can be said in words.
+    """The message of a rank that is ready: as JSON, so that a difference can be said in words.
 
     At the end are the digests of what it wants, ``selection`` and ``parts``, in which iterators' ranks may differ.
     """
@@ -214,7 +214,7 @@ def agreed_record(load: str, same: Mapping[str, object], wish: str = "") -> byte
 
 
 def of_files(files: Sequence[_C.CheckpointFile], named: bool = True) -> dict[str, object]:
-    """What of files must be the same on every rank: their names, sizes, headers, which are read for it, and tags.
+    """Terms of files that must be the same on every rank: names, sizes, headers, which are read for it, and tags.
 
     ``named``: false where ranks may have copies of their own, by other names.
     """
@@ -308,7 +308,7 @@ def _in_words(name: str, right: dict[str, Any], others: list[dict[str, Any]]) ->
 
 
 def failed_record(error: BaseException, load: str, rank: int | None = None, when: str = "before it began") -> bytes:
-    """What a rank tells the others that failed: the error as JSON.
+    """The message of a rank that failed: the error as JSON.
 
     Args:
         rank: whose error it is, unless it is the teller's, by the group's numbers.

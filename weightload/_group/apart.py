@@ -64,7 +64,7 @@ class SharedAndOwn(StandsForALoad):
             load.close()
 
     def stats(self) -> LoadStats:
-        """What both have done so far."""
+        """Statistics of both so far."""
         return joined(*(load.stats() for load in self._loads))
 
 
@@ -79,7 +79,7 @@ def split(selection: Sequence[Sequence[int]], common: Sequence[Sequence[int]]) -
 
 
 class Wishes:
-    """What each rank of a load wants of the tensors of its files, which are the same on all.
+    """The tensors that each rank of a load wants of its files, which are the same on all.
 
     A wish is a record of the same size on all ranks: how many bytes, then two bits for each tensor of the files.
     Whether the rank wants any of it, and whether all of it. It takes ``record_bytes`` with a first byte before it.

@@ -42,7 +42,7 @@ def cache_of(
     group: ProcessGroup | None = None,
     shared: bool = False,
 ) -> Cache | None:
-    """What a load uses of a folder; None where it asks no server. Of ranks that share it a collective call.
+    """The folder of copies for a load; None where it asks no server. Of ranks that share it a collective call.
 
     ``fill``: whether it reads its files whole, and may write. ``at_end``: not before its end.
     """

@@ -58,7 +58,7 @@ def global_rank() -> int:
 
 
 def auto_strategy(device_type: str, ranks: int, nodes: int = 1, remote: bool = False) -> str:
-    """What ``strategy="auto"`` does in a group of so many ranks on so many nodes; see benchmarks/scale/model.py.
+    """Choose for ``strategy="auto"`` in a group of so many ranks on so many nodes; see benchmarks/scale/model.py.
 
     On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
     accelerators each byte should cross the bus to the devices of a node once. A group over several nodes exists to
@@ -117,7 +117,7 @@ def readers_of(shared: bool, apart: bool) -> Readers:
 
 
 def load_name(paths: Sequence[PathLike]) -> str:
-    """What errors call a load."""
+    """The name of a load in errors."""
     first = ""
     if paths:
         path = paths[0]  # which may be no path: opening it will say so

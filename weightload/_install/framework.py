@@ -1,4 +1,4 @@
-"""What is to be known of a framework to serve it."""
+"""Facts about a framework that serving it takes."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def _some(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _prepared(name: str) -> Swap:
-    """What will be swapped in a framework, which is imported as far as it reads weights.
+    """The swaps in a framework, which is imported as far as it reads weights.
 
     Raises:
         ModuleNotFoundError, RuntimeError: as ``install``.
@@ -172,7 +172,7 @@ def _prepared(name: str) -> Swap:
 
 
 def _bound_to(framework: Framework, where: str, attribute: str) -> object:
-    """What a name of a framework's module stands for; imports the module."""
+    """The object that a name of a framework's module stands for; imports the module."""
     try:
         module = importlib.import_module(where)
     except ModuleNotFoundError as error:

@@ -74,7 +74,7 @@ class Slice(TensorSlice):
 
 
 class Ahead:
-    """What comes ahead of the slices of one file: a ``ReadAhead`` for each device that they go to."""
+    """Reads ahead of the slices of one file: a ``ReadAhead`` for each device that they go to."""
 
     def __init__(self, reader: _C.TensorReader, to_cpu: bool) -> None:
         self._reader, self._to_cpu = reader, to_cpu

@@ -1,4 +1,4 @@
-"""What stands in the place of safetensors' functions in a framework. What it does not serve goes to them."""
+"""Stand-ins for safetensors' functions in a framework. Calls that they do not serve go to the originals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def private_memory() -> Iterator[None]:
 
 
 def pairs() -> Iterable[tuple[object, object]]:
-    """What of safetensors is replaced, and by what; modules, too, by whose names frameworks call its functions."""
+    """The functions of safetensors and their stand-ins; modules, too, by whose names frameworks call its functions."""
     functions = [
         (safetensors.safe_open, safe_open),
         (safetensors.torch.load_file, load_file),

@@ -18,7 +18,7 @@ from weightload._parts.shards import NOTHING, Part
 
 @dataclasses.dataclass
 class FusedPlaces:
-    """What ``Renamed.pieces`` are to a target. Names of pieces are those of the renamed files."""
+    """``Renamed.pieces`` as places of a target. Names of pieces are those of the renamed files."""
 
     tensors: dict[str, torch.Tensor]
     """The target's tensors by name, in its order, with the pieces of each in its place."""

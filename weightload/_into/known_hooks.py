@@ -13,7 +13,7 @@ import torch
 Module = torch.nn.Module
 
 WRAPPED = "_checkpoint_wrapped_module"
-"""What ``checkpoint_wrapper`` and ``offload_wrapper`` call the module that they wrap."""
+"""The attribute in which ``checkpoint_wrapper`` and ``offload_wrapper`` have the module that they wrap."""
 _WRAPPER = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper.")
 _WEIGHT_NORM = ("torch.nn.utils.parametrizations", "weight_norm.<locals>._weight_norm_compat_hook")
 
@@ -54,7 +54,7 @@ def is_idle(hook: object, prefix: str, names: Collection[str]) -> bool:
 
 
 def in_state_dict(root: Module, name: str) -> str:
-    """What ``state_dict`` calls what ``load_state_dict`` calls by this name: without what wrappers put into it."""
+    """The name in ``state_dict`` of a name in ``load_state_dict``: without the parts that wrappers put into it."""
     begin = ""
     part: Module | None = root
     while part is not None:

@@ -1,4 +1,4 @@
-"""What load_into says of a load."""
+"""The report of load_into."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weightload._base.load_stats import LoadStats
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What was loaded, and where the time went."""
+    """The tensors that were loaded, and where the time went."""
 
     loaded: list[str]
     """Names of the file's tensors that are in the target now, in the order of the files; with ``rename=`` the target's

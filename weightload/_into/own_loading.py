@@ -94,7 +94,7 @@ def _norm_takes_part(part: Any, prefix: str, names: Collection[str]) -> bool:
 
 @dataclasses.dataclass
 class Walk:
-    """What a module is to ``load_state_dict``. Names and prefixes are those that ``state_dict`` gives."""
+    """A module as ``load_state_dict`` sees it. Names and prefixes are those that ``state_dict`` gives."""
 
     root: Module | None = None
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -230,7 +230,7 @@ def is_overridden(part: Module | type[Module], name: str) -> bool:
 
 @dataclasses.dataclass
 class Turns:
-    """What remains to be done, in the order of torch, once what can be read directly is there."""
+    """The remaining steps, in the order of torch, once the tensors that can be read directly are there."""
 
     walk: Walk
     given: dict[str, list[str]]

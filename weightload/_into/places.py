@@ -29,7 +29,7 @@ READ_ONLY_RANGE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 
 
 class Place(NamedTuple):
-    """What was seen of a tensor of the target."""
+    """Facts about a tensor of the target."""
 
     tensor: torch.Tensor
     direct: bool

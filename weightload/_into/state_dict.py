@@ -52,7 +52,7 @@ class Match:
     """``missing``, and tied names that others stand for."""
     unexpected: list[str]
     turns: Turns | None
-    """What is left to modules that take part in their own loading: of their names only they know what is missing."""
+    """The tensors left to modules that take part in their own loading: only these know what they miss."""
     sizes: dict[str, int]
     """Bytes of each tensor of the files, or of the part of it that is read."""
     tied: dict[str, object]
@@ -238,7 +238,7 @@ def differing_names(missing: Collection[str], unexpected: Collection[str]) -> li
 
 
 def _walk(target: Target, names: Collection[str]) -> Walk:
-    """What there is to load into."""
+    """The targets of a load."""
     if isinstance(target, torch.nn.Module):
         return Walk.of(target, names)
     if not isinstance(target, Mapping):
@@ -288,7 +288,7 @@ def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor], sources: 
 
 
 def _uncopyable(here: Here, copied: Mapping[str, Place]) -> tuple[Problems, list[str]]:
-    """What is wrong with tensors that cannot be made of the file's dtype; and the names of which that is not known."""
+    """Describes tensors that cannot be made of the file's dtype; and names those of which that is not known."""
     trials = CopyTrials()
     problems = []
     for name in [name for name in here if name in copied]:

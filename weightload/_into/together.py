@@ -273,7 +273,7 @@ def _groups_of(mesh: Any) -> Iterable[ProcessGroup]:
 def of_dtensors(
     tensors: Mapping[str, Dealt], ranks: int, sources: Mapping[str, Sequence[str]], absent: Collection[str]
 ) -> dict[str, str]:
-    """What of DTensors must be the same on all ranks that load them: names, shapes, and how they are dealt out.
+    """Terms of DTensors that must be the same on all ranks that load them: names, shapes, and how they are dealt out.
 
     Args:
         tensors: DTensors by name. Those of which only some of the ranks have a part are nothing to the others: experts

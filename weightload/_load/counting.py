@@ -13,7 +13,7 @@ from weightload._checkpoint.selection import Opening
 
 
 class Counting:
-    """What a loader does not know of its load. Made when the load begins."""
+    """The times that a loader itself does not know. Made when the load begins."""
 
     def __init__(self) -> None:
         self._begun = time.monotonic()  # the clock that the loaders count by, too

@@ -57,7 +57,7 @@ Weights = TypeVar("Weights", bound=Load)
 
 
 class RenamedLoad:
-    """What ``rename=`` makes of the files of an iterator.
+    """The files of an iterator with ``rename=``.
 
     Attributes:
         places: for a load to the CPU: where to read each tensor, or None. There once the files are open.

@@ -105,7 +105,7 @@ class WeightsWithBar(StandsForALoad):
 
 
 def unseen(_: int) -> None:
-    """What ``bar`` gives where there is none."""
+    """Stands for a bar where there is none."""
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass
 class Renamed:
-    """What the tensors of renamed files are."""
+    """The tensors of renamed files."""
 
     pieces: dict[str, Piece] = dataclasses.field(default_factory=dict)
     """By their names in these files, which no other tensor has."""
@@ -57,7 +57,7 @@ def require_rename(rename: object) -> None:
 
 
 def ask(rename: Rename, names: Iterable[str]) -> dict[str, str | Piece | None]:
-    """What becomes of each of these tensors.
+    """The new name of each of these tensors.
 
     Raises:
         TypeError, ValueError: an answer that is none.

@@ -31,7 +31,7 @@ _Self = TypeVar("_Self", bound="_Weights")
 
 
 class _Weights:
-    """What Python adds to the core's loaders."""
+    """The methods that Python adds to the core's loaders."""
 
     _counting: Counting
 
@@ -43,7 +43,7 @@ class _Weights:
 
     @property
     def agreement_seconds(self) -> float:
-        """What agreeing with other ranks took."""
+        """Seconds that agreeing with other ranks took."""
         return self._counting.agreement_seconds
 
     def __enter__(self: _Self) -> _Self:
@@ -53,7 +53,7 @@ class _Weights:
         self.close()
 
     def stats(self) -> LoadStats:
-        """What the load has done so far, and how long it took; after its end, too."""
+        """Bytes, seconds and rates of the load so far; after its end, too."""
         return self._counting.stats(self.counts())
 
 
@@ -79,7 +79,7 @@ class Source(NamedTuple):
     """The files of a load."""
 
     paths: Sequence[Path]
-    """What they are called between ranks, and in errors before they are open."""
+    """Their names between ranks, and in errors before they are open."""
     open: Opening
     most_bytes: int | None = None
     """Of their tensors; None: as many as the files at ``paths`` have."""

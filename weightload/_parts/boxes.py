@@ -115,7 +115,7 @@ def shape_of_box(box: Box, bounds: Bounds) -> tuple[int, ...]:
 
 @same_layers
 def index_of(box: Box, bounds: Bounds) -> tuple[int | slice, ...]:
-    """What to put between brackets to get the box of a tensor."""
+    """The index that gets the box of a tensor."""
     taken = {number for number, item in enumerate(box) if isinstance(item, int)}
     return tuple(begin if n in taken else slice(begin, end) for n, (begin, end) in enumerate(bounds))
 

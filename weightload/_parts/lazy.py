@@ -161,7 +161,7 @@ class LazyTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        """What the dispatcher would do with memory."""
+        """Do as the dispatcher would with memory."""
         options = options or {}
         if function in _ANSWERS:
             return _ANSWERS[function](*arguments)

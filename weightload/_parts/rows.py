@@ -23,7 +23,7 @@ Run = tuple[int, int]  # begin and end
 
 
 class Rows(NamedTuple):
-    """What to read of a tensor, and what to pick from it."""
+    """The rows to read of a tensor, and those to pick from them."""
 
     runs: list[Run] | None
     """Runs of rows, ascending and apart; None for all rows."""

@@ -16,7 +16,7 @@ from weightload._base.dtypes import torch_shape
 Ranges = tuple[tuple[int, int], ...]
 """Indices of one dimension: begin and end of each run of them, in order."""
 Part = tuple[Ranges, ...]
-"""What is wanted of each dimension of a tensor."""
+"""The wanted range of each dimension of a tensor."""
 Parts = Mapping[str, Part]
 """The parts of tensors, by name; of other tensors all is wanted."""
 NOTHING: Part = ((),)
@@ -127,7 +127,7 @@ def bytes_of_part(size: int, part: Part, dtype: str, shape: tuple[int, ...]) -> 
 
 
 class Dealt(NamedTuple):
-    """What DTensors of one shape and dtype have on this rank that a mesh deals out alike."""
+    """The local shard of DTensors of one shape and dtype that a mesh deals out alike."""
 
     part: Part
     is_all: bool
@@ -140,7 +140,7 @@ class Dealt(NamedTuple):
 
 
 Known = dict[object, Dealt]
-"""What is asked once for all tensors that are alike, while they are alive: a mesh answers slowly."""
+"""Shards by layout, asked for once while tensors with it are alive: a mesh answers slowly."""
 
 
 def _dealt(tensor: torch.Tensor, spec: Any) -> Dealt:

@@ -1,4 +1,4 @@
-"""What a request brings: as the core's threads wait for it, and what must be so of every answer."""
+"""Answers of requests: how the core's threads wait for them, and the rules that each must keep."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Saver = Callable[[int, Any], Awaitable[None]]
 
 
 class Answer:
-    """What a request will bring. For the core's threads, see csrc/bindings/remote_source.h.
+    """The answer of a request, which comes later. For the core's threads, see csrc/bindings/remote_source.h.
 
     No lock is held while Python code runs: a signal's handler may come in between and wait for an answer of its own,
     which the loop, if it wanted that lock, would never bring. So it is not a ``concurrent.futures.Future``.
@@ -79,7 +79,7 @@ class Answer:
         return isinstance(self.failure, asyncio.CancelledError)
 
     def bytes(self) -> Any:
-        """What it has brought, once it has come. Raises what the request has raised."""
+        """The bytes, once they have come. Raises what the request has raised."""
         if self.was_broken_off:
             raise ReadError("the request was broken off")
         if self.failure is not None:
@@ -163,7 +163,7 @@ def broken_off(where: str, what: str) -> BrokenOffError:
 
 
 async def tried_again(attempt: Callable[[], Awaitable[Any]]) -> Any:
-    """What an attempt brings; one that is broken off is made again, a few times."""
+    """The result of an attempt; one that is broken off is made again, a few times."""
     for number in range(ATTEMPTS - 1):
         try:
             return await attempt()
@@ -182,7 +182,7 @@ async def without_waiting(lock: Lock) -> None:
 
 
 async def told(request: Callable[[], Awaitable[Any]], begin: int, tap: Tap | None) -> Any:
-    """What a request brings, which the tap is told of before anyone has it."""
+    """The bytes of a request, which the tap is told of before anyone has them."""
     data = await request()
     if tap is not None:
         await without_waiting(tap.lock)
@@ -194,7 +194,7 @@ async def told(request: Callable[[], Awaitable[Any]], begin: int, tap: Tap | Non
 
 
 def identity(meta: Any) -> tuple[object, ...]:
-    """What is the same of all answers about one object."""
+    """The facts that all answers about one object share."""
     return meta["size"], meta["e_tag"], meta["last_modified"]
 
 

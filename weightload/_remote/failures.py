@@ -1,4 +1,4 @@
-"""What the library raises, in the words and the classes of ours, without what an address may have of secrets."""
+"""Translates the library's exceptions into our words and classes, without the secrets of an address."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def translated(error: BaseException, where: str) -> BaseException:
-    """What is raised in place of an exception of the library's, about what is shown as ``where``."""
+    """The exception to raise in place of one of the library's, about the address shown as ``where``."""
     kind, status = type(error).__name__, status_of(error)
     if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
         return FileNotFoundError(errno.ENOENT, "No such object on the server", where)
@@ -76,7 +76,7 @@ def translated(error: BaseException, where: str) -> BaseException:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception of the library's is about, in our words."""
+    """The reason of an exception of the library's, in our words."""
     status = status_of(error)
     if status is not None:
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"

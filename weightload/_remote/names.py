@@ -1,4 +1,4 @@
-"""What is below an address: names, and the content of index files, which say which names are a checkpoint."""
+"""Lists the names below an address, and reads index files, which say which names are a checkpoint."""
 
 from __future__ import annotations
 

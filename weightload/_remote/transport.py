@@ -41,7 +41,7 @@ class Transport:
             raise
 
     def submit(self, request: Coroutine[Any, Any, Any]) -> Answer:
-        """What it will bring; broken off where the interpreter is exiting."""
+        """Send a request; broken off where the interpreter is exiting."""
         return Answer(self._loop, request, self._waiting)
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ def bare(error: BaseException) -> BaseException:
 
 
 class _Own:
-    """What a process has of it."""
+    """The state of this process."""
 
     def __init__(self) -> None:
         self.is_over = False  # the interpreter is exiting

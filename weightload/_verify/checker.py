@@ -21,6 +21,7 @@ from weightload.errors import ChecksumError, WeightLoadError, located
 
 PIECE = 8 << 20  # bytes that are read and hashed at a time
 PART = 64 << 20  # of a local file, which a thread hashes where the digest can be made of those of parts
+CACHED_PIECE = 1 << 20  # of a part: what was copied is in the processor's cache when it is hashed
 
 
 class Work(NamedTuple):
@@ -51,10 +52,10 @@ class Parts:
         """One of them. The last one has the verdict. Raises as ``check``, and what ``require_wanted`` does."""
         crc = hashes.Crc(kind_of(self._expected))
         end = min(begin + PART, self.file.size)
-        memory = bytearray(min(PIECE, max(end - begin, 1)))
-        for at in range(begin, end, PIECE):
+        memory = bytearray(min(CACHED_PIECE, max(end - begin, 1)))
+        for at in range(begin, end, CACHED_PIECE):
             require_wanted()
-            piece = memoryview(memory)[: min(PIECE, end - at)]
+            piece = memoryview(memory)[: min(CACHED_PIECE, end - at)]
             self.file.read_into(at, piece)
             crc.update(piece)
         with self._lock:
@@ -99,7 +100,7 @@ class Checker:
             raise
 
     def _jobs(self, work: Work) -> list[Callable[[], None]]:
-        """What is to be done of a file from the beginning on."""
+        """The jobs of a file that begin with the load."""
         if isinstance(work.tap, CrcTap):
             return []  # when the load is over
         if work.tap is not None:
@@ -110,7 +111,7 @@ class Checker:
         return [functools.partial(parts.hash, begin, self._require_wanted) for begin in parts.begins]
 
     def _last_jobs(self, work: Work) -> list[Callable[[], None]]:
-        """What is to be done of it when the load is over."""
+        """The jobs of a file that begin when the load is over."""
         if isinstance(work.tap, CrcTap):
             readings = work.tap.readings if work.mine or work.tap.used else []
             return [functools.partial(self._combine, work, reading) for reading in readings]
@@ -229,7 +230,7 @@ class Checker:
         _require_equal(work.file, whole.hexdigest(), work.expected)
 
     def _missing(self, file: _C.CheckpointFile, reading: Reading, at: int) -> Any:
-        """What the load has not been given, or what was not kept: that must be the same again."""
+        """Ask for bytes that the load was not given, or that were not kept: those must be the same again."""
         begin, end, known = reading.gap(at, min(at + PIECE, file.size))
         data = self._asked(file.remote, begin, end - begin)
         if known is not None and hashlib.sha256(data).digest() != known:
@@ -237,7 +238,7 @@ class Checker:
         return data[at - begin :]
 
     def _asked(self, source: Any, at: int, count: int) -> Any:
-        """What a server has there; not waited for when nobody wants the verdict any more."""
+        """Ask a server for a range; the wait ends when nobody wants the verdict any more."""
         answer = source.ask(at, count, tapped=False)
         while not answer.wait(0.1):
             if self._stopped.is_set():

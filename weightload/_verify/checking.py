@@ -89,7 +89,7 @@ class Checking:
         return opened
 
     def same(self) -> dict[str, object]:
-        """What the ranks must agree on, once the files are open."""
+        """The terms that the ranks must agree on, once the files are open."""
         return self._same
 
     def start(self, load: Callable[[], Any]) -> CheckedWeights:
@@ -104,7 +104,7 @@ class Checking:
             raise
 
     def run(self, load: Callable[[], Result], look: Callable[[], None] = lambda: None) -> Result:
-        """What the load gives, which ends before it returns, if the files are right. Raises as ``Checker.finish``.
+        """Run a load to its end; return its result if the files are right. Raises as ``Checker.finish``.
 
         ``look``: called while that waits; ends it by an exception.
         """
@@ -128,7 +128,7 @@ class Checking:
 
 
 def checked(path: str, verify: Verify | None, open_it: Opening, load: Callable[[Opening], Result]) -> Result:
-    """What a load gives of a file that it opens, and ends before it returns; if the file is right."""
+    """Run a load that opens a file and ends before it returns; return its result if the file is right."""
     if verify is None:
         return load(open_it)
     checking = Checking([path], verify)
@@ -159,7 +159,7 @@ def _stamps(paths: Sequence[str]) -> list[str] | None:
 
 
 def _header(file: _C.CheckpointFile) -> bytes:
-    """What a server's object began with when it was opened."""
+    """The header of a server's object, as it was when it was opened."""
     return bytes(file.remote.start[: file.data_begin])
 
 

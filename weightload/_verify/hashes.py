@@ -1,4 +1,4 @@
-"""What files are hashed by: SHA-256, or a CRC of those that stores keep of their objects."""
+"""Hashes of files: SHA-256, or a CRC of those that stores keep of their objects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Crc:
         self._count += len(data)
 
     def append(self, later: Crc) -> None:
-        """What comes behind, which another thread has hashed."""
+        """Append the next piece, which another thread has hashed."""
         self._value = self._combined(self._value, later._value, later._count)
         self._count += later._count
 

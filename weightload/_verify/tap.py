@@ -1,4 +1,4 @@
-"""What a load has been given of a server's object, kept until it is hashed."""
+"""The answers of a server that a load was given, kept until they are hashed."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Tap:
 
 
 def behind_start(source: Any, start: memoryview, begin: int, data: memoryview) -> tuple[int, memoryview]:
-    """What of an answer is behind the object's beginning, which was read when it was opened.
+    """The part of an answer behind the object's beginning, which was read when it was opened.
 
     Raises:
         ReadError: it is not what the object begins with.

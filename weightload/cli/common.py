@@ -1,4 +1,4 @@
-"""What the commands of the command line share: printing, exit codes, the arguments that name a checkpoint."""
+"""Shared by all commands: printing, exit codes, the arguments that name a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ exit codes:
 
 
 class Unprinted(Exception):
-    """What is to be printed cannot be written: to a full disk, say."""
+    """Standard output cannot be written: the disk is full, say."""
 
 
 def add_command(commands: Commands, name: str, help: str, description: str) -> argparse.ArgumentParser:

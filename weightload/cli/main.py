@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """What is still buffered must not raise at exit."""
+    """Drop what is still buffered, so that it does not raise at exit."""
     if sys.stdout is None or sys.stdout is not sys.__stdout__:
         return  # none, or somebody's object
     nowhere = os.open(os.devnull, os.O_WRONLY)

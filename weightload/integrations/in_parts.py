@@ -28,7 +28,7 @@ LEAST_BYTES = 64 << 10
 """Of a tensor that is handed out unread. Smaller ones, such as norms and scales, are read whole, ahead."""
 
 Kind = tuple[str, str, tuple[int, ...]]
-"""What tensors of one kind, one in each layer, have in common: name but for its first number, dtype and shape."""
+"""The common part of tensors of one kind, one in each layer: name but for its first number, dtype and shape."""
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ class InParts:
         return LazyTensor(unread)
 
     def _take(self, name: str) -> torch.Tensor:
-        """What was read ahead of a tensor."""
+        """The part of a tensor that was read ahead."""
         while name not in self._held:
             assert self._weights is not None
             found, tensor = next(self._weights)
@@ -176,7 +176,7 @@ class InParts:
         counts: Counts,
         box: tuple[slice, ...],
     ) -> torch.Tensor:
-        """What somebody asks for and is not there."""
+        """Read a part that was asked for and is not there."""
         with settings.override(**values):
             found = TensorSlice(reader, number, device, backend)[box]
         counts.asked += found.nbytes
@@ -202,7 +202,7 @@ class InParts:
             self._weights = start(source, self._device, plan, shard=shard, duplicates="last", backend=self._backend)
 
     def _part(self, place: _Place) -> Part | None:
-        """What to read ahead of a tensor; None: all of it."""
+        """The part of a tensor to read ahead; None: all of it."""
         if place.kind is None:
             return None
         wanted = self._known[place.kind]

@@ -40,7 +40,7 @@ _log = logging.getLogger("vllm.weightload")  # below vLLM's own: shown as its me
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What ``model_loader_extra_config`` says to weightload."""
+    """The part of ``model_loader_extra_config`` that is for weightload."""
 
     device: str = "cpu"
     """``"cpu"``, from where the engine copies what a rank wants of each tensor; or the type of the accelerator."""
