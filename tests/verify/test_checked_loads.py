@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
-import base64
 import hashlib
 import os
 import shutil
