@@ -22,6 +22,14 @@ constexpr size_t kWorthWaking = 256 << 10;
 constexpr size_t kMostHead = 64 << 10;
 constexpr std::string_view kEndOfHead = "\r\n\r\n";
 
+// Line feeds alone end lines, and a head, for some: not to be told what is head and what is body.
+bool has_bare_line_feed(std::string_view text) {
+  for (size_t at = text.find('\n'); at != std::string_view::npos; at = text.find('\n', at + 1)) {
+    if (at == 0 || text[at - 1] != '\r') return true;
+  }
+  return false;
+}
+
 bool may_come_later(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
 }  // namespace
@@ -78,7 +86,7 @@ ssize_t Connection::take(void* destination, size_t count) const {
 bool Connection::receive_head(std::string& head, const Patience& patience, const Look& look) {
   const auto begin = coarse_now();
   wake_at(1);
-  std::array<char, 8192> came;
+  std::array<char, 8192> came{};
   std::string all;
   while (true) {
     if (!wait_for(POLLIN, patience, look)) return false;
@@ -88,7 +96,9 @@ bool Connection::receive_head(std::string& head, const Patience& patience, const
     // The end may have begun in what came before.
     const size_t from = all.size() < kEndOfHead.size() ? 0 : all.size() - kEndOfHead.size() + 1;
     all.append(came.data(), static_cast<size_t>(count));
-    if (const size_t end = all.find(kEndOfHead, from); end != std::string::npos) {
+    const size_t end = all.find(kEndOfHead, from);
+    if (has_bare_line_feed(std::string_view(all).substr(0, end))) return false;
+    if (end != std::string::npos) {
       behind_head_ = all.substr(end + kEndOfHead.size());
       all.resize(end + kEndOfHead.size());
       head = std::move(all);

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -157,3 +160,50 @@ def test_pieces_that_touch() -> None:
     assert reading.put(0, Piece(10, crc))
     for begin, end in ((9, 11), (0, 30), (29, 30), (15, 16), (10, 21)):
         assert not reading.put(begin, Piece(end, crc))
+
+
+AT_START = """
+import sys, threading
+import weightload
+
+start = threading.Thread.start
+weights = None
+
+
+def interrupted(thread):
+    start(thread)
+    if thread.name == "weightload-verify":
+        HANDLER
+
+
+threading.Thread.start = interrupted
+verify = dict(zip((path.rpartition("/")[2] for path in sys.argv[1::2]), sys.argv[2::2]))
+try:
+    options = {'duplicates': 'last', 'to_cpu': True}
+    weights = weightload.safetensors_weights_iterator(sys.argv[1::2], verify=verify, **options)
+    for _ in weights:
+        pass
+except (KeyboardInterrupt, weightload.errors.WeightLoadError) as error:
+    print(type(error).__name__)
+if weights is not None:
+    weights.close()
+    weights.close()
+del weights
+"""
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("handler", ["raise KeyboardInterrupt", "weights is not None and weights.close()"])
+def test_a_signal_handler_while_threads_are_started(model: Path, handler: str, remote: bool) -> None:
+    """One that raises, or that closes the load: neither waits for ever, then or later."""
+    files = [model, Path(shutil.copy(model, model.with_name("another.safetensors")))]
+    with serving(model.parent) as web:
+        named = []
+        for path in files:
+            digest = crc_of("crc32c", memoryview(path.read_bytes())).hexdigest()
+            named += [web.address(path.name) if remote else str(path), f"crc32c:{digest}"]
+        command = [sys.executable, "-c", AT_START.replace("HANDLER", handler), *named]
+        ended = subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    if "raise" in handler:
+        assert ended.stdout == "KeyboardInterrupt\n"

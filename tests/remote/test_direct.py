@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +116,20 @@ def put_off(handler: Handler) -> bool:
     return hang_up(handler)
 
 
+def end_lines_alone(handler: Handler) -> bool:
+    """By line feeds; and the body could end the head once more."""
+    data = (handler.server.folder / NAME).read_bytes()
+    begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    lines = [
+        "HTTP/1.1 206 Partial Content",
+        f"Content-Range: bytes {begin}-{end}/{len(data)}",
+        f'ETag: "{abs(hash(data))}"',
+        f"Content-Length: {end + 1 - begin}",
+    ]
+    handler.wfile.write("\n".join([*lines, "", ""]).encode() + b"\r\n\r\n" + data[begin : end + 1])
+    return hang_up(handler)
+
+
 ODD: dict[str, Callable[[Handler], bool]] = {
     "another tag": lambda handler: tell(handler, {"ETag": '"another"'}, shift=4),
     "another time": lambda handler: tell(handler, {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, shift=4),
@@ -129,6 +145,7 @@ ODD: dict[str, Callable[[Handler], bool]] = {
     "hung up": hang_up,
     "nonsense": speak_nonsense,
     "put off": put_off,
+    "line feeds alone": end_lines_alone,
     "a time out of all bounds": lambda handler: tell(
         handler, {"Last-Modified": "Wed, 21 Oct 99999999999999999 07:28:00 GMT"}, shift=4
     ),
@@ -347,7 +364,43 @@ def test_connections_go_with_who_uses_them(model: Path) -> None:
     with serving(model.parent) as web:
         with weightload.safe_open(web.address(NAME), "pt") as handle:
             handle.get_tensor("05")
-            assert [server for server in _connections if f":{server.port}" in web.url]
-        del handle
+            (connections,) = [known() for server, known in _connections.items() if f":{server.port}" in web.url]
+            assert connections is not None
+            known = weakref.ref(connections)
+        del handle, connections
         gc.collect()
-        assert not [server for server in _connections if f":{server.port}" in web.url]
+        assert known() is None
+
+
+def test_a_server_by_its_name(model: Path) -> None:
+    """Until its addresses are known, requests are the library's."""
+    with serving(model.parent) as web:
+        address = web.address(NAME).replace("127.0.0.1", "localhost")
+        for _ in range(100):
+            with settings.override(**SMALL), weightload.safe_open(address, "pt") as handle:
+                for name, tensor in load_file(model).items():
+                    assert torch.equal(handle.get_tensor(name), tensor)
+            if any(agents(web)):
+                break
+        assert any(agents(web))
+        hosts = {value for headers in web.headers for name, value in headers.items() if name.lower() == "host"}
+        assert hosts == {f"localhost:{web.server_port}"}
+
+
+def test_a_name_that_nobody_answers_for_holds_nothing_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, released = threading.Event(), threading.Event()
+    real = socket.getaddrinfo
+
+    def slow(*arguments: object, **named: object) -> object:
+        if threading.current_thread().name == "weightload-resolve":
+            asked.set()
+            released.wait()
+        return real(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with serving(model.parent) as web:
+        address = web.address(NAME).replace("127.0.0.1", "localhost")
+        require_same(weightload.load_file(address), model)
+        assert asked.wait(60)
+        assert not any(agents(web))
+        released.set()

@@ -10,7 +10,6 @@ dropped, and the library is asked for that range: it knows what can be tried aga
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import email.utils
 import http.client
@@ -18,6 +17,7 @@ import io
 import ipaddress
 import re
 import socket
+import threading
 import time
 import urllib.request
 import weakref
@@ -35,7 +35,6 @@ from weightload._version import __version__
 MOST_FAILURES = 3  # in a row; then it is left to the library for good
 MOST_IDLE = 64  # connections
 SECONDS_IDLE = 30.0  # what lies between may have forgotten an older connection without a word
-SECONDS_TO_RESOLVE = 5.0
 AGENT = f"weightload/{__version__}"
 
 # What every client writes in the same way. Of other addresses the library makes what it takes for right.
@@ -59,11 +58,25 @@ class Connections:
         failures: answers in a row that were not as they should be.
     """
 
-    def __init__(self, server: Server, addresses: list[str]) -> None:
-        self._server, self._addresses = server, addresses
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._addresses: list[str] = []  # none until they are known
+        self._at = 0  # the one that is connected to
         self._idle: list[tuple[float, _C.Connection]] = []
         self._process = Process()
         self.failures = 0
+        with forgiven(ValueError):  # it is a name
+            ipaddress.ip_address(server.host)
+            self._addresses = [server.host]
+        if not self._addresses:
+            with forgiven(RuntimeError):  # there is no thread left
+                threading.Thread(target=self._resolve, name="weightload-resolve", daemon=True).start()
+
+    def _resolve(self) -> None:
+        """Ask for the server's addresses, for as long as that takes: neither an opening nor the exit waits for it."""
+        with forgiven(OSError, UnicodeError):
+            found = socket.getaddrinfo(self._server.host, self._server.port, type=socket.SOCK_STREAM)
+            self._addresses = [str(where[0]) for *_, where in found]
 
     def take(self) -> _C.Connection:
         """One that is open, or that begins to be."""
@@ -72,7 +85,7 @@ class Connections:
                 since, kept = self._idle.pop()  # by any thread, and a signal's handler
             except IndexError as none_left:
                 pass_on(none_left)
-                return _C.Connection(self._addresses[self.failures % len(self._addresses)], self._server.port)
+                return _C.Connection(self._addresses[self._at % len(self._addresses)], self._server.port)
             if time.monotonic() - since < SECONDS_IDLE and kept.is_quiet():
                 return kept
 
@@ -81,16 +94,28 @@ class Connections:
             self._idle.append((time.monotonic(), connection))
 
     def failed(self) -> None:
-        """So will others that were kept, perhaps."""
+        """So will others that were kept, perhaps, and new ones to the same address."""
         self.failures += 1
+        self._at += 1
         self._idle.clear()
 
     def is_usable(self) -> bool:
-        """Not in a forked child: it would write into the parent's connections."""
-        return self.failures < MOST_FAILURES and not self._process.is_parent()
+        """Not before an address is known, nor in a forked child, which would write into the parent's connections."""
+        return bool(self._addresses) and self.failures < MOST_FAILURES and not self._process.is_parent()
 
 
-_connections: weakref.WeakValueDictionary[Server, Connections] = weakref.WeakValueDictionary()
+# Not a WeakValueDictionary: its callbacks are code of Python's, and what a signal's handler raises in them is lost.
+_connections: dict[Server, weakref.ref[Connections]] = {}
+
+
+def _connections_to(server: Server) -> Connections:
+    """Those that there are, or new ones."""
+    known = _connections.get(server)
+    found = known() if known is not None else None
+    if found is None:
+        found = Connections(server)
+        _connections[server] = weakref.ref(found)
+    return found
 
 
 class _Head:
@@ -119,6 +144,8 @@ class Request:
             answer = http.client.HTTPResponse(_Head(head))  # type: ignore[arg-type]
             answer.begin()
             self._ends_connection = answer.will_close
+            if answer.fp.read(1):  # it takes the head to end sooner
+                return False
             return self._direct.is_wanted(answer, self._begin, self._end)
         except Exception as failed:
             pass_on(failed)
@@ -162,13 +189,13 @@ class Direct:
             raise ValueError("a header of more than one line")
 
     @classmethod
-    async def of(cls, address: str, headers: Mapping[str, str], meta: Any, patience: float) -> Direct | None:
+    def of(cls, address: str, headers: Mapping[str, str], meta: Any, patience: float) -> Direct | None:
         """None where the library should make all requests."""
         if not serves(address):
             return None
         try:
-            return cls(await _connections_to(_server(address)), address, headers, meta, patience)
-        except Exception as failed:
+            return cls(_connections_to(_server(address)), address, headers, meta, patience)
+        except ValueError as failed:
             pass_on(failed)
             return None
 
@@ -225,21 +252,6 @@ def _server(address: str) -> Server:
 def _target(address: str) -> str:
     parts = urlsplit(address)
     return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-
-
-async def _connections_to(server: Server) -> Connections:
-    """Those that there are, or new ones; the server's name is asked for once."""
-    known = _connections.get(server)
-    if known is not None:
-        return known
-    with forgiven(ValueError):
-        ipaddress.ip_address(server.host)
-        return _connections.setdefault(server, Connections(server, [server.host]))
-    loop = asyncio.get_running_loop()
-    asking = loop.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    found = await asyncio.wait_for(asking, SECONDS_TO_RESOLVE)
-    addresses = [str(where[0]) for *_, where in found]
-    return _connections.setdefault(server, Connections(server, addresses))
 
 
 _UNKNOWN = datetime.datetime.fromtimestamp(0, datetime.timezone.utc)  # as the library has it

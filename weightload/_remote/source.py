@@ -58,7 +58,7 @@ class RemoteObject:
         """Find out whether there can be direct requests."""
         address = await open_address(self.place)
         if address:
-            self._direct = await Direct.of(address, self.place.headers, self._meta, patience())
+            self._direct = Direct.of(address, self.place.headers, self._meta, patience())
 
     async def fetch(self, begin: int, end: int) -> Any:
         """The bytes of a range, as a buffer.

@@ -135,10 +135,9 @@ async def open_address(place: Place) -> str:
     """
     if not place.is_plain or not isinstance(place.store, library().store.S3Store):
         return place.address
-    environment = {name.lower(): value for name, value in os.environ.items()}
-    skips = environment.get("aws_skip_signature", "").lower() not in ("", "0", "false", "no", "off", "n", "f")
-    has_keys = environment.get("aws_access_key_id") and environment.get("aws_secret_access_key")
-    if skips or not has_keys or environment.get("aws_proxy_url"):
+    skips = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() not in ("", "0", "false", "no", "off", "n", "f")
+    has_keys = os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY")
+    if skips or not has_keys or os.environ.get("AWS_PROXY_URL"):
         return ""
     try:
         signing = library().sign_async(place.store, "GET", place.path, SIGNED_FOR)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from weightload import _C
 from weightload._base.cpus import usable_cpus
-from weightload._base.handlers import pass_on
+from weightload._base.handlers import forgiven, pass_on
 from weightload._base.printable import printable
 from weightload._base.uncopied import Process
 from weightload._verify import hashes
@@ -86,13 +86,17 @@ class Checker:
             if id(file) not in known:
                 known.add(id(file))
                 self._all.append(Work(file, right, _tap(file, right, budget), whose))
-        self._lock = threading.Lock()  # guards the list below, how many threads run, and the failure
+        # No lock of Python's here, nor an Event, which has one: a signal's handler may close the load while the thread
+        # that it stops is in any of these lines.
         self._work: list[Callable[[], None]] = []  # from the last on
-        self._running = 0
+        self._running: set[object] = set()  # a token a thread
+        self._claims: dict[object, str] = {}  # by token: whether its thread runs, or must not
+        self._woken = threading.Lock()  # free when a thread has ended since
+        self._woken.acquire()
         self._process = Process()
         self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
-        self._stopped, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
-        self._failure: BaseException | None = None
+        self._stopped = self._over = False
+        self._failures: list[BaseException] = []
         try:
             self._start([job for work in self._all if work.mine for job in self._jobs(work)])
         except BaseException:
@@ -121,19 +125,28 @@ class Checker:
 
     def _start(self, work: list[Callable[[], None]]) -> None:
         """Have this done; what was to be done is. Where no thread can be started, by who waits for it."""
-        count = min(len(work), usable_cpus())
         self._work = work[::-1]
-        self._ended.clear()
-        if not work:
-            self._ended.set()
-        with self._lock:  # until all are there: none is the last before
-            for _ in range(count):
-                try:
-                    threading.Thread(target=self._run, name="weightload-verify", daemon=True).start()
-                except RuntimeError as none_left:
-                    pass_on(none_left)
-                    break
-                self._running += 1
+        for _ in range(min(len(work), usable_cpus())):
+            token = object()
+            try:
+                self._running.add(token)
+                run = functools.partial(self._run_thread, token)
+                threading.Thread(target=run, name="weightload-verify", daemon=True).start()
+            except BaseException as failed:
+                # A handler has raised in start(), perhaps, and the thread runs.
+                if self._claims.setdefault(token, "withdrawn") == "withdrawn":
+                    self._running.discard(token)
+                if not isinstance(failed, RuntimeError):
+                    raise
+                pass_on(failed)
+                break  # there are none left
+
+    def _run_thread(self, token: object) -> None:
+        if self._claims.setdefault(token, "running") == "running":
+            self._run()
+            self._running.discard(token)
+            with forgiven(RuntimeError):  # another has just done so
+                self._woken.release()
 
     def finish(self, look: Callable[[], None] = lambda: None) -> None:
         """Wait until all is hashed; the load is over. ``look``: called now and then.
@@ -144,34 +157,33 @@ class Checker:
         """
         if self._process.is_parent():
             raise WeightLoadError("this load was begun before fork(): the threads that check it are the parent's")
-        self._over.set()
+        self._over = True
         with self._turn:
             self._wait(look)
-            rest = [] if self._stopped.is_set() else [job for work in self._all for job in self._last_jobs(work)]
+            rest = [] if self._stopped else [job for work in self._all for job in self._last_jobs(work)]
             if rest:
                 self._start(rest)
                 self._wait(look)
             self._let_go()
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-        if self._stopped.is_set():
+        if self._failures:
+            raise self._failures[0].with_traceback(None)
+        if self._stopped:
             raise WeightLoadError("the load was left before its files were checked")
 
     def close(self) -> None:
         """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
         if self._process.is_parent():
             return
-        self._stopped.set()
+        self._stopped = True
         self._wait()
         self._let_go()
 
     def _wait(self, look: Callable[[], None] = lambda: None) -> None:
         # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
-        while self._running and not self._ended.wait(0.1):
+        while self._running:
+            self._woken.acquire(timeout=0.1)
             look()
-        if self._work and not self._stopped.is_set():
-            with self._lock:
-                self._running += 1
+        if self._work and not self._stopped:
             self._run()
 
     def _let_go(self) -> None:
@@ -182,31 +194,26 @@ class Checker:
 
     def _run(self) -> None:
         try:
-            while not self._stopped.is_set():
-                with self._lock:
-                    if not self._work:
-                        return
+            while self._work and not self._stopped:
+                try:
                     job = self._work.pop()
+                except IndexError as taken:  # by another thread
+                    pass_on(taken)
+                    return
                 job()
         except BaseException as error:  # for the consumer
-            with self._lock:
-                if not isinstance(error, _StoppedError):
-                    self._failure = self._failure or error.with_traceback(None)  # which has the file in it
-            self._stopped.set()
-        finally:
-            with self._lock:
-                self._running -= 1
-                if self._running == 0:
-                    self._ended.set()
+            if not isinstance(error, _StoppedError):
+                self._failures.append(error.with_traceback(None))  # which has the file in it
+            self._stopped = True
 
     def _require_wanted(self) -> None:
-        if self._stopped.is_set():
+        if self._stopped:
             raise _StoppedError
 
     def _check(self, work: Work, reading: Reading | None) -> None:
         def arrived(at: int) -> Any:
-            while not self._stopped.is_set():
-                over = self._over.is_set()  # before: what comes last may come between the two
+            while not self._stopped:
+                over = self._over  # before: what comes last may come between the two
                 piece = reading.take(at) if reading is not None else None
                 if piece is not None or reading is None:
                     return piece
@@ -241,7 +248,7 @@ class Checker:
         """Ask a server for a range; the wait ends when nobody wants the verdict any more."""
         answer = source.ask(at, count, tapped=False)
         while not answer.wait(0.1):
-            if self._stopped.is_set():
+            if self._stopped:
                 answer.cancel()
                 raise _StoppedError
         return memoryview(answer.bytes())
