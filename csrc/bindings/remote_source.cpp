@@ -65,6 +65,14 @@ int errno_of(const py::object& exception) {
   return py::isinstance<py::int_>(number) ? number.cast<int>() : 0;
 }
 
+// What an exception says, without the address and the number that Error adds.
+std::string words_of(const py::object& exception, const std::string& path) {
+  const py::object reason = py::getattr(exception, "strerror", py::none());
+  std::string words = py::str(py::isinstance<py::str>(reason) ? reason : exception);
+  const std::string prefix = path + ": ";
+  return words.rfind(prefix, 0) == 0 ? words.substr(prefix.size()) : words;
+}
+
 }  // namespace
 
 RemoteSource::RemoteSource(py::object object, std::string path, uint64_t size)
@@ -87,7 +95,7 @@ void RemoteSource::fail(py::error_already_set& error, uint64_t offset) const {
   if (error.trace()) PyException_SetTraceback(exception.ptr(), error.trace().ptr());
   py::module_::import("weightload._base.handlers").attr("pass_on")(exception);
   PyException_SetTraceback(exception.ptr(), Py_None);
-  throw Error(ErrorKind::read, py::str(exception), {path_, {}, offset, errno_of(exception)});
+  throw Error(ErrorKind::read, words_of(exception, path_), {path_, {}, offset, errno_of(exception)});
 }
 
 bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const {

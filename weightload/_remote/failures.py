@@ -38,6 +38,7 @@ _SOURCES = (
     ("connection reset", "the connection was reset"),
     ("error decoding response body", CUT_OFF),
     ("incompletemessage", CUT_OFF),
+    ("incompletebody", CUT_OFF),
     ("unexpected eof", CUT_OFF),
     ("connectionclosed", "the connection was closed"),
     ("error sending request", "the server cannot be reached"),
