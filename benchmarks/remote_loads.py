@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from first_loads import against
+from first_loads import against, digests_of
 from harness.machine import describe, fill_cache
 
 NAMESPACE = "weightload-remote"
@@ -70,14 +70,18 @@ def address(network: str, scheme: str, name: str) -> str:
     return f"{scheme}://{BUCKET}/{name}" if scheme == "s3" else f"http://127.0.0.1:{PORTS[network]}/{BUCKET}/{name}"
 
 
-def weightload_of(scheme: str) -> Any:
+def weightload_of(scheme: str, verify: str = "") -> Any:
     import obstore.store  # noqa: F401
 
     import weightload
 
     def load(network: str, names: list[str]) -> Any:
         addresses = [address(network, scheme, name) for name in names]
-        return weightload.safetensors_weights_iterator(addresses, to_cpu=True, show_progress=False)
+        how = {"verify": json.loads(os.environ["DIGESTS"])[verify]} if verify else {}
+        return weightload.safetensors_weights_iterator(addresses, to_cpu=True, show_progress=False, **how)
+
+    if verify:
+        import awscrt.checksums  # noqa: F401
 
     return load
 
@@ -125,6 +129,8 @@ def download() -> Any:
 WAYS: dict[str, Any] = {
     "weightload s3": lambda: weightload_of("s3"),
     "weightload http": lambda: weightload_of("http"),
+    "weightload s3, crc32c": lambda: weightload_of("s3", "crc32c"),
+    "weightload s3, sha256": lambda: weightload_of("s3", "sha256"),
     "run:ai streamer s3": runai,
     "s3fs, safetensors": fsspec_of_s3,
     "download, safetensors": download,
@@ -297,6 +303,8 @@ def main() -> None:
     files = sorted(Path(options.model_path).glob("*.safetensors"))
     sizes = {file.name: file.stat().st_size for file in files}
     fill_cache([str(file) for file in files])
+    kinds = [kind for kind in ("crc32c", "sha256") if any(way.endswith(kind) for way in options.ways)]
+    os.environ["DIGESTS"] = json.dumps({kind: digests_of(kind, [str(file) for file in files]) for kind in kinds})
     os.environ.setdefault("DOWNLOADS", str(Path(options.model_path).parent))
     print(f"{sum(sizes.values()) / 1e9:.2f} GB in {len(sizes)} files, medians of {options.rounds}", flush=True)
     rows = []

@@ -87,8 +87,8 @@ void DeviceLoader::start_reading(const DeviceLoaderOptions& options) {
   // travels comes between these two.
   const uint64_t window = shared_ ? shared_.own_part(options.block_bytes / 2) : options.window_bytes;
   start(
-      slots_.tasks, threads_of(options.threads, options.threads_at_first), window, [this](size_t task, const Look& look) { work(task, look); },
-      options.pause);
+      slots_.tasks, threads_of(options.threads, options.threads_at_first), window,
+      [this](size_t task, const Look& look) { work(task, look); }, options.pause);
 }
 
 // Runs on the pool's threads, from before pool_ is assigned.
