@@ -162,8 +162,8 @@ DEFECTS = (
     Defect(
         "reading runs ahead without bound",
         LOADER,
-        "options.threads, window,",
-        "options.threads, UINT64_MAX,",
+        "options.threads_at_first), window,",
+        "options.threads_at_first), UINT64_MAX,",
         (ORDER + "device_memory_beyond_the_tensors_is_a_block_or_two",),
     ),
     Defect(
