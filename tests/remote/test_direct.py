@@ -93,6 +93,19 @@ def tell(handler: Handler, headers: dict[str, str] | None = None, status: int = 
     return True
 
 
+def begin_answer(handler: Handler, count: int) -> None:
+    """The right head, and so many bytes of the body."""
+    data = (handler.server.folder / NAME).read_bytes()
+    begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
+    handler.send_header("ETag", f'"{abs(hash(data))}"')
+    handler.send_header("Content-Length", str(end + 1 - begin))
+    handler.end_headers()
+    handler.wfile.write(data[begin : begin + count])
+    handler.wfile.flush()
+
+
 def cut_off(handler: Handler) -> bool:
     data = (handler.server.folder / NAME).read_bytes()
     begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
@@ -188,14 +201,7 @@ def test_an_answer_that_stands_still(model: Path, monkeypatch: pytest.MonkeyPatc
         if len(stood) == 1:
             handler.wfile.write(b"HTTP/1.1 206 Par")
         else:
-            data = (handler.server.folder / NAME).read_bytes()
-            begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
-            handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
-            handler.send_header("ETag", f'"{abs(hash(data))}"')
-            handler.send_header("Content-Length", str(end + 1 - begin))
-            handler.end_headers()
-            handler.wfile.write(data[begin : begin + 70_000])
+            begin_answer(handler, 70_000)
         handler.wfile.flush()
         handler.server.released.wait()
         return hang_up(handler)
@@ -215,15 +221,7 @@ def test_a_load_is_left_while_an_answer_stands_still(model: Path, part: str) -> 
         if not is_direct(handler):
             return False
         if part == "body":
-            begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
-            data = (handler.server.folder / NAME).read_bytes()
-            handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
-            handler.send_header("ETag", f'"{abs(hash(data))}"')
-            handler.send_header("Content-Length", str(end + 1 - begin))
-            handler.end_headers()
-            handler.wfile.write(data[begin : begin + 1000])
-            handler.wfile.flush()
+            begin_answer(handler, 1000)
         reached.set()
         while not handler.server.released.wait(0.05):
             if "drips" in part:

@@ -171,15 +171,15 @@ class Direct:
     Args:
         address: one that ``serves`` takes; a signed one, where the server wants that.
         headers: that go along with each request.
-        meta: the library's, of the answer when the object was opened.
+        same: the ``identity`` of the object when it was opened.
         patience: seconds in which something of an answer must come.
     """
 
     def __init__(
-        self, connections: Connections, address: str, headers: Mapping[str, str], meta: Any, patience: float
+        self, connections: Connections, address: str, headers: Mapping[str, str], same: tuple[Any, ...], patience: float
     ) -> None:
         self.connections, self.patience = connections, patience
-        self._size, self._tag, self._modified = meta["size"], meta["e_tag"], meta["last_modified"]
+        self._size, self._tag, self._modified = same
         all_headers = {"Host": urlsplit(address).netloc.rpartition("@")[2], **headers, "User-Agent": AGENT}
         if self._tag and not self._tag.startswith("W/"):
             all_headers["If-Match"] = self._tag
@@ -189,12 +189,12 @@ class Direct:
             raise ValueError("a header of more than one line")
 
     @classmethod
-    def of(cls, address: str, headers: Mapping[str, str], meta: Any, patience: float) -> Direct | None:
+    def of(cls, address: str, headers: Mapping[str, str], same: tuple[Any, ...], patience: float) -> Direct | None:
         """None where the library should make all requests."""
         if not serves(address):
             return None
         try:
-            return cls(_connections_to(_server(address)), address, headers, meta, patience)
+            return cls(_connections_to(_server(address)), address, headers, same, patience)
         except ValueError as failed:
             pass_on(failed)
             return None

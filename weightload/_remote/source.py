@@ -39,7 +39,6 @@ class RemoteObject:
         self.size: int = meta["size"]
         self._tag, self.same = meta["e_tag"], identity(meta)
         self.start = memoryview(start)
-        self._meta = meta
         self._direct: Direct | None = None
         self.tap: Tap | None = None  # told of all that a load is given
         self.saver: Saver | None = None  # told of all that comes
@@ -58,7 +57,7 @@ class RemoteObject:
         """Find out whether there can be direct requests."""
         address = await open_address(self.place)
         if address:
-            self._direct = Direct.of(address, self.place.headers, self._meta, patience())
+            self._direct = Direct.of(address, self.place.headers, self.same, patience())
 
     async def fetch(self, begin: int, end: int) -> Any:
         """The bytes of a range, as a buffer.
