@@ -61,6 +61,10 @@ class CheckpointFile:
     An open safetensors file with its validated header.
     """
     def __len__(self) -> int: ...
+    def also_read_by_others(self) -> CheckpointFile:
+        """
+        The same open file, which a load reads through the page cache, since others do.
+        """
     def bytes_of(self, tensors: collections.abc.Sequence[int]) -> int:
         """
         Bytes of the tensors with these numbers.
@@ -84,6 +88,10 @@ class CheckpointFile:
     def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         """
         (name, dtype, shape, begin, end) by offset; begin and end count from the file's start
+        """
+    def with_tap(self, tap: typing.Any) -> CheckpointFile:
+        """
+        The same open file, of which a load tells the tap what it reads; see bindings/byte_tap.h.
         """
     def with_tensors(
         self, numbers: collections.abc.Sequence[int], names: collections.abc.Sequence[str] | None = None

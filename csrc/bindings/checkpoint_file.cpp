@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/byte_tap.h"
 #include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/register.h"
@@ -155,6 +156,19 @@ void register_checkpoint_file(py::module_& module) {
            "A 64-bit digest of the header as it is in the file; reads it again.")
       .def("with_tensors", with_tensors, py::arg("numbers"), py::arg("names") = py::none(),
            "The same open file with some of its tensors; `names`: what they are called there.")
+      .def(
+          "with_tap",
+          [](const CheckpointFile& file, py::object tap) {
+            return std::const_pointer_cast<CheckpointFile>(
+                file.with_tap(std::make_shared<const PythonTap>(std::move(tap), file.path())));
+          },
+          py::arg("tap"), "The same open file, of which a load tells the tap what it reads; see bindings/byte_tap.h.")
+      .def(
+          "also_read_by_others",
+          [](const CheckpointFile& file) {
+            return std::const_pointer_cast<CheckpointFile>(file.also_read_by_others());
+          },
+          "The same open file, which a load reads through the page cache, since others do.")
       .def("bytes_of", bytes_of, py::arg("tensors"), "Bytes of the tensors with these numbers.")
       .def("read_all", read_all, "Reads every byte once and returns their number.");
   refuse_copies(made);

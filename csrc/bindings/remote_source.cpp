@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "bindings/failed_read.h"
 #include "bindings/gil.h"
 #include "bindings/register.h"
 #include "bindings/signals.h"
@@ -60,19 +61,6 @@ class Buffer {
   Py_buffer view_{};
 };
 
-int errno_of(const py::object& exception) {
-  const py::object number = py::getattr(exception, "errno", py::none());
-  return py::isinstance<py::int_>(number) ? number.cast<int>() : 0;
-}
-
-// What an exception says, without the address and the number that Error adds.
-std::string words_of(const py::object& exception, const std::string& path) {
-  const py::object reason = py::getattr(exception, "strerror", py::none());
-  std::string words = py::str(py::isinstance<py::str>(reason) ? reason : exception);
-  const std::string prefix = path + ": ";
-  return words.rfind(prefix, 0) == 0 ? words.substr(prefix.size()) : words;
-}
-
 }  // namespace
 
 RemoteSource::RemoteSource(py::object object, std::string path, uint64_t size)
@@ -86,16 +74,6 @@ RemoteSource::~RemoteSource() {
   }
   const py::gil_scoped_acquire acquire;
   object_ = {};
-}
-
-// What a signal handler raised, and Ctrl-C, are not of the object.
-void RemoteSource::fail(py::error_already_set& error, uint64_t offset) const {
-  if (!error.matches(PyExc_Exception)) throw std::move(error);
-  const py::object exception = error.value();
-  if (error.trace()) PyException_SetTraceback(exception.ptr(), error.trace().ptr());
-  py::module_::import("weightload._base.handlers").attr("pass_on")(exception);
-  PyException_SetTraceback(exception.ptr(), Py_None);
-  throw Error(ErrorKind::read, words_of(exception, path_), {path_, {}, offset, errno_of(exception)});
 }
 
 bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const {
@@ -146,7 +124,7 @@ void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count
     const py::gil_scoped_release release;
     std::memcpy(destination, buffer.data(), count);
   } catch (py::error_already_set& error) {
-    fail(error, offset);
+    fail_read(error, path_, offset);
   }
 }
 

@@ -40,7 +40,6 @@ class RemoteSource final : public ByteSource {
  private:
   // Whether it has been read so; whatever is in the memory if not. With the GIL held.
   bool read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const;
-  [[noreturn]] void fail(pybind11::error_already_set& error, uint64_t offset) const;
 
   pybind11::object object_;
   const std::string path_;

@@ -46,15 +46,33 @@ CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source, const L
   header_ = read_header(*source_, parse_ns_, look);
 }
 
-CheckpointFile::CheckpointFile(std::shared_ptr<const ByteSource> source, std::shared_ptr<const File> file,
-                               Header header, bool can_map)
-    : source_(std::move(source)), file_(std::move(file)), header_(std::move(header)), can_map_(can_map) {}
+CheckpointFile::CheckpointFile(const CheckpointFile& other, Header header)
+    : source_(other.source_),
+      file_(other.file_),
+      header_(std::move(header)),
+      can_map_(other.can_map_),
+      also_read_by_others_(other.also_read_by_others_),
+      tap_(other.tap_),
+      open_ns_(other.open_ns_.load()),
+      parse_ns_(other.parse_ns_.load()) {}
 
 std::shared_ptr<const CheckpointFile> CheckpointFile::with_tensors(std::vector<TensorInfo> tensors) const {
   Header header;
   header.tensors = std::move(tensors);
   header.data_begin = header_.data_begin;
-  return std::shared_ptr<const CheckpointFile>(new CheckpointFile(source_, file_, std::move(header), can_map_));
+  return std::shared_ptr<const CheckpointFile>(new CheckpointFile(*this, std::move(header)));
+}
+
+std::shared_ptr<const CheckpointFile> CheckpointFile::with_tap(std::shared_ptr<const ByteTap> tap) const {
+  std::shared_ptr<CheckpointFile> tapped(new CheckpointFile(*this, header_));
+  tapped->tap_ = std::move(tap);
+  return tapped;
+}
+
+std::shared_ptr<const CheckpointFile> CheckpointFile::also_read_by_others() const {
+  std::shared_ptr<CheckpointFile> same(new CheckpointFile(*this, header_));
+  same->also_read_by_others_ = true;
+  return same;
 }
 
 std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& path, const Look& look) {

@@ -7,6 +7,7 @@
 
 #include "base/look.h"
 #include "file/byte_source.h"
+#include "file/byte_tap.h"
 #include "file/file.h"
 #include "format/header.h"
 
@@ -38,11 +39,20 @@ class CheckpointFile {
   // The same file with some of its tensors, or parts of them, in the order of the file.
   std::shared_ptr<const CheckpointFile> with_tensors(std::vector<TensorInfo> tensors) const;
 
+  // The same file, of which a load tells this what it reads. Not what a server has: the object behind it has its own.
+  std::shared_ptr<const CheckpointFile> with_tap(std::shared_ptr<const ByteTap> tap) const;
+
+  // The same file, which others read beside the load, through the page cache: so should the load, and each finds there
+  // what the other has read.
+  std::shared_ptr<const CheckpointFile> also_read_by_others() const;
+
   const Header& header() const { return header_; }
   const ByteSource& source() const { return *source_; }
   const std::string& path() const { return source_->path(); }
   uint64_t size() const { return source_->size(); }
   const File* file() const { return file_.get(); }  // null for memory, and for what a server has
+  const ByteTap* tap() const { return tap_.get(); }  // mostly null
+  bool is_also_read_by_others() const { return also_read_by_others_; }
 
   // Of memory and files in pieces; of a server in one request.
   void read(ByteRange range, char* destination, Pace& pace, const Look& look) const;
@@ -58,13 +68,14 @@ class CheckpointFile {
 
  private:
   CheckpointFile(std::shared_ptr<const ByteSource> source, const Look& look);
-  CheckpointFile(std::shared_ptr<const ByteSource> source, std::shared_ptr<const File> file, Header header,
-                 bool can_map);
+  CheckpointFile(const CheckpointFile& other, Header header);
 
   std::shared_ptr<const ByteSource> source_;
   std::shared_ptr<const File> file_;
   Header header_;
   bool can_map_ = false;
+  bool also_read_by_others_ = false;
+  std::shared_ptr<const ByteTap> tap_;
   std::atomic<uint64_t> open_ns_{0}, parse_ns_{0};
 };
 

@@ -30,6 +30,7 @@ DeviceLoader::DeviceLoader(std::shared_ptr<Device> device, std::shared_ptr<Pinne
     : Loader(std::move(files), selection, parts, std::move(exchange), options.threads),
       device_(std::move(device)),
       ring_(std::move(ring)) {
+  leave_taps();
   plan(std::move(places), options);
   shared_.begin(layout_, [this](auto&&... block) { return prepare(block...); }, selected_.files());
   start_reading(options);

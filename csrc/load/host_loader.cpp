@@ -41,6 +41,7 @@ HostLoader::HostLoader(CheckpointFiles files, const std::vector<std::vector<uint
       readiness_(selected_.size()),
       read_(shared_ || !DirectFile::suits_private_memory() ? ReadMode::buffered : options.read) {
   map_files(places, options);
+  leave_taps();
   plan(std::move(places), options);
   find_tasks();
   shared_.begin(layout_, [this](auto&&... block) { return prepare(block...); }, selected_.files());

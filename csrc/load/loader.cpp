@@ -30,8 +30,23 @@ void Loader::open_reader(uint32_t file, ReadMode mode, ReadInto memory) {
   std::unique_ptr<RangeReader>& reader = held_[file].reader;
   if (reader) return;
   const CheckpointFile& opened = *selected_.files()[file];
-  reader = std::make_unique<RangeReader>(opened.source(), opened.file(), mode, memory, counts_.files[file],
+  const ByteTap* const tap = held_[file].is_left ? nullptr : opened.tap();
+  if (held_[file].is_left || opened.is_also_read_by_others()) mode = ReadMode::buffered;
+  reader = std::make_unique<RangeReader>(opened.source(), opened.file(), tap, mode, memory, counts_.files[file],
                                          opened.file() ? *pace_ : unpaced_, filler_, mappings_);
+}
+
+void Loader::leave_taps() {
+  std::vector<bool> has_parts(held_.size());
+  for (size_t i = 0; i < selected_.size(); ++i) {
+    if (selected_.runs(i)) has_parts[selected_.file_index(i)] = true;
+  }
+  for (size_t f = 0; f < held_.size(); ++f) {
+    const ByteTap* const tap = selected_.files()[f]->tap();
+    if (!tap || !(shared_ || held_[f].map || has_parts[f])) continue;
+    held_[f].is_left = true;
+    tap->leave();
+  }
 }
 
 void Loader::require_process() const {

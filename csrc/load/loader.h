@@ -63,6 +63,9 @@ class Loader {
 
   void open_reader(uint32_t file, ReadMode mode, ReadInto memory);
 
+  // Tells the taps of files which they will not be told of. Before any reader is open.
+  void leave_taps();
+
   // Starts the threads on the tasks of a plan. The last that a kind's constructor does: should something throw after
   // it, what is the kind's would be gone before the threads are.
   template <typename Task>
@@ -113,6 +116,7 @@ class Loader {
   struct HeldFile {
     HostMemoryRef map;                    // none where it is not mapped
     std::unique_ptr<RangeReader> reader;  // none where nothing is read by it
+    bool is_left = false;                 // its tap is not told
     size_t last_task = 0;                 // the last that reads it
   };
   std::vector<HeldFile> held_;    // by file

@@ -1,5 +1,6 @@
 #include "read/range_reader.h"
 
+#include <algorithm>
 #include <optional>
 
 #include "page_cache/cached_runs.h"
@@ -31,10 +32,11 @@ std::optional<bool> is_cached(const File& file, ByteRange range) {
 
 }  // namespace
 
-RangeReader::RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
-                         Pace& pace, CacheFiller& filler, LoadMappings& mappings)
+RangeReader::RangeReader(const ByteSource& source, const File* file, const ByteTap* tap, ReadMode mode, ReadInto memory,
+                         FileCounts& counts, Pace& pace, CacheFiller& filler, LoadMappings& mappings)
     : source_(source),
       file_(file),
+      tap_(tap),
       mode_(mode),
       memory_(memory),
       counts_(counts),
@@ -91,19 +93,20 @@ RangeReader::Attempt RangeReader::begin_scattered(ByteRange range, const Look& l
 }
 
 bool RangeReader::direct(Attempt& attempt, ByteRange part, char* destination) {
-  return attempt.direct && was_direct(attempt, part, direct_->read(part, destination, pace_, attempt.look));
+  return attempt.direct && was_direct(attempt, part, destination, direct_->read(part, destination, pace_, attempt.look));
 }
 
 bool RangeReader::direct_within(Attempt& attempt, char* destination) {
   const auto read = [&] { return direct_->read_within(attempt.range, destination, pace_, attempt.look); };
-  return attempt.direct && was_direct(attempt, attempt.range, read());
+  return attempt.direct && was_direct(attempt, attempt.range, destination, read());
 }
 
-bool RangeReader::was_direct(Attempt& attempt, ByteRange part, std::optional<uint64_t> got) {
+bool RangeReader::was_direct(Attempt& attempt, ByteRange part, const char* destination, std::optional<uint64_t> got) {
   attempt.direct = got.has_value();
   if (got) {
     counts_.direct_bytes += part.size();
     counts_.rounded_bytes += *got - part.size();
+    tell(part, destination, attempt.look);
   } else {
     direct_works_ = false;
     attempt.timed = false;  // what follows has lost time, and finds the page cache empty
@@ -117,10 +120,13 @@ void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, 
   const auto from_cache = [&](ByteRange run) {
     pace_.in_cached_pieces(run, attempt.look, [&](ByteRange piece) {
       if (past_caches && attempt.copy->read(piece, place_of(piece))) return;
-      source_.read(piece.begin, place_of(piece), static_cast<size_t>(piece.size()));
+      read_and_tell(piece, place_of(piece));
     });
   };
-  const auto from_storage = [&](ByteRange run) { read_in_pieces(source_, run, place_of(run), pace_, attempt.look); };
+  const auto from_storage = [&](ByteRange run) {
+    read_in_pieces(source_, run, place_of(run), pace_, attempt.look);
+    tell(run, place_of(run), attempt.look);
+  };
   if (attempt.cached) {
     from_cache(part);
   } else if (pace_.allows(part.size()) || !file_) {
@@ -131,8 +137,30 @@ void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, 
   counts_.buffered_bytes += part.size();
 }
 
+void RangeReader::read_and_tell(ByteRange range, char* destination) const {
+  const uint64_t most = tap_ ? ByteTap::kPiece : range.size();
+  for (uint64_t at = range.begin; at < range.end;) {
+    const auto count = static_cast<size_t>(std::min(most, range.end - at));
+    char* const place = destination + (at - range.begin);
+    source_.read(at, place, count);
+    if (tap_) tap_->take(at, place, count);
+    at += count;
+  }
+}
+
+void RangeReader::tell(ByteRange range, const char* bytes, const Look& look) const {
+  if (!tap_) return;
+  for (uint64_t at = range.begin; at < range.end;) {
+    look();
+    const auto count = static_cast<size_t>(std::min<uint64_t>(ByteTap::kPiece, range.end - at));
+    tap_->take(at, bytes + (at - range.begin), count);
+    at += count;
+  }
+}
+
+// Not what a tap is to see, which past the caches would find it in memory.
 bool RangeReader::may_copy(Attempt& attempt) {
-  if (!file_ || storage_ == Storage::user_space) return false;
+  if (!file_ || tap_ || storage_ == Storage::user_space) return false;
   if (!attempt.copy) attempt.copy.emplace(*file_, attempt.range, mappings_);
   return true;
 }

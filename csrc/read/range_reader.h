@@ -9,6 +9,7 @@
 #include "base/byte_range.h"
 #include "base/look.h"
 #include "file/byte_source.h"
+#include "file/byte_tap.h"
 #include "file/file.h"
 #include "file/file_counts.h"
 #include "file/file_system.h"
@@ -49,10 +50,10 @@ class RangeReader {
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
-  // `file` is null for what is no file. `memory`: where what is read directly will go. `pace`, `filler` and `mappings`
-  // are the load's.
-  RangeReader(const ByteSource& source, const File* file, ReadMode mode, ReadInto memory, FileCounts& counts,
-              Pace& pace, CacheFiller& filler, LoadMappings& mappings);
+  // `file` is null for what is no file. `tap`: is told of all that is read, if it is not null. `memory`: where what is
+  // read directly will go. `pace`, `filler` and `mappings` are the load's.
+  RangeReader(const ByteSource& source, const File* file, const ByteTap* tap, ReadMode mode, ReadInto memory,
+              FileCounts& counts, Pace& pace, CacheFiller& filler, LoadMappings& mappings);
 
   // Decides, and prepares the page cache where the range will be read through it. `may_be_direct` is false where the
   // memory it will go to does not allow that. `look` outlives the attempt.
@@ -83,13 +84,16 @@ class RangeReader {
 
  private:
   bool can_be_direct();
-  bool was_direct(Attempt& attempt, ByteRange part, std::optional<uint64_t> got);
+  bool was_direct(Attempt& attempt, ByteRange part, const char* destination, std::optional<uint64_t> got);
   bool is_in_memory() const;
   bool may_fill() const;
   bool may_copy(Attempt& attempt);
+  void read_and_tell(ByteRange range, char* destination) const;
+  void tell(ByteRange range, const char* bytes, const Look& look) const;
 
   const ByteSource& source_;
   const File* file_;
+  const ByteTap* tap_;
   const ReadMode mode_;
   const ReadInto memory_;
   FileCounts& counts_;

@@ -153,7 +153,7 @@ def test_answers_in_any_order_twice_and_across() -> None:
 
 
 def test_pieces_that_touch() -> None:
-    reading = CrcReading(memoryview(b""), "crc32c")
+    reading = CrcReading("crc32c", memoryview(b""))
     crc = Crc("crc32c")
     assert reading.put(10, Piece(20, crc))
     assert reading.put(20, Piece(30, crc))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from weightload import _C
@@ -14,7 +14,7 @@ from weightload._base.handlers import forgiven, pass_on
 from weightload._base.printable import printable
 from weightload._base.uncopied import Process
 from weightload._verify import hashes
-from weightload._verify.crc_tap import CrcReading, CrcTap
+from weightload._verify.crc_tap import CrcReading, CrcTap, FileTap
 from weightload._verify.digests import KINDS, SHA256
 from weightload._verify.tap import DIFFERENT, Budget, Reading, Tap
 from weightload.errors import ChecksumError, WeightLoadError, located
@@ -29,63 +29,98 @@ class Work(NamedTuple):
 
     file: _C.CheckpointFile
     expected: str
-    tap: Tap | CrcTap | None
+    tap: Tap | CrcTap | FileTap | None
     mine: bool
     """Whether this process checks it in any case. If not, another does; what a server has this one checks, too, if it
     was given any of it: nobody else has these bytes."""
 
 
 class Parts:
-    """A local file whose CRC is made of its parts', which are hashed in any order."""
+    """A local file whose CRC is made of those of its parts, which are hashed in any order, or have been already.
 
-    def __init__(self, file: _C.CheckpointFile, expected: str) -> None:
-        self.file, self._expected = file, expected
+    Args:
+        file: is read, but for what is known of it.
+        expected: its digest.
+        known: ranges of all of it, in order, and their CRCs; None is to be found.
+        require_wanted: raises where nobody wants the verdict any more.
+    """
+
+    def __init__(
+        self,
+        file: _C.CheckpointFile,
+        expected: str,
+        known: Iterable[tuple[int, int, hashes.Crc | None]],
+        require_wanted: Callable[[], None],
+    ) -> None:
+        self._file, self._expected, self._require_wanted = file, expected, require_wanted
         self._lock = threading.Lock()
-        self._left = list(range(0, max(file.size, 1), PART))
         self._hashed: dict[int, hashes.Crc] = {}
+        self._left: list[int] = []  # begins
+        self.jobs: list[Callable[[], None]] = []  # the last of which has the verdict
+        for begin, end, crc in known:
+            if crc is not None:
+                self._hashed[begin] = crc
+                continue
+            for at in range(begin, end, PART):
+                self._left.append(at)
+                self.jobs.append(functools.partial(self._hash, at, min(at + PART, end)))
+        if not self.jobs:
+            self.jobs.append(self._conclude)
 
-    @property
-    def begins(self) -> list[int]:
-        return list(self._left)
-
-    def hash(self, begin: int, require_wanted: Callable[[], None]) -> None:
-        """One of them. The last one has the verdict. Raises as ``check``, and what ``require_wanted`` does."""
+    def _hash(self, begin: int, end: int) -> None:
         crc = hashes.Crc(kind_of(self._expected))
-        end = min(begin + PART, self.file.size)
-        memory = bytearray(min(CACHED_PIECE, max(end - begin, 1)))
+        memory = bytearray(min(CACHED_PIECE, end - begin))
         for at in range(begin, end, CACHED_PIECE):
-            require_wanted()
+            self._require_wanted()
             piece = memoryview(memory)[: min(CACHED_PIECE, end - at)]
-            self.file.read_into(at, piece)
+            self._file.read_into(at, piece)
             crc.update(piece)
         with self._lock:
             self._hashed[begin] = crc
             self._left.remove(begin)
             if self._left:
                 return
-        first, *others = (self._hashed[at] for at in sorted(self._hashed))
-        for later in others:
-            first.append(later)
-        _require_equal(self.file, first.hexdigest(), self._expected)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        whole = hashes.Crc(kind_of(self._expected))
+        for at in sorted(self._hashed):
+            whole.append(self._hashed[at])
+        _require_equal(self._file, whole.hexdigest(), self._expected)
 
 
 class Checker:
     """Threads that hash files, of which a load reads tensors at the same time: one a file, as many as there are CPUs.
 
-    Several a local file, where its digest can be made of those of parts.
-
     They read by the descriptor that the load reads by, through the page cache. What a server has they take from what
-    the load asks for; the rest they ask for themselves, when the load is over.
+    the load asks for; the rest they ask for themselves, when the load is over. Where a digest can be made of those of
+    parts, the load's own threads hash what they read of a local file, and the rest is read when the load is over; of a
+    file that is mapped it is all of it, by several threads, from the beginning on.
+
+    Args:
+        files, expected, mine: each with its digest, and as ``Work.mine``.
+        alone: the load is no other rank's, too.
+
+    Attributes:
+        files: what is to be loaded in place of ``files``.
     """
 
-    def __init__(self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool]) -> None:
+    def __init__(
+        self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool], alone: bool
+    ) -> None:
         budget = Budget()
         self._all: list[Work] = []
-        known: set[int] = set()
+        self.files: list[_C.CheckpointFile] = []
+        instead: dict[int, _C.CheckpointFile] = {}
         for file, right, whose in zip(files, expected, mine, strict=True):
-            if id(file) not in known:
-                known.add(id(file))
-                self._all.append(Work(file, right, _tap(file, right, budget), whose))
+            if id(file) not in instead:
+                tap = self._tap(file, right, budget, alone)
+                self._all.append(Work(file, right, tap, whose))
+                if file.is_remote:
+                    instead[id(file)] = file
+                else:
+                    instead[id(file)] = file.with_tap(tap) if tap is not None else file.also_read_by_others()
+            self.files.append(instead[id(file)])
         # No lock of Python's here, nor an Event, which has one: a signal's handler may close the load while the thread
         # that it stops is in any of these lines.
         self._work: list[Callable[[], None]] = []  # from the last on
@@ -98,35 +133,57 @@ class Checker:
         self._stopped = self._over = False
         self._failures: list[BaseException] = []
         try:
-            self._start([job for work in self._all if work.mine for job in self._jobs(work)])
+            self._start([job for work in self._all if work.mine for job in self._first_jobs(work)])
         except BaseException:
             self.close()
             raise
 
-    def _jobs(self, work: Work) -> list[Callable[[], None]]:
+    def _tap(
+        self, file: _C.CheckpointFile, expected: str, budget: Budget, alone: bool
+    ) -> Tap | CrcTap | FileTap | None:
+        kind = kind_of(expected)
+        if not file.is_remote:
+            return FileTap(kind, self._left) if kind != SHA256 and alone else None
+        if kind == SHA256:
+            return Tap(file.remote, file.data_begin, budget)
+        return CrcTap(file.remote, file.data_begin, kind)
+
+    def _left(self, tap: FileTap) -> None:
+        """Read what the load does not."""
+        self._start([job for work in self._all if work.tap is tap for job in self._parts(work)])
+
+    def _parts(self, work: Work, reading: CrcReading | None = None) -> list[Callable[[], None]]:
+        size = work.file.size
+        known = reading.in_order(size) if reading is not None else [(0, size, None)]
+        return Parts(work.file, work.expected, known, self._require_wanted).jobs
+
+    def _first_jobs(self, work: Work) -> list[Callable[[], None]]:
         """The jobs of a file that begin with the load."""
-        if isinstance(work.tap, CrcTap):
+        if isinstance(work.tap, CrcTap | FileTap):
             return []  # when the load is over
         if work.tap is not None:
             return [functools.partial(self._check, work, work.tap.readings[0])]
         if kind_of(work.expected) == SHA256:
             return [functools.partial(self._check, work, None)]
-        parts = Parts(work.file, work.expected)
-        return [functools.partial(parts.hash, begin, self._require_wanted) for begin in parts.begins]
+        return self._parts(work)
 
     def _last_jobs(self, work: Work) -> list[Callable[[], None]]:
         """The jobs of a file that begin when the load is over."""
         if isinstance(work.tap, CrcTap):
             readings = work.tap.readings if work.mine or work.tap.used else []
             return [functools.partial(self._combine, work, reading) for reading in readings]
+        if isinstance(work.tap, FileTap):
+            if work.tap.is_left:
+                return []
+            return [job for reading in work.tap.readings for job in self._parts(work, reading)]
         if work.tap is None or not work.tap.used:
             return []
         return [functools.partial(self._check, work, reading) for reading in work.tap.readings[1 if work.mine else 0 :]]
 
     def _start(self, work: list[Callable[[], None]]) -> None:
-        """Have this done; what was to be done is. Where no thread can be started, by who waits for it."""
-        self._work = work[::-1]
-        for _ in range(min(len(work), usable_cpus())):
+        """Have this done, too. Where no thread can be started, by who waits for it."""
+        self._work[:0] = work[::-1]
+        for _ in range(min(len(work), usable_cpus() - len(self._running))):
             token = object()
             try:
                 self._running.add(token)
@@ -252,14 +309,6 @@ class Checker:
                 answer.cancel()
                 raise _StoppedError
         return memoryview(answer.bytes())
-
-
-def _tap(file: _C.CheckpointFile, expected: str, budget: Budget) -> Tap | CrcTap | None:
-    if not file.is_remote:
-        return None
-    if kind_of(expected) == SHA256:
-        return Tap(file.remote, file.data_begin, budget)
-    return CrcTap(file.remote, file.data_begin, kind_of(expected))
 
 
 class _StoppedError(Exception):

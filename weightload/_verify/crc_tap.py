@@ -1,10 +1,10 @@
-"""The CRC of a server's object, made of those of the answers that a load was given, in whatever order they came."""
+"""The CRC of a file or a server's object, made of those of the pieces that a load reads, in any order."""
 
 from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from weightload._verify.hashes import Crc
@@ -12,19 +12,24 @@ from weightload._verify.tap import behind_start
 
 
 class Piece(NamedTuple):
-    """An answer that was hashed when it came, and let go of."""
+    """An answer, or what was read at a time, that was hashed when it came."""
 
     end: int
     crc: Crc
 
 
 class CrcReading:
-    """Answers that have no bytes in common."""
+    """Pieces that have no bytes in common.
 
-    def __init__(self, start: memoryview, kind: str) -> None:
+    Args:
+        start: what the file begins with, where that is known.
+        kind: of the CRC.
+    """
+
+    def __init__(self, kind: str, start: memoryview | None = None) -> None:
         self._begins: list[int] = []  # in order
         self._pieces: dict[int, Piece] = {}
-        if len(start):
+        if start:
             self.put(0, Piece(len(start), crc_of(kind, start)))
 
     def put(self, begin: int, piece: Piece) -> bool:
@@ -54,6 +59,46 @@ class CrcReading:
             yield at, size, None
 
 
+class FileTap:
+    """What a load reads of a local file: the core's threads tell it, see ``_C.CheckpointFile.with_tap``.
+
+    Without a lock: they append, and who asks for ``readings`` does so when the load is over.
+
+    Args:
+        kind: of the CRC.
+        left: called where the load does not read the file's tensors: somebody else should, at once.
+    """
+
+    def __init__(self, kind: str, left: Callable[[FileTap], None]) -> None:
+        self._kind, self._left = kind, left
+        self._pieces: list[tuple[int, Piece]] = []
+        self.is_left = False
+
+    def take(self, begin: int, data: memoryview) -> None:
+        """Bytes that were read, from an offset on."""
+        self._pieces.append((begin, Piece(begin + len(data), crc_of(self._kind, data))))
+
+    def leave(self) -> None:
+        """It will not be told."""
+        self.is_left = True
+        self._left(self)
+
+    @property
+    def readings(self) -> list[CrcReading]:
+        """One, unless ranges were read twice that overlap, or that had different bytes."""
+        found = [CrcReading(self._kind)]
+        for begin, piece in sorted(self._pieces, key=lambda item: item[0]):
+            if not any(reading.put(begin, piece) for reading in found):
+                found.append(CrcReading(self._kind))
+                found[-1].put(begin, piece)
+        return found
+
+    def close(self) -> None:
+        """Let go of what it knows, and of who waits for it."""
+        self._pieces = []
+        self._left = lambda tap: None
+
+
 class CrcTap:
     """As ``tap.Tap``, which keeps the bytes for a hash that wants them in order.
 
@@ -70,7 +115,7 @@ class CrcTap:
         self._start = memoryview(source.start)
         self.lock = threading.Condition()
         self.used = False
-        self.readings = [CrcReading(self._start, kind)]
+        self.readings = [CrcReading(kind, self._start)]
         source.tap = self
 
     def give(self, begin: int, data: Any) -> None:
@@ -81,7 +126,7 @@ class CrcTap:
         with self.lock:
             self.used = self.used or end > self._header_bytes
             if begin < end and not any(reading.put(begin, piece) for reading in self.readings):
-                self.readings.append(CrcReading(self._start, self._kind))
+                self.readings.append(CrcReading(self._kind, self._start))
                 self.readings[-1].put(begin, piece)
 
     def close(self) -> None:
@@ -95,4 +140,4 @@ def crc_of(kind: str, data: memoryview) -> Crc:
     return crc
 
 
-__all__ = ["CrcReading", "CrcTap", "crc_of"]
+__all__ = ["CrcReading", "CrcTap", "FileTap", "crc_of"]

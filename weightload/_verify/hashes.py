@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from weightload._remote.optional import optional
@@ -22,8 +23,7 @@ class Crc:
     """A CRC, by the processor's instructions. That of two pieces is made of theirs, without their bytes."""
 
     def __init__(self, kind: str) -> None:
-        library = _library()
-        self._of, self._combined = getattr(library, kind), getattr(library, f"combine_{kind}")
+        self._of, self._combined = _functions(kind)
         self._digits = 2 * KINDS[kind].bytes
         self._value = self._count = 0
 
@@ -53,6 +53,13 @@ def require(kinds: Iterable[str]) -> None:
     """
     if any(kind != SHA256 for kind in kinds):
         _library()
+
+
+@functools.cache
+def _functions(kind: str) -> tuple[Callable[[Any, int], int], Callable[[int, int, int], int]]:
+    """Of bytes, behind those that a CRC is of; and of two CRCs and the number of bytes of the second."""
+    library = _library()
+    return getattr(library, kind), getattr(library, f"combine_{kind}")
 
 
 def _library() -> Any:
