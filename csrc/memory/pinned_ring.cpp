@@ -109,6 +109,20 @@ bool PinnedRing::grow(std::unique_lock<std::mutex>& lock) {
   return slots_ > 0;
 }
 
+// Whether the first slot in flight can be had. A device that has failed is asked once: those who wait for the thread
+// that asks are told.
+bool PinnedRing::oldest_is_done() {
+  if (failure_) std::rethrow_exception(failure_);
+  if (in_flight_.empty()) return false;
+  try {
+    return in_flight_.front()->copies_done();
+  } catch (...) {
+    failure_ = std::current_exception();
+    changed_.notify_all();
+    throw;
+  }
+}
+
 PinnedRing::Lease PinnedRing::acquire() {
   std::unique_lock<std::mutex> lock(mutex_);
   bool polled = false;
@@ -121,7 +135,7 @@ PinnedRing::Lease PinnedRing::acquire() {
     if (stopped_) throw Error(ErrorKind::usage, "the load was stopped");
     demanded_ = true;
     // Those that have been round before idle ones: the fewer slots are in use, the more of them stay in the caches.
-    if (!in_flight_.empty() && in_flight_.front()->copies_done()) {
+    if (oldest_is_done()) {
       std::unique_ptr<HostSlot> slot = std::move(in_flight_.front());
       in_flight_.pop_front();
       progress_ = std::chrono::steady_clock::now();

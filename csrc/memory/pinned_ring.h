@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -59,7 +60,8 @@ class PinnedRing {
     std::unique_ptr<HostSlot> slot_;
   };
 
-  // Waits for a slot. Throws Error{memory} when not one can be had, Error{usage} once stopped.
+  // Waits for a slot. Throws Error{memory} when not one can be had, Error{usage} once stopped, and what the device says
+  // once it has failed: in all threads, whichever of them asked it.
   Lease acquire();
 
   // What is to be put into the slots of so many bytes, so that it can lie where direct reads may write (HostSlot::
@@ -88,6 +90,7 @@ class PinnedRing {
  private:
   PinnedRing(size_t slots, Allocate allocate, size_t enough);
   bool may_grow() const;                          // with mutex_ held
+  bool oldest_is_done();                          // with mutex_ held
   bool grow(std::unique_lock<std::mutex>& lock);  // makes one slot idle; unlocks meanwhile
   void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
   void fill();
@@ -106,6 +109,7 @@ class PinnedRing {
   bool pin_ = true;        // false once page-locking has failed without a single slot
   bool demanded_ = false;  // acquire() was called
   bool stopped_ = false;
+  std::exception_ptr failure_;                       // of the device
   bool polling_ = false;                             // a thread asks the device on behalf of all
   std::chrono::steady_clock::time_point progress_;   // the device gave a slot back, or got the first
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached

@@ -85,6 +85,7 @@ class FakeDevice final : public weightload::Device {
   std::atomic<int> blocks_made{0};
   std::atomic<bool> no_pageable{false};
   std::atomic<int> copies{0};
+  std::atomic<bool> fails{false};  // whoever asks for a slot is told so
   std::atomic<int> slots_alive{0};
   std::atomic<size_t> shift{0};  // slots begin so many bytes behind a page
 
@@ -103,7 +104,10 @@ class FakeDevice final : public weightload::Device {
       std::free(memory);
       --device->slots_alive;
     }
-    bool copies_done() override { return device->passed(copied); }
+    bool copies_done() override {
+      if (device->fails) throw weightload::Error(weightload::ErrorKind::device_memory, "the fake device has failed");
+      return device->passed(copied);
+    }
     FakeDevice* device;
     void* memory = nullptr;
     uint64_t copied = 0;

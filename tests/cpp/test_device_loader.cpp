@@ -123,6 +123,23 @@ TEST(slots_that_begin_behind_a_page_are_read_into_directly_all_the_same) {
   }
 }
 
+TEST(a_device_that_fails_while_all_slots_are_in_flight) {
+  const Checkpoint checkpoint;
+  for (const size_t slots : {1u, 4u}) {
+    const auto device = std::make_shared<FakeDevice>();
+    const auto go_on = device->hold();
+    DeviceLoaderOptions options = Load::small();
+    options.slot_bytes = 8192;
+    Load load(device, checkpoint.paths(), options, slots);  // which hold less than a block
+    while (load.ring->stats().wait_ns == 0) std::this_thread::yield();
+    device->fails = true;
+    DeviceTensor tensor;
+    CHECK_THROWS(while (load.next(tensor) == DeviceLoader::Step::tensor){}, Error,
+                 error.kind == ErrorKind::device_memory);
+    go_on();
+  }
+}
+
 TEST(a_ring_of_one_slot_and_odd_block_sizes) {
   const Checkpoint checkpoint;
   for (uint64_t block_bytes : {1u, 5000u, 70'000u, 100'000'000u}) {

@@ -246,6 +246,32 @@ TEST(stop_wakes_those_who_wait) {
   CHECK(woken == 4);
 }
 
+TEST(a_device_that_fails_is_told_to_all_who_wait) {
+  FakeDevice device;
+  const auto ring = PinnedRing::make(1, from(device));
+  const auto go_on = device.hold();
+  PinnedRing::Lease lease = ring->acquire();
+  device.mark_slot(*lease);
+  lease.release_to_device();
+  std::vector<std::thread> waiting;
+  std::atomic<int> told{0};
+  for (int i = 0; i < 4; ++i) {
+    waiting.emplace_back([&] {
+      CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::device_memory);
+      ++told;
+    });
+  }
+  // All wait, and one of them asks; who comes later asks by itself.
+  while (ring->stats().wait_ns == 0) std::this_thread::yield();
+  device.fails = true;
+  for (std::thread& thread : waiting) thread.join();
+  CHECK(told == 4);
+  CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::device_memory);
+  device.fails = false;
+  CHECK_THROWS(ring->acquire(), Error, error.kind == ErrorKind::device_memory);  // nor does it come back
+  go_on();
+}
+
 TEST(many_threads_never_share_a_slot) {
   FakeDevice device;
   const auto ring = PinnedRing::make(3, from(device));
