@@ -29,8 +29,8 @@ struct ErrorContext {
   std::optional<uint32_t> rank = std::nullopt;  // in its group, of an error that all ranks raise
 };
 
-// Text of a file's, for messages: control characters (line breaks, what steers a terminal, the zero that ends a C
-// string) as \xNN.
+// Text of a file's, for messages: the bytes of control characters (line breaks, what steers a terminal or the direction
+// of writing, the zero that ends a C string) as \xNN.
 std::string printable(const std::string& text);
 
 // The one exception type of the core. what() is a full sentence with file, tensor, offset and errno in it;

@@ -141,6 +141,11 @@ TEST(residency_of_a_sparse_giant_is_asked_piece_by_piece) {
 TEST(text_of_files_is_printable_in_messages) {
   CHECK(printable("plain \xc3\xbc") == "plain \xc3\xbc");
   CHECK(printable(std::string("\x1b[2J\n\0\x7f", 7)) == "\\x1b[2J\\x0a\\x00\\x7f");
+  CHECK(printable("a\xc2\x9b"
+                  "2Jb") == "a\\xc2\\x9b2Jb");
+  CHECK(printable("\xe2\x80\xae\xe2\x80\xa8\xe2\x81\xa6\xd8\x9c\xe2\x80\x8f") ==
+        "\\xe2\\x80\\xae\\xe2\\x80\\xa8\\xe2\\x81\\xa6\\xd8\\x9c\\xe2\\x80\\x8f");
+  CHECK(printable("\xc2\xa0\xe2\x80\x94\xe2\x81\xaa\xd8\x9b\xc2") == "\xc2\xa0\xe2\x80\x94\xe2\x81\xaa\xd8\x9b\xc2");
   const Error error(ErrorKind::header, "what", {"a\nb", std::string("t\0", 2), {}, 0});
   CHECK(std::string(error.what()) == "a\\x0ab: tensor `t\\x00`: what");
 }
