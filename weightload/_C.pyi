@@ -408,9 +408,11 @@ class TensorReader:
     @property
     def file(self) -> CheckpointFile: ...
 
-def arm_fault(fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0) -> None:
+def arm_fault(
+    fault: str, first: int = 0, count: int = 1, error_number: int = 0, delay_ms: int = 0, statuses: bool = False
+) -> None:
     """
-    For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay.
+    For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay. Or `statuses`: what asks for a file's.
     """
 
 def dense_memory(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -447,7 +449,11 @@ def plainly(function: typing.Any, arguments: tuple[typing.Any, ...], options: di
     function(*arguments, **options), with torch as it is in a new thread: without the caller's modes.
     """
 
-def reads_since_armed() -> int: ...
+def reads_since_armed() -> int:
+    """
+    Or statuses.
+    """
+
 def refuse_threads(refuse: bool) -> None:
     """
     For tests: as if the system had no thread to give.

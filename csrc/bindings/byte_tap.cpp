@@ -24,8 +24,8 @@ PythonTap::~PythonTap() {
 void PythonTap::take(uint64_t offset, const char* bytes, size_t count) const {
   const py::gil_scoped_acquire acquire;
   try {
-    object_.attr("take")(offset, py::memoryview::from_memory(static_cast<const void*>(bytes),
-                                                             static_cast<py::ssize_t>(count)));
+    object_.attr("take")(offset,
+                         py::memoryview::from_memory(static_cast<const void*>(bytes), static_cast<py::ssize_t>(count)));
   } catch (py::error_already_set& error) {
     fail_read(error, path_, offset);
   }

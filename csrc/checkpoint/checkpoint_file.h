@@ -50,7 +50,7 @@ class CheckpointFile {
   const ByteSource& source() const { return *source_; }
   const std::string& path() const { return source_->path(); }
   uint64_t size() const { return source_->size(); }
-  const File* file() const { return file_.get(); }  // null for memory, and for what a server has
+  const File* file() const { return file_.get(); }   // null for memory, and for what a server has
   const ByteTap* tap() const { return tap_.get(); }  // mostly null
   bool is_also_read_by_others() const { return also_read_by_others_; }
 

@@ -9,7 +9,7 @@ class ByteTap {
  public:
   // So much at a time of what the caches have: half of a second-level cache, of which the page cache's copy has the
   // other.
-  static constexpr size_t kPiece = 256 << 10;
+  static constexpr size_t kPiece = 1 << 20;
 
   virtual ~ByteTap() = default;
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/uninterrupted.h"
 #include "file/fault_hook.h"
 
 // Note [Changed files]
@@ -90,8 +91,10 @@ std::chrono::nanoseconds time_now() { return Clock::now().time_since_epoch(); }
 
 AskedStamp ask(int fd, const std::string& path, uint64_t offset) {
   struct stat status;
-  if (::fstat(fd, &status) != 0)
-    throw Error(ErrorKind::read, "cannot read the file's status", {path, {}, offset, errno});
+  if (uninterrupted([&] { return fault_hook::fstat(fd, &status); }) != 0) {
+    const int error = errno;
+    throw Error(ErrorKind::read, "cannot read the file's status", {path, {}, offset, error});
+  }
   return {stamp_of(status), {}};
 }
 
@@ -106,7 +109,7 @@ struct timespec time_of(const struct statx_timestamp& time) {
 AskedStamp ask_server(int fd, AskedStamp otherwise) {
   struct statx status;
   otherwise.at = time_now();
-  if (::statx(fd, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &status) != 0) return otherwise;
+  if (uninterrupted([&] { return fault_hook::statx_of(fd, AT_STATX_FORCE_SYNC, &status); }) != 0) return otherwise;
   otherwise.stamp.size = status.stx_size;
   otherwise.stamp.modified = time_of(status.stx_mtime);
   otherwise.stamp.status_time = time_of(status.stx_ctime);
@@ -210,8 +213,9 @@ size_t ChangeWatch::digest_of_start(int fd, const std::string& path) const {
   std::string start(start_bytes_, '\0');
   for (size_t at = 0; at < start.size();) {
     const ssize_t got = fault_hook::pread(fd, &start[at], start.size() - at, static_cast<off_t>(at));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw Error(ErrorKind::read, "cannot read the file's header again", {path, {}, at, errno});
+    const int error = errno;
+    if (got < 0 && error == EINTR) continue;
+    if (got < 0) throw Error(ErrorKind::read, "cannot read the file's header again", {path, {}, at, error});
     if (got == 0) start.resize(at);
     at += static_cast<size_t>(got);
   }

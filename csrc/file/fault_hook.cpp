@@ -1,5 +1,6 @@
 #include "file/fault_hook.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,12 +23,23 @@ Plan current;
 uint64_t calls = 0;
 
 // The fault this call is to suffer, if any.
-std::optional<Plan> next_fault() {
+std::optional<Plan> next_fault(Calls calls_of = Calls::reads) {
   if (!armed.load(std::memory_order_relaxed)) return std::nullopt;
   std::lock_guard<std::mutex> lock(mutex);
+  if (current.calls != calls_of) return std::nullopt;
   const uint64_t call = calls++;
   if (call < current.first || call - current.first >= current.count) return std::nullopt;
   return current;
+}
+
+template <typename Call>
+int status_call(Call&& call) {
+  if (const auto plan = next_fault(Calls::statuses)) {
+    if (plan->fault == Fault::error) return errno = plan->error_number, -1;
+    if (plan->fault == Fault::interrupt) return errno = EINTR, -1;
+    if (plan->fault == Fault::delay) std::this_thread::sleep_for(plan->delay);
+  }
+  return call();
 }
 
 }  // namespace
@@ -70,6 +82,22 @@ int populate(void* address, size_t length) {
     }
   }
   return populate_on(address, length);
+}
+
+int stat(const char* path, struct ::stat* status) {
+  return status_call([&] { return ::stat(path, status); });
+}
+
+int fstat(int fd, struct ::stat* status) {
+  return status_call([&] { return ::fstat(fd, status); });
+}
+
+int fstatfs(int fd, struct ::statfs* status) {
+  return status_call([&] { return ::fstatfs(fd, status); });
+}
+
+int statx_of(int fd, int flags, struct ::statx* status) {
+  return status_call([&] { return ::statx(fd, "", AT_EMPTY_PATH | flags, STATX_BASIC_STATS, status); });
 }
 
 int populate_on(void* address, size_t length) { return ::madvise(address, length, MADV_POPULATE_READ); }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/uninterrupted.h"
 #include "file/fault_hook.h"
 
 namespace weightload {
@@ -23,10 +24,15 @@ void require_regular(const struct stat& status, const std::string& path) {
       {path, {}, {}, 0}, "NotARegularFile");
 }
 
+[[noreturn]] void fail_open(const std::string& path, int error) {
+  throw Error(ErrorKind::open, "cannot open the file", {path, {}, {}, error});
+}
+
 // 0 where the system does not say.
 uint64_t file_system_of(int fd) {
   struct statfs status;
-  return ::fstatfs(fd, &status) == 0 ? static_cast<unsigned>(status.f_type) : 0;
+  return uninterrupted([&] { return fault_hook::fstatfs(fd, &status); }) == 0 ? static_cast<unsigned>(status.f_type)
+                                                                              : 0;
 }
 
 }  // namespace
@@ -41,15 +47,14 @@ File::File(std::string path, UniqueFd fd, const struct stat& status, uint64_t fi
 
 std::shared_ptr<const File> File::open(const std::string& path, const std::function<void()>& pause) {
   struct stat status;
-  if (::stat(path.c_str(), &status) != 0) throw Error(ErrorKind::open, "cannot open the file", {path, {}, {}, errno});
+  if (uninterrupted([&] { return fault_hook::stat(path.c_str(), &status); }) != 0) fail_open(path, errno);
   require_regular(status, path);
 
   // Not to wait, should the name stand for a FIFO by now.
   UniqueFd fd = open_files::open(path, pause);
-  if (!fd) throw Error(ErrorKind::open, "cannot open the file", {path, {}, {}, errno});
+  if (!fd) fail_open(path, errno);
 
-  if (::fstat(fd.get(), &status) != 0)
-    throw Error(ErrorKind::open, "cannot read the file's status", {path, {}, {}, errno});
+  if (uninterrupted([&] { return fault_hook::fstat(fd.get(), &status); }) != 0) fail_open(path, errno);
   require_regular(status, path);
   const uint64_t file_system = file_system_of(fd.get());
   return std::shared_ptr<const File>(new File(path, std::move(fd), status, file_system));
@@ -60,7 +65,8 @@ open_files::Lease File::descriptor() const {
   const std::string name = kept_.name();
   try {
     UniqueFd fd = open_files::open(name.empty() ? path_ : name, [] {});
-    if (!fd) throw Error(ErrorKind::read, "cannot open the file again", {path_, {}, {}, errno});
+    if (const int error = errno; !fd)
+      throw Error(ErrorKind::read, "cannot open the file again", {path_, {}, {}, error});
     watch_.require_same(fd.get(), path_, 0);
     return kept_.put_back(std::move(fd));
   } catch (const Error& error) {
@@ -77,8 +83,9 @@ void File::read(uint64_t offset, void* destination, size_t count) const {
   while (left > 0) {
     const ssize_t got = fault_hook::pread(lease.get(), cursor, left, static_cast<off_t>(offset));
     if (got < 0) {
-      if (errno == EINTR) continue;
-      throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes", {path_, {}, offset, errno});
+      const int error = errno;  // before an allocation, which may set it
+      if (error == EINTR) continue;
+      throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes", {path_, {}, offset, error});
     }
     if (got == 0) {
       throw Error(ErrorKind::read,

@@ -53,9 +53,10 @@ HostMemoryRef map_file(int fd, uint64_t size, const std::string& path, Access ac
   const int protection = access == Access::write ? PROT_READ | PROT_WRITE : PROT_READ;
   void* address = ::mmap(nullptr, size, protection, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (address == MAP_FAILED) {
-    if (errno == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, ENOMEM});
+    const int error = errno;
+    if (error == ENOMEM) throw Error(ErrorKind::memory, "cannot map the file", {path, {}, {}, error});
     throw Error(ErrorKind::read, "cannot map the file; backend=\"pread\" reads it into private memory instead",
-                {path, {}, {}, errno});
+                {path, {}, {}, error});
   }
   // See Note [Populate, then read] in page_cache/page_in.cpp. Advice only.
   ::madvise(address, size, MADV_HUGEPAGE);

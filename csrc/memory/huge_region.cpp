@@ -8,17 +8,14 @@
 
 #include "base/byte_range.h"
 #include "base/error.h"
+#include "base/uninterrupted.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14
 #endif
 
 namespace weightload {
-namespace {
-
-constexpr int kMostTries = 100;  // a sandbox may answer EINTR for ever
-
-}  // namespace
+namespace {}  // namespace
 
 HugeRegion map_huge(uint64_t size, Pages pages) {
   HugeRegion region;
@@ -49,10 +46,7 @@ bool advise(char* begin, size_t size, Pages pages) noexcept {
 }
 
 int fault_in(char* begin, size_t size) noexcept {
-  for (int tries = 1;; ++tries) {
-    if (::madvise(begin, size, MADV_POPULATE_WRITE) == 0) return 0;
-    if (errno != EINTR || tries == kMostTries) return errno;
-  }
+  return uninterrupted([&] { return ::madvise(begin, size, MADV_POPULATE_WRITE); }) == 0 ? 0 : errno;
 }
 
 bool fault_in_cheaply(char* window, Pages advised, PagePrices& prices) noexcept {

@@ -1,20 +1,16 @@
 #pragma once
 #include <fcntl.h>
 
-#include <cerrno>
 #include <cstdint>
 
+#include "base/uninterrupted.h"
 #include "base/unique_fd.h"
 
 namespace weightload {
 
 // /proc/self/pagemap has an entry of eight bytes for each page of the process.
 inline UniqueFd open_pagemap() {
-  int number;
-  do {
-    number = ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  } while (number < 0 && errno == EINTR);
-  return UniqueFd(number);
+  return UniqueFd(uninterrupted([] { return ::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); }));
 }
 
 inline constexpr uint64_t kPagePresent = 1ull << 63;

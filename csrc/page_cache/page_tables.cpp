@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "base/pages.h"
+#include "base/uninterrupted.h"
 #include "file/fault_hook.h"
 #include "memory/pagemap.h"
 #include "page_cache/major_faults.h"
@@ -18,8 +19,6 @@ namespace {
 // What one page fault maps besides its own page, if that is in the page cache (fault_around_bytes, the kernel's
 // default).
 constexpr uint64_t kFaultAround = 64 << 10;
-
-constexpr int kMostPopulateTries = 100;  // a sandbox may answer EINTR for ever
 
 uint64_t address_of(const char* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
@@ -36,10 +35,7 @@ size_t find(const Entries& entries, size_t first, size_t count, bool mapped) {
 }
 
 int retry_interrupted(int (*call)(void*, size_t), char* begin, uint64_t size) {
-  for (int tries = 1;; ++tries) {
-    if (call(begin, static_cast<size_t>(size)) == 0) return 0;
-    if (errno != EINTR || tries == kMostPopulateTries) return errno;
-  }
+  return uninterrupted([&] { return call(begin, static_cast<size_t>(size)); }) == 0 ? 0 : errno;
 }
 
 }  // namespace

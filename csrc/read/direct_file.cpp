@@ -14,6 +14,7 @@
 
 #include "base/error.h"
 #include "base/pages.h"
+#include "base/uninterrupted.h"
 #include "file/fault_hook.h"
 #include "file/file_system.h"
 
@@ -31,10 +32,7 @@ std::unique_ptr<const DirectFile> DirectFile::open(const File& file, bool anywhe
   // By descriptor, not by name: the name may stand for another file by now.
   const open_files::Lease lease = file.descriptor();
   const std::string link = "/proc/self/fd/" + std::to_string(lease.get());
-  int number;
-  do {
-    number = ::open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC | O_NOCTTY);
-  } while (number < 0 && errno == EINTR);
+  const int number = uninterrupted([&] { return ::open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC | O_NOCTTY); });
   if (number < 0) return nullptr;
   return std::unique_ptr<const DirectFile>(new DirectFile(file, UniqueFd(number), std::move(*room)));
 }
@@ -47,12 +45,13 @@ DirectFile::Outcome DirectFile::read_blocks(ByteRange blocks, char* destination,
     const ssize_t now =
         fault_hook::pread(fd_.get(), destination + (position - blocks.begin), left, static_cast<off_t>(position));
     if (now < 0) {
-      if (errno == EINTR) continue;
+      const int error = errno;
+      if (error == EINTR) continue;
       // EINVAL of a file system that cannot, EFAULT of memory that the kernel can write to but not hand to the disk,
       // anything of a sandbox or a driver in user space. What is lost is so in the page cache, too, which says it then.
-      if (errno != EIO) return Outcome::refused;
+      if (error != EIO) return Outcome::refused;
       throw Error(ErrorKind::read, "cannot read " + std::to_string(left) + " bytes",
-                  {file_.path(), {}, std::max(position, wanted_from), errno});
+                  {file_.path(), {}, std::max(position, wanted_from), error});
     }
     position += static_cast<uint64_t>(now);
     got += static_cast<uint64_t>(now);

@@ -93,7 +93,8 @@ RangeReader::Attempt RangeReader::begin_scattered(ByteRange range, const Look& l
 }
 
 bool RangeReader::direct(Attempt& attempt, ByteRange part, char* destination) {
-  return attempt.direct && was_direct(attempt, part, destination, direct_->read(part, destination, pace_, attempt.look));
+  return attempt.direct &&
+         was_direct(attempt, part, destination, direct_->read(part, destination, pace_, attempt.look));
 }
 
 bool RangeReader::direct_within(Attempt& attempt, char* destination) {

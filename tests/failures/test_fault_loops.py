@@ -153,3 +153,35 @@ def test_resolving(files: list[Path], fault: str) -> None:
             break
         assert_nothing_held()
     assert first >= 3
+
+
+@WAYS_AND_READS
+def test_a_status_that_is_asked_for_again(way: Way, files: list[Path], read: str) -> None:
+    """A file system in user space may answer a signal so."""
+    reference = content(*files)
+    with settings.override(**{**PIECES, "read": read}):
+        for first in range(MOST_READS):
+            _C.arm_fault("interrupt", first=first, count=20, statuses=True)
+            assert way(files) == reference
+            if _C.reads_since_armed() <= first:
+                break
+
+
+@WAYS_AND_READS
+def test_a_status_that_cannot_be_had(way: Way, files: list[Path], read: str) -> None:
+    reference = content(*files)
+    before = descriptor_count()
+    with settings.override(**{**PIECES, "read": read}):
+        for first in range(MOST_READS):
+            _C.arm_fault("error", first=first, count=10**6, error_number=errno.EIO, statuses=True)
+            try:
+                assert way(files) == reference  # where it was a question that needs no answer
+            except OSError as error:
+                assert error.errno == errno.EIO
+                assert error.filename in map(str, files)
+            if _C.reads_since_armed() <= first:
+                break
+        _C.disarm_fault()
+    assert_nothing_held()
+    assert way(files) == reference
+    assert descriptor_count() == before
