@@ -177,8 +177,8 @@ def test_a_status_that_cannot_be_had(way: Way, files: list[Path], read: str) -> 
             try:
                 assert way(files) == reference  # where it was a question that needs no answer
             except OSError as error:
-                assert error.errno == errno.EIO
-                assert error.filename in map(str, files)
+                assert error.errno == errno.EIO  # noqa: PT017
+                assert error.filename in map(str, files)  # noqa: PT017
             if _C.reads_since_armed() <= first:
                 break
         _C.disarm_fault()
