@@ -58,7 +58,7 @@ class Prefetch {
 
   pybind11::object weights_, current_stream_;
   pybind11::object error_;    // of the load: for every tensor that had not come by then
-  bool interrupted_ = false;  // in the same way, by something that is nobody else's to raise
+  bool interrupted_ = false;  // ended by what belonged to one caller, as Ctrl-C: others get an error of usage
   const std::vector<std::string> names_;
   std::unordered_map<std::string, State> states_;
   std::list<Tensor> here_;

@@ -46,11 +46,12 @@ Sizes torch_sizes(const TensorInfo& info, const std::string& path) {
       fail_tensor(info, path, "torch cannot hold a dimension of " + std::to_string(extent));
     sizes.push_back(static_cast<int64_t>(extent));
   }
-  if (info.dtype == Dtype::F4) {
-    // torch's type packs two elements, so the last dimension counts pairs.
-    if (sizes.empty() || sizes.back() % 2 != 0)
-      fail_tensor(info, path, "f4_x2 dtype requires that the last dim be divisible by 2 in torch");
-    sizes.back() /= 2;
+  if (const int64_t pack = dtype_pack(info.dtype); pack > 1) {
+    if (sizes.empty() || sizes.back() % pack != 0) {
+      const std::string number = std::to_string(pack);
+      fail_tensor(info, path, "f4_x2 dtype requires that the last dim be divisible by " + number + " in torch");
+    }
+    sizes.back() /= pack;
   }
   return sizes;
 }

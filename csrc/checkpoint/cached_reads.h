@@ -12,7 +12,8 @@ namespace weightload {
 // All of it; nothing where the kernel does not say.
 std::optional<bool> all_cached(const SelectedTensors& selected, const std::vector<char*>& maps, const ReadPlan& plan);
 
-// By some samples: asking of every page costs 34 ns a page, a tenth of reading it. Not, where it cannot be told.
+// Judges by a few samples: asking for every page costs 34 ns a page, a tenth of reading it. False where the kernel does
+// not say.
 bool looks_cached(const SelectedTensors& selected, const std::vector<char*>& maps, const ReadPlan& plan);
 
 }  // namespace weightload

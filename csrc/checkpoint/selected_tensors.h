@@ -42,7 +42,7 @@ class SelectedTensors {
   uint32_t file_index(size_t tensor) const { return tensors_[tensor].file; }
   const CheckpointFile* file(size_t tensor) const { return files_[tensors_[tensor].file].get(); }
 
-  // Of a part of a tensor: the shape of that, and where its bytes begin; with as many bytes as it has.
+  // Of a tensor of which a part is wanted: the part's shape, where its bytes begin, and their number.
   const TensorInfo& info(size_t tensor) const {
     if (!parts_.empty() && parts_[tensor]) return parts_[tensor]->info;
     return file(tensor)->header().tensors[tensors_[tensor].index];

@@ -5,7 +5,7 @@
 
 namespace weightload {
 
-// The 22 element types that safetensors 0.8 knows, in its order. F4 and the F6 types are packed: their
+// The element types that safetensors 0.8 knows, in its order. F4 and the F6 types are packed: their
 // elements share bytes, so sizes are counted in bits.
 enum class Dtype : uint8_t {
   BOOL,
@@ -32,10 +32,14 @@ enum class Dtype : uint8_t {
   U64,
 };
 
-inline constexpr int kDtypeCount = 22;
+inline constexpr int kDtypeCount = static_cast<int>(Dtype::U64) + 1;
 
 std::string_view dtype_name(Dtype dtype);
 uint32_t dtype_bits(Dtype dtype);
+
+// How many elements torch's type of it holds, whose tensors count those in their last dimension: 1, or 2 of F4.
+uint32_t dtype_pack(Dtype dtype);
+
 std::optional<Dtype> dtype_from_name(std::string_view name);
 
 // Alignment in bytes that the element type asks of memory: its size, 1 for packed types, 8 for C64.

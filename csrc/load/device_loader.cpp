@@ -106,7 +106,7 @@ void DeviceLoader::work(size_t number, const Look& look) {
   PinnedRing::Lease slot = ring_->acquire();
   {
     const LoadCounts::Read watch(counts_, task.file);
-    fill(task, *slot, look);
+    fill_slot(task, *slot, look);
     counts_.was_read(task.file, task.bytes.size());
   }
   // All of them before the first copy: once one is queued, the slot must not go back as idle.
@@ -129,7 +129,7 @@ void DeviceLoader::work(size_t number, const Look& look) {
 }
 
 // Reads a task's bytes to where the image has them. Padding becomes zeros, so that blocks of equal files are equal.
-void DeviceLoader::fill(const SlotTask& task, const HostSlot& slot, const Look& look) {
+void DeviceLoader::fill_slot(const SlotTask& task, const HostSlot& slot, const Look& look) {
   RangeReader& reader = *held_[task.file].reader;
   char* const image = slot.data() + slot.place_for(slot_bytes_) + task.lead;
   const SlotPiece* const first = slots_.pieces.data() + task.first_piece;
@@ -185,8 +185,8 @@ void DeviceLoader::allocate(uint32_t number, std::unique_lock<std::mutex>& lock)
   if (failure) std::rethrow_exception(failure);
 }
 
-// The block that reading comes to next, so that nobody waits for the driver then. Large ones are left: what a consumer
-// may not have room for beside them is more than a block as there are many.
+// Allocates the block that reading comes to next, so that nobody waits for the driver then. Not one that is larger than
+// usual: the consumer may have no room for two of those.
 void DeviceLoader::allocate_ahead(uint32_t number) {
   if (number >= layout_.blocks.size() || layout_.blocks[number].bytes > block_bytes_) return;
   const BlockState& state = blocks_->states[number];

@@ -100,7 +100,7 @@ class DeviceLoader final : public Loader {
   bool looks_cold(const DeviceLoaderOptions& options) const;
   void start_reading(const DeviceLoaderOptions& options);
   void work(size_t task, const Look& look);
-  void fill(const SlotTask& task, const HostSlot& slot, const Look& look);
+  void fill_slot(const SlotTask& task, const HostSlot& slot, const Look& look);
   DeviceBlock& block(uint32_t block);
   void allocate(uint32_t block, std::unique_lock<std::mutex>& lock);
   void allocate_ahead(uint32_t block);

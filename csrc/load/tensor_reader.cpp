@@ -44,8 +44,8 @@ Error of_tensor(const Error& error, const CheckpointFile& file, const TensorInfo
                error.rule);
 }
 
-// torch's type of packed elements counts pairs in the last dimension, which of a vector is the first.
-uint64_t elements_a_row(const TensorInfo& info) { return info.dtype == Dtype::F4 && info.shape.size() == 1 ? 2 : 1; }
+// Of a vector, the last dimension, in which torch counts what holds several packed elements, is the first.
+uint64_t elements_a_row(const TensorInfo& info) { return info.shape.size() == 1 ? dtype_pack(info.dtype) : 1; }
 
 }  // namespace
 
@@ -172,7 +172,7 @@ bool TensorReader::State::claim(ByteRange bytes) {
   return true;
 }
 
-// A view of what is gone from the file would end the process when it is touched, and one of other bytes lie.
+// Touching a view of bytes that are gone from the file would end the process, and a view of other bytes would be wrong.
 void TensorReader::require_unchanged(const TensorInfo& info) const {
   try {
     file_->source().require_unchanged(info.bytes.begin);

@@ -26,7 +26,7 @@ constexpr std::chrono::milliseconds kLate{2};
 PinnedRing::PinnedRing(size_t slots, Allocate allocate, size_t enough)
     : allocate_(std::move(allocate)), wanted_(slots), enough_(enough), capacity_(slots) {
   idle_.reserve(slots);
-  filler_ = start_thread([this] { fill(); });  // without one acquire() makes the slots
+  maker_ = start_thread([this] { make_ahead(); });  // without one acquire() makes the slots
 }
 
 std::shared_ptr<PinnedRing> PinnedRing::make(size_t slots, Allocate allocate, size_t enough) {
@@ -37,7 +37,7 @@ PinnedRing::~PinnedRing() { close(); }
 
 void PinnedRing::close() noexcept {
   stop();
-  if (filler_.joinable()) filler_.join();
+  if (maker_.joinable()) maker_.join();
   // Destroyed without the mutex: it takes calls into the driver.
   std::vector<std::unique_ptr<HostSlot>> idle;
   std::deque<std::unique_ptr<HostSlot>> in_flight;
@@ -63,7 +63,7 @@ void PinnedRing::replace(size_t slots, Allocate allocate) {
   aligned_ = pin_ = true;
 }
 
-void PinnedRing::fill() {
+void PinnedRing::make_ahead() {
   name_this_thread();
   std::unique_lock<std::mutex> lock(mutex_);
   // Ahead of the first demand as many as may be; from then on those who need one make it.

@@ -93,7 +93,7 @@ class PinnedRing {
   bool oldest_is_done();                          // with mutex_ held
   bool grow(std::unique_lock<std::mutex>& lock);  // makes one slot idle; unlocks meanwhile
   void give_back(std::unique_ptr<HostSlot> slot, bool in_flight) noexcept;
-  void fill();
+  void make_ahead();
 
   mutable std::mutex mutex_;
   Allocate allocate_;  // called without the mutex: replaced only while nobody makes a slot
@@ -115,7 +115,7 @@ class PinnedRing {
   std::vector<std::unique_ptr<HostSlot>> idle_;      // the last used is the first reused: its lines may be cached
   std::deque<std::unique_ptr<HostSlot>> in_flight_;  // in the order of their copies
   std::atomic<uint64_t> wait_ns_{0}, make_ns_{0};
-  std::thread filler_;  // last: it uses everything above
+  std::thread maker_;  // last: it uses everything above
 };
 
 }  // namespace weightload

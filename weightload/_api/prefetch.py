@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightload import _C, settings
-from weightload._base.dtypes import TORCH_DTYPES
+from weightload._base.dtypes import PACK, TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
 from weightload._load.fetch import find
@@ -100,7 +100,7 @@ def _entry(reader: _C.TensorReader, name: str, wanted: slice | None) -> tuple[in
     dtype, shape, begin, end = reader.info(number)
     if not shape:
         raise TensorError(f"cannot slice rows of the 0-d tensor {name}")
-    if (dtype == "F4" and len(shape) == 1) or (shape[0] and (end - begin) % shape[0]):
+    if (dtype in PACK and len(shape) == 1) or (shape[0] and (end - begin) % shape[0]):
         raise TensorError(f"cannot slice rows of {name}: a row is not a whole number of bytes")
     for bound in (wanted.start, wanted.stop):
         try:

@@ -12,7 +12,7 @@ from safetensors import safe_open as safetensors_open  # now: ours may be put in
 from weightload import _C
 from weightload._api.prefetch import PrefetchLoader, start_prefetch
 from weightload._base.addresses import is_address
-from weightload._base.dtypes import torch_shape
+from weightload._base.dtypes import PACK, torch_shape
 from weightload._base.paths import Path, as_text, path_list
 from weightload._base.plain_torch import plainly
 from weightload._checkpoint.selection import open_files
@@ -225,8 +225,9 @@ class TensorSlice:
                 elements in the file and pairs in torch.
             ReadError, TensorError, OutOfMemoryError: as ``safe_open.get_tensor``.
         """
-        if self._dtype == "F4" and about_last_dimension(index, len(self._shape)):
-            raise IndexError("the last dimension of a packed dtype (F4) cannot be indexed: torch counts pairs")
+        if self._dtype in PACK and about_last_dimension(index, len(self._shape)):
+            what = f"the last dimension of a packed dtype ({self._dtype}) cannot be indexed: torch counts pairs"
+            raise IndexError(what)
         size = self._end - self._begin
         wide = row_bytes(self._dtype, self._shape, size)
         runs, within = plan_rows(index, torch_shape(self._dtype, tuple(self._shape)), wide)

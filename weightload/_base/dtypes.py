@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# The dtypes of safetensors 0.8 that torch has. F4 is packed: torch's type holds two elements.
+# The dtypes of safetensors 0.8 that torch has.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F4": torch.float4_e2m1fn_x2,
@@ -28,7 +28,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
 }
 
+PACK = {"F4": 2}
+"""Elements that torch's type holds, of dtypes that are packed: the last dimension of a tensor counts those in torch."""
+
 
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a file's tensor as torch counts it: of F4, whose last dimension then counts pairs."""
-    return (*shape[:-1], shape[-1] // 2) if dtype == "F4" and shape else shape
+    """The shape of a file's tensor as torch counts it."""
+    return (*shape[:-1], shape[-1] // PACK[dtype]) if dtype in PACK and shape else shape

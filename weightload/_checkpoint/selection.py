@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightload import _C, settings
 from weightload._base.addresses import is_address, shown
+from weightload._base.dtypes import PACK
 from weightload._base.paths import Path, as_text
 from weightload._checkpoint.duplicates import remember_copy, without_repeats
 from weightload._parts.shards import Part, Parts
@@ -96,9 +97,8 @@ def parts_in_order(
         for number in numbers:
             name, dtype = tensors[number][:2]
             part = parts.get(name)
-            # torch counts pairs in the last dimension of this dtype.
-            if part and dtype == "F4":
-                part = (*part[:-1], tuple((2 * begin, 2 * end) for begin, end in part[-1]))
+            if part and dtype in PACK:
+                part = (*part[:-1], tuple((PACK[dtype] * begin, PACK[dtype] * end) for begin, end in part[-1]))
             found.append(part)
     return found
 

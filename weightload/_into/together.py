@@ -56,7 +56,7 @@ class Together:
     Attributes:
         load: what errors call the load.
         ranks: their number.
-        waits: how some of them hear of a failure that do not wait for a round but for what they agree on with this one.
+        waits: tells ranks of a failure of this one that wait for an agreement with it, and not for a round.
     """
 
     waits: Callable[[BaseException], None] | None = None

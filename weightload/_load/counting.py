@@ -24,7 +24,7 @@ class Counting:
         self.agreement_seconds = 0.0  # of the ranks
 
     def opened(self, open_them: Opening) -> list[_C.CheckpointFile]:
-        """The files, and how long opening them took is known."""
+        """Open the files, and remember how long that took."""
         begin = time.monotonic()
         files = open_them()
         self._open_seconds = time.monotonic() - begin

@@ -70,7 +70,7 @@ def own_share(total_bytes: int, files: int, group: ProcessGroup | None, strategy
 def bytes_of_files(paths: Sequence[Path]) -> int:
     """Bytes of files before they are opened; 0 for what cannot be asked, which opening it will say better.
 
-    Of what a server has as much as a ring may be of use for: asking would cost as much as opening it.
+    For a server's object more than any ring holds: asking for its size would cost as much as opening it.
     """
     total = 0
     for path in paths:

@@ -68,7 +68,7 @@ class DeviceWeightIterator(_Weights, _C.DeviceLoader):
     """The same over an accelerator's memory."""
 
     def stats(self) -> LoadStats:
-        """The same."""
+        """Bytes, seconds and rates of the load so far, and of the ring; after its end, too."""
         return self._counting.stats(self.counts(), self.device_counts())
 
 

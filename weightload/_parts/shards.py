@@ -20,7 +20,7 @@ Part = tuple[Ranges, ...]
 Parts = Mapping[str, Part]
 """The parts of tensors, by name; of other tensors all is wanted."""
 NOTHING: Part = ((),)
-"""The part of a tensor without dimensions that has not even its element."""
+"""The empty part of a tensor without dimensions."""
 NO_PARTS: Parts = MappingProxyType({})
 
 

@@ -137,7 +137,7 @@ class Tap:
         source.tap = self
 
     def give(self, begin: int, data: Any) -> None:
-        """For who has the answers.
+        """Keep what the server has answered; called by the thread that received it.
 
         Raises:
             ReadError: it is not what the object begins with.

@@ -17,7 +17,7 @@ import torch
 
 from weightload import _C, settings
 from weightload._api.safe_open import TensorSlice
-from weightload._base.dtypes import TORCH_DTYPES
+from weightload._base.dtypes import PACK, TORCH_DTYPES
 from weightload._checkpoint.selection import Names, open_files, select_all
 from weightload._load.start import Source, Started, start
 from weightload._parts.boxes import Bounds
@@ -65,8 +65,8 @@ class _Place:
     @functools.cached_property
     def kind(self) -> Kind | None:
         """None: it is read whole."""
-        # torch counts pairs in the last dimension of F4.
-        if self.bytes < LEAST_BYTES or self.dtype not in TORCH_DTYPES or self.dtype == "F4":
+        # torch counts otherwise in the last dimension of what is packed.
+        if self.bytes < LEAST_BYTES or self.dtype not in TORCH_DTYPES or self.dtype in PACK:
             return None
         return re.sub(r"\d+", "#", self.name, count=1), self.dtype, self.shape
 
