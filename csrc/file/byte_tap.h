@@ -7,8 +7,7 @@ namespace weightload {
 // Is told of what a load reads of a file, by the threads that read it, at once: while the processor's caches have it.
 class ByteTap {
  public:
-  // So much at a time of what the caches have: half of a second-level cache, of which the page cache's copy has the
-  // other.
+  // So much at a time: little enough for the processor's caches, and enough for whoever takes a lock for each.
   static constexpr size_t kPiece = 1 << 20;
 
   virtual ~ByteTap() = default;
