@@ -19,7 +19,7 @@ import weightload
 from weightload import _C, errors, settings
 from weightload._checkpoint.selection import open_files
 from weightload._load.devices import CPU
-from weightload._load.start import Source
+from weightload._load.start import Reading, Source
 from weightload._load.start import start as start_load
 
 
@@ -94,7 +94,7 @@ def test_what_was_read_before_an_error_is_delivered(tmp_path: Path, arm: Callabl
     arm("error", first=10, count=10**6, error_number=errno.EIO)
     names = []
     with settings.override(task_bytes=1 << 20, threads=1), pytest.raises(errors.ReadError):
-        names.extend(name for name, _ in start_load(Source.of(files), CPU, backend="pread"))
+        names.extend(name for name, _ in start_load(Source.of(files), CPU, reading=Reading("pread")))
     assert names == [str(i) for i in range(9)]  # ten tasks of 1 MiB, shifted by the header, hold nine tensors
 
 

@@ -27,7 +27,7 @@ from weightload import _C, errors, settings
 from weightload._base.dtypes import TORCH_DTYPES
 from weightload._checkpoint.selection import open_files
 from weightload._load.devices import CPU
-from weightload._load.start import Source, start
+from weightload._load.start import Reading, Source, start
 from weightload._parts.shards import part_of_rank
 
 MESHES = [(2,), (3,), (4,), (2, 2), (2, 3), (2, 2, 2)]
@@ -113,7 +113,7 @@ def test_a_place_that_is_too_small_is_no_place(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "m.safetensors", [("x", "F32", [4, 4])])
     files = open_files([path])
     with pytest.raises(errors.WeightLoadError, match="smaller than it"):
-        start(Source.of(files), CPU, places=[torch.zeros(15)], backend="pread")
+        start(Source.of(files), CPU, reading=Reading("pread"), places=[torch.zeros(15)])
 
 
 def test_values_of_another_dtype_are_cast(tmp_path: Path) -> None:

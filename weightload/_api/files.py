@@ -13,7 +13,7 @@ from weightload._group.cached import cache_of, require_cache, using
 from weightload._load import devices
 from weightload._load.fetch import load_all
 from weightload._load.options import Backend, device_of
-from weightload._load.start import Source, start
+from weightload._load.start import Reading, Source, start
 from weightload._verify.checking import checked
 from weightload._verify.digests import Verify, require_verify
 
@@ -78,4 +78,4 @@ def load(data: bytes | bytearray | memoryview, device: devices.Device = "cpu") -
     target = device_of(device)
     # An object that can change under the reading threads is copied first.
     file = _C.from_bytes(data if isinstance(data, bytes) else bytes(memoryview(data)))
-    return dict(start(Source.of([file]), target, backend="pread"))
+    return dict(start(Source.of([file]), target, reading=Reading("pread")))

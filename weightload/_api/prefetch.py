@@ -15,7 +15,7 @@ from weightload._base.dtypes import PACK, TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import plainly
 from weightload._load.fetch import find
-from weightload._load.start import Source, start
+from weightload._load.start import Reading, Source, start
 from weightload.errors import TensorError, located
 
 
@@ -85,7 +85,7 @@ def start_prefetch(
     total = max(part.bytes_of(range(len(part))), 4096)
     source, window = Source.of([part], most_bytes=total), None if in_window else total
     with settings.override(threads=threads) if threads is not None else contextlib.nullcontext():
-        weights = start(source, device, backend=backend, window_bytes=window, own_blocks=in_window)
+        weights = start(source, device, reading=Reading(backend, window_bytes=window, own_blocks=in_window))
     current = None if device.type == "cpu" else functools.partial(_current_stream, device)
     return PrefetchLoader(weights, names, current)
 

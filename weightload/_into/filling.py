@@ -18,7 +18,7 @@ from weightload._into.replicas import Replicas, reads_apart
 from weightload._into.state_dict import Match
 from weightload._into.together import Together, of_group
 from weightload._load import devices, progress
-from weightload._load.start import Source, Started, start
+from weightload._load.start import Reading, Sharers, Source, Started, Wanted, start
 from weightload.errors import StateDictError, located
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Filling:
     def _beside(self, names: set[str], advance: progress.Advance) -> dict[str, torch.Tensor]:
         """Tensors for the modules that take part, each rank's own, on the CPU as those of load_file are."""
         held = {}
-        with start(self.source, devices.CPU, names, parts=self.matched.parts, backend="either") as weights:
+        with start(self.source, devices.CPU, Wanted(names, self.matched.parts), reading=Reading("either")) as weights:
             for name, tensor in weights:
                 held[name] = tensor
                 advance(self.matched.sizes[name])
@@ -166,14 +166,10 @@ class Filling:
         return start(
             self.source,
             target,
-            here,
-            group,
-            strategy,
+            Wanted(here, matched.parts),
+            Sharers(group, strategy, check=self.check),
+            Reading("either", apart=apart),
             places,
-            parts=matched.parts,
-            backend="either",
-            apart=apart,
-            check=self.check,
         )
 
     def _take(self, weights: Started, held: dict[str, torch.Tensor], advance: progress.Advance) -> None:

@@ -12,7 +12,7 @@ from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 from weightload._base.handlers import pass_on
 from weightload._base.plain_torch import empty, plainly
 from weightload._base.printable import printable
-from weightload._load.start import Source, start
+from weightload._load.start import Reading, Source, Wanted, start
 from weightload._parts.rows import Run
 from weightload._parts.shards import Part
 from weightload.errors import OutOfMemoryError, TensorError, located
@@ -51,12 +51,12 @@ def fetch(
     part = reader.with_parts([(number, None)] if runs is None else [(number, run) for run in runs])
     source = Source.of([part], most_bytes=total)
     if len(part) == 1:
-        with start(source, device, backend=backend) as weights:
+        with start(source, device, reading=Reading(backend)) as weights:
             tensor: torch.Tensor = next(weights)[1]
             return tensor
     wide = torch_shape(dtype, tuple(shape))[1:]
     whole = empty((sum(extents), *wide), TORCH_DTYPES[dtype], device)
-    with start(source, device, places=torch.split(whole, extents), backend=backend) as weights:
+    with start(source, device, reading=Reading(backend), places=torch.split(whole, extents)) as weights:
         for _ in weights:
             pass
     return whole
@@ -72,7 +72,7 @@ def fetch_part(reader: _C.TensorReader, number: int, device: torch.device, part:
     file = reader.with_parts([(number, None)])
     (name,) = file.names()
     source = Source.of([file], most_bytes=file.bytes_of([0]))
-    with start(source, device, parts={name: part}, backend="pread") as weights:
+    with start(source, device, Wanted(parts={name: part}), reading=Reading("pread")) as weights:
         tensor: torch.Tensor = next(weights)[1]
         return tensor
 
@@ -129,7 +129,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     # What does not fit into the page cache (MemAvailable: without swapping) is read as it is touched. That is the one
     # case in which bytes that cannot be read end the process: all of them cannot be in memory before anyone looks.
     read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"]
-    return dict(start(Source.of([file]), device, backend=backend, read_ahead=read_ahead))
+    return dict(start(Source.of([file]), device, reading=Reading(backend, read_ahead)))
 
 
 def _private_bytes(file: _C.CheckpointFile, backend: str) -> int:

@@ -18,7 +18,7 @@ from weightload._load import devices, progress
 from weightload._load.fused_weights import FusedWeights, RenamedLoad
 from weightload._load.options import Backend, require_backend
 from weightload._load.renaming import Rename, require_rename
-from weightload._load.start import Source, Started, fail_arguments_together, start
+from weightload._load.start import Reading, Sharers, Source, Started, Wanted, fail_arguments_together, start
 from weightload._parts.chosen_parts import Shard
 from weightload._verify.checking import CheckedWeights, Checking, Ranks
 from weightload._verify.digests import Verify, require_verify
@@ -200,15 +200,10 @@ def safetensors_weights_iterator(
         weights = start(
             Source(paths, open_them),
             target,
-            names,
-            group,
-            chosen,
+            Wanted(names, shard=shard, duplicates=duplicates),
+            Sharers(group, chosen, may_differ=rename is None, check=checking),
+            Reading(backend),
             renamed.places if renamed else (),
-            shard=shard,
-            duplicates=duplicates,
-            backend=backend,
-            may_differ=rename is None,
-            check=checking,
         )
         return weights if renamed is None else renamed.fuse(weights)
 

@@ -93,43 +93,62 @@ class Source(NamedTuple):
         return cls([file.path for file in files] if paths is None else paths, functools.partial(list, files), most)
 
 
+class Wanted(NamedTuple):
+    """Which tensors of the files, and what of them; see ``safetensors_weights_iterator``."""
+
+    names: Names | None = None
+    parts: Parts = NO_PARTS
+    """Unless ``shard`` is asked."""
+    shard: Shard | None = None
+    duplicates: str = "error"
+
+
+class Sharers(NamedTuple):
+    """The ranks that load together, and how; see ``resolve_group``."""
+
+    group: ProcessGroup | None = None
+    strategy: str = "independent"
+    may_differ: bool = False
+    """Whether what is wanted need not be the same on all of them."""
+    check: Check | None = None
+    """See ``Sharing``."""
+
+
+class Reading(NamedTuple):
+    """The memory of the tensors, and how it is filled."""
+
+    backend: str = "mmap"
+    """A ``Backend``, or ``"either"``: mapped where the files can be. For the CPU, as ``read_ahead``."""
+    read_ahead: bool = True
+    window_bytes: int | None = None
+    """How far reading may run ahead, if not as the settings say."""
+    own_blocks: bool = False
+    """Whether on an accelerator each tensor has memory of its own, so that it may be dropped alone."""
+    apart: bool = False
+    """Whether no other rank of this node reads the same."""
+
+
+ALL, ALONE, MAPPED = Wanted(), Sharers(), Reading()
+
+
 def start(
     source: Source,
     device: torch.device,
-    names: Names | None = None,
-    group: ProcessGroup | None = None,
-    strategy: str = "independent",
+    wanted: Wanted = ALL,
+    sharers: Sharers = ALONE,
+    reading: Reading = MAPPED,
     places: Sequence[torch.Tensor | None] = (),
-    *,
-    parts: Parts = NO_PARTS,
-    shard: Shard | None = None,
-    duplicates: str = "error",
-    backend: str = "mmap",
-    read_ahead: bool = True,
-    window_bytes: int | None = None,
-    own_blocks: bool = False,
-    apart: bool = False,
-    may_differ: bool = False,
-    check: Check | None = None,
 ) -> Started:
     """Open the files of a load, and start reading.
 
     Args:
         source: the files. Slots for an accelerator are page-locked while they are opened.
         device: the CPU, or an accelerator with its index.
-        names: which tensors; see ``safetensors_weights_iterator``, also for ``shard`` and ``duplicates``.
-        group, strategy: the ranks that load together, and how; see ``resolve_group``.
         places: memory on the device for some of the tensors, in their order. The iterator gives ``(name, None)`` for
             them, and they are complete when it ends, for the stream that is current then. Where bytes travel between
             ranks there are none.
-        parts: what of tensors is wanted, unless ``shard`` is asked.
-        backend: a ``Backend``, or ``"either"``: mapped where the files can be. For the CPU, as ``read_ahead``.
-        window_bytes: how far reading may run ahead, if not as the settings say.
-        own_blocks: on an accelerator each tensor has memory of its own, so that it may be dropped alone.
-        apart: no other rank of this node reads the same.
-        may_differ: names and parts need not be the same on all ranks.
-        check: see ``Sharing``.
     """
+    group, strategy = sharers.group, sharers.strategy
     counting = Counting()
     on_cpu = device.type == "cpu"
 
@@ -139,8 +158,10 @@ def start(
     def choose() -> Chosen:
         files = counting.opened(source.open)
         try:
-            selection = select_all(files, names, duplicates)
-            return (files, selection, parts) if shard is None else (files, *choose_parts(files, selection, shard))
+            selection = select_all(files, wanted.names, wanted.duplicates)
+            if wanted.shard is None:
+                return files, selection, wanted.parts
+            return (files, *choose_parts(files, selection, wanted.shard))
         except BaseException:
             files.clear()  # an exception's traceback would keep them open
             raise
@@ -148,26 +169,27 @@ def start(
     def load(
         chosen: Chosen, target: _C.DeviceTarget | None, sharing: Sharing | None = None, counting: Counting = counting
     ) -> WeightIterator | DeviceWeightIterator:
-        files, selection, wanted = chosen
+        files, selection, parts = chosen
         core = sharing.core if sharing else None
         weights: WeightIterator | DeviceWeightIterator
         try:
             now = settings.current()
             counting.agreement_seconds = sharing.seconds if sharing else 0.0
             counting.loading(files)
-            what = files, selection, [] if core else list(places), core, parts_in_order(files, selection, wanted)
-            read = getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, apart)))
+            what = files, selection, [] if core else list(places), core, parts_in_order(files, selection, parts)
+            read = getattr(_C.ReadMode, now.read_mode(readers_of(core is not None, reading.apart)))
+            window = reading.window_bytes
             if target is None:
                 _C.keep_memory(now.spare_bytes)
                 weights = WeightIterator(
                     *what,
-                    map=core is None and backend != "pread",
-                    must_map=core is None and backend == "mmap",
-                    read_ahead=read_ahead,
+                    map=core is None and reading.backend != "pread",
+                    must_map=core is None and reading.backend == "mmap",
+                    read_ahead=reading.read_ahead,
                     threads=now.threads_of(files),
                     cold_threads=now.threads_of(files, cold=True),
                     threads_at_first=now.threads_at_first(files),
-                    window_bytes=now.window_bytes if window_bytes is None else window_bytes,
+                    window_bytes=now.window_bytes if window is None else window,
                     task_bytes=now.task_bytes,
                     block_bytes=now.block_bytes,
                     read=read,
@@ -178,8 +200,8 @@ def start(
                     *what,
                     threads=now.threads_of(files),
                     threads_at_first=now.threads_at_first(files),
-                    block_bytes=LEAST_BLOCK if own_blocks else now.device_block_bytes,
-                    window_bytes=now.device_block_bytes if window_bytes is None else window_bytes,
+                    block_bytes=LEAST_BLOCK if reading.own_blocks else now.device_block_bytes,
+                    window_bytes=now.device_block_bytes if window is None else window,
                     read=read,
                 )
         except BaseException:
@@ -207,8 +229,8 @@ def start(
     try:
         if group is None:
             return load(choose(), target)
-        sharing = Sharing(group, strategy, device, target, source.paths, check)
-        chosen = files, selection, wanted = sharing.agree(choose, may_differ)
+        sharing = Sharing(group, strategy, device, target, source.paths, sharers.check)
+        chosen = files, selection, parts = sharing.agree(choose, sharers.may_differ)
         if sharing.differ:
             _give_back(target)
             target = ring(most_bytes, rings=2)  # they have one ring's memory between them
@@ -217,7 +239,7 @@ def start(
                 rest, is_common = split(selection, common)
                 shared = load((list(files), common, NO_PARTS), target, sharing, Counting())
                 try:
-                    own = load((list(files), rest, wanted), ring(_bytes_of(files, rest), rings=2))
+                    own = load((list(files), rest, parts), ring(_bytes_of(files, rest), rings=2))
                     return SharedAndOwn(shared, own, is_common)
                 except BaseException:
                     shared.close()

@@ -21,7 +21,7 @@ from weightload._base.dtypes import TORCH_DTYPES
 from weightload._base.handlers import pass_on
 from weightload._checkpoint.selection import open_files
 from weightload._install.framework import Framework
-from weightload._load.start import Source, start
+from weightload._load.start import Reading, Source, start
 from weightload.errors import WeightLoadError
 
 LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator, or dropped there
@@ -76,7 +76,8 @@ def _pairs() -> Iterable[tuple[object, object]]:
 
 def load_apart(filename: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """Every tensor of a file on an accelerator, in memory of its own, so that each may be dropped alone."""
-    return dict(start(Source([filename], functools.partial(open_files, [filename])), device, own_blocks=True))
+    source = Source([filename], functools.partial(open_files, [filename]))
+    return dict(start(source, device, reading=Reading(own_blocks=True)))
 
 
 def _given(function: inspect.Signature, arguments: Any, options: Any) -> dict[str, Any]:

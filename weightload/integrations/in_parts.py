@@ -19,7 +19,7 @@ from weightload import _C, settings
 from weightload._api.safe_open import TensorSlice
 from weightload._base.dtypes import PACK, TORCH_DTYPES
 from weightload._checkpoint.selection import Names, open_files, select_all
-from weightload._load.start import Source, Started, start
+from weightload._load.start import Reading, Source, Started, Wanted, start
 from weightload._parts.boxes import Bounds
 from weightload._parts.lazy import LazyTensor, Unread
 from weightload._parts.shards import Part, Ranges
@@ -199,7 +199,8 @@ class InParts:
             return plan[name]
 
         with settings.override(**self._values):
-            self._weights = start(source, self._device, plan, shard=shard, duplicates="last", backend=self._backend)
+            boxes = Wanted(plan, shard=shard, duplicates="last")
+            self._weights = start(source, self._device, boxes, reading=Reading(self._backend))
 
     def _part(self, place: _Place) -> Part | None:
         """The part of a tensor to read ahead; None: all of it."""
