@@ -1,6 +1,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <string>
 
 #include "file/byte_tap.h"
@@ -16,12 +17,14 @@ class PythonTap final : public ByteTap {
   PythonTap(pybind11::object object, std::string path);
   ~PythonTap() override;
 
+  size_t piece() const override { return piece_.load(std::memory_order_relaxed); }
   void take(uint64_t offset, const char* bytes, size_t count) const override;
   void leave() const override;
 
  private:
   pybind11::object object_;
   const std::string path_;
+  mutable std::atomic<size_t> piece_;
 };
 
 }  // namespace weightload

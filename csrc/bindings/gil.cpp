@@ -14,6 +14,7 @@
 
 #include "base/coarse_clock.h"
 #include "base/fork_generation.h"
+#include "base/start_thread.h"
 #include "bindings/register.h"
 #include "group/registry.h"
 
@@ -43,6 +44,7 @@ struct State {
   std::thread::id hook;  // the thread that is in leave_interpreter()
   PyObject* error = nullptr;
   std::vector<std::weak_ptr<LiveLoad>> live;
+  std::vector<std::shared_ptr<LiveLoad>> to_close;  // of close_later()
   size_t next_purge = 64;
   // By thread: when it was last in the core.
   std::unordered_map<unsigned long, std::chrono::steady_clock::time_point> visits;
@@ -102,6 +104,12 @@ void linger(State& all) {
   }
 }
 
+// Asking for the GIL would then abort the process. As Python does itself from 3.14 on.
+void pause_if_abandoned() {
+  State& all = state();
+  while (all.abandoned.load() && all.hook != std::this_thread::get_id()) ::pause();
+}
+
 void close_all(const std::vector<std::weak_ptr<LiveLoad>>& loads) {
   for (const auto& one : loads) {
     if (const auto load = one.lock()) load->close();
@@ -151,10 +159,40 @@ ReleaseGil::ReleaseGil(AtExit at_exit) : inside_(at_exit) {
 
 ReleaseGil::~ReleaseGil() {
   if (!thread_) return;
-  State& all = state();
-  // Asking for the GIL would abort the process. As Python does itself from 3.14 on.
-  while (all.abandoned.load() && all.hook != std::this_thread::get_id()) ::pause();
+  pause_if_abandoned();
   PyEval_RestoreThread(thread_);
+}
+
+AcquireGil::AcquireGil() {
+  pause_if_abandoned();
+  acquire_.emplace();
+}
+
+GiveGilBack::~GiveGilBack() {
+  pause_if_abandoned();
+  PyEval_RestoreThread(thread_);
+}
+
+void close_later(std::shared_ptr<LiveLoad> load) {
+  load->interrupt();
+  state().to_close.push_back(std::move(load));
+  // Refused where too many calls are pending: somebody else comes.
+  static_cast<void>(Py_AddPendingCall(
+      [](void*) {
+        close_what_was_left();
+        return 0;
+      },
+      nullptr));
+}
+
+void close_what_was_left() {
+  State& all = state();
+  if (all.to_close.empty() || is_thread_of_the_core()) return;
+  std::vector<std::shared_ptr<LiveLoad>> loads;
+  loads.swap(all.to_close);
+  const ReleaseGil release(AtExit::go_on);
+  for (const auto& load : loads) load->close();
+  loads.clear();
 }
 
 void close_at_exit(const std::shared_ptr<LiveLoad>& load) {
@@ -171,17 +209,31 @@ void leave_interpreter() {
   all.hook = std::this_thread::get_id();
   all.error = py::object(py::module_::import("weightload.errors").attr("WeightLoadError")).release().ptr();
   all.ending = true;
-  const std::vector<std::weak_ptr<LiveLoad>> live = all.live;
+  std::vector<std::weak_ptr<LiveLoad>> live = all.live;
   for (const auto& one : live) {
     if (const auto load = one.lock()) load->interrupt();
   }
-  PyThreadState* const thread = PyEval_SaveThread();
+  PyThreadState* thread = PyEval_SaveThread();
+  const auto nobody_is_inside = [&] { return all.inside.load() == 0; };
+  bool all_left = false;
   {
     std::unique_lock<std::mutex> lock(all.mutex);
-    all.abandoned = !all.left.wait_for(lock, kPatience, [&] { return all.inside.load() == 0; });
+    all_left = all.left.wait_for(lock, kPatience, nobody_is_inside);
+  }
+  if (all_left) {
+    // What was being made is there by now. While it is closed others still let go of the GIL, which its threads want.
+    PyEval_RestoreThread(thread);
+    live = all.live;
+    std::vector<std::shared_ptr<LiveLoad>> left;  // which are among them
+    left.swap(all.to_close);
+    thread = PyEval_SaveThread();
+    close_all(live);
+  }
+  {
+    std::unique_lock<std::mutex> lock(all.mutex);
+    all.abandoned = !all_left || !all.left.wait_for(lock, kPatience, nobody_is_inside);
     all.awaited = false;
   }
-  if (!all.abandoned) close_all(live);
   group_registry::abandon();  // what closing has left to be said to other ranks
   PyEval_RestoreThread(thread);
   linger(all);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 namespace weightload {
 
@@ -52,6 +53,41 @@ class ReleaseGil {
   const Inside inside_;
   PyThreadState* thread_;  // null where it is kept
 };
+
+class LiveLoad;
+
+// Takes the GIL until its end, in a thread of the core that has something to ask of Python: in place of pybind11's.
+// Such threads are not counted; the exit hook joins them with their loads. One that comes when the hook has given up
+// waiting is held here: Python would end it, or the process.
+class AcquireGil {
+ public:
+  AcquireGil();
+
+ private:
+  std::optional<pybind11::gil_scoped_acquire> acquire_;
+};
+
+// Lets go of what AcquireGil has taken, until its end.
+class GiveGilBack {
+ public:
+  GiveGilBack() : thread_(PyEval_SaveThread()) {}
+  ~GiveGilBack();
+  GiveGilBack(const GiveGilBack&) = delete;
+  GiveGilBack& operator=(const GiveGilBack&) = delete;
+
+ private:
+  PyThreadState* thread_;
+};
+
+// Note [Finalisers in threads of the core]
+// Where a thread of the core runs Python code, the garbage collector may run in it, too, and let go of any load: of the
+// one whose tasks the thread is at. It must not wait for itself, nor for another thread that wants the GIL. So what
+// such a thread closes is only stopped there. close_later() keeps it, and a thread of Python's closes it: the main one
+// between two bytecodes, or whichever makes a load next, or the exit hook.
+void close_later(std::shared_ptr<LiveLoad> load);
+
+// Closes what close_later() has kept. With the GIL held; not by a thread of the core.
+void close_what_was_left();
 
 // A load that the exit hook stops.
 class LiveLoad {

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/start_thread.h"
 #include "bindings/gil.h"
 #include "bindings/load_counts.h"
 #include "bindings/signals.h"
@@ -57,13 +58,14 @@ class PyLoader {
     for (const auto& file : list) {
       if (!file) throw pybind11::type_error("a file to load must be a CheckpointFile");
     }
+    close_what_was_left();
     {
       const ReleaseGil release;
       load_ = std::make_shared<LoadOfPython<Kind>>(make(CheckpointFiles(list.begin(), list.end())));
     }
     close_at_exit(load_);
   }
-  ~PyLoader() { close(); }
+  ~PyLoader() { close(); }  // which leaves what has threads to others where this is one of them
 
   pybind11::object next() {
     const Inside inside;
@@ -100,6 +102,7 @@ class PyLoader {
   }
 
   void close() {
+    if (is_thread_of_the_core()) return close_later(load_);  // Note [Finalisers in threads of the core]
     std::unique_lock<std::recursive_mutex> lock(load_->mutex, std::defer_lock);
     if (!loader().forked()) {
       const ReleaseGil release(AtExit::go_on);

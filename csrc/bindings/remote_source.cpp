@@ -72,7 +72,7 @@ RemoteSource::~RemoteSource() {
     static_cast<void>(object_.release());
     return;
   }
-  const py::gil_scoped_acquire acquire;
+  const AcquireGil acquire;
   object_ = {};
 }
 
@@ -85,7 +85,7 @@ bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t coun
   const double seconds = request.attr("patience").cast<double>();
   const Patience patience{std::chrono::milliseconds(static_cast<int64_t>(1000 * seconds)), kSignalInterval};
   const auto without_gil = [&](const auto& work) {
-    const py::gil_scoped_release release;
+    const GiveGilBack release;
     return work();
   };
   std::string head;
@@ -108,12 +108,12 @@ void RemoteSource::read(uint64_t offset, void* destination, size_t count) const 
 
 void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count, const Look& look) const {
   if (count == 0) return;
-  const py::gil_scoped_acquire acquire;
+  const AcquireGil acquire;
   try {
     if (read_directly(offset, destination, count, look)) return;
     Answer answer(object_.attr("ask")(offset, count));
     while (!answer.wait()) {
-      const py::gil_scoped_release release;
+      const GiveGilBack release;
       look();
     }
     const py::object bytes = answer.bytes();
@@ -121,7 +121,7 @@ void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count
     if (buffer.size() != count)
       throw Error(ErrorKind::read, "the server gave another number of bytes than it was asked for",
                   {path_, {}, offset, 0});
-    const py::gil_scoped_release release;
+    const GiveGilBack release;
     std::memcpy(destination, buffer.data(), count);
   } catch (py::error_already_set& error) {
     fail_read(error, path_, offset);

@@ -7,10 +7,11 @@ namespace weightload {
 // Is told of what a load reads of a file, by the threads that read it, at once: while the processor's caches have it.
 class ByteTap {
  public:
-  // So much at a time: little enough for the processor's caches, and enough for whoever takes a lock for each.
-  static constexpr size_t kPiece = 1 << 20;
-
   virtual ~ByteTap() = default;
+
+  // How many bytes it is best told of at a time, now. Not much more than the processor's caches have, but where it has
+  // to wait each time.
+  virtual size_t piece() const = 0;
 
   // Bytes of the file from `offset` on have been read to `bytes`. By many threads; what it throws ends the load.
   virtual void take(uint64_t offset, const char* bytes, size_t count) const = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "page_cache/cached_runs.h"
 #include "page_cache/residency.h"
@@ -119,14 +120,19 @@ void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, 
   const auto place_of = [&](ByteRange piece) { return destination + (piece.begin - part.begin); };
   past_caches = past_caches && may_copy(attempt);
   const auto from_cache = [&](ByteRange run) {
-    pace_.in_cached_pieces(run, attempt.look, [&](ByteRange piece) {
-      if (past_caches && attempt.copy->read(piece, place_of(piece))) return;
-      read_and_tell(piece, place_of(piece));
-    });
+    for (uint64_t at = run.begin; at < run.end;) {
+      const ByteRange told{at, tap_ ? std::min(run.end, at + tap_->piece()) : run.end};
+      at = told.end;
+      pace_.in_cached_pieces(told, attempt.look, [&](ByteRange piece) {
+        if (past_caches && attempt.copy->read(piece, place_of(piece))) return;
+        source_.read(piece.begin, place_of(piece), static_cast<size_t>(piece.size()));
+      });
+      tell_later(attempt, told, place_of(told));  // what the tap takes is no time of the storage's
+    }
   };
   const auto from_storage = [&](ByteRange run) {
     read_in_pieces(source_, run, place_of(run), pace_, attempt.look);
-    tell(run, place_of(run), attempt.look);
+    tell_later(attempt, run, place_of(run));
   };
   if (attempt.cached) {
     from_cache(part);
@@ -138,25 +144,32 @@ void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, 
   counts_.buffered_bytes += part.size();
 }
 
-void RangeReader::read_and_tell(ByteRange range, char* destination) const {
-  const uint64_t most = tap_ ? ByteTap::kPiece : range.size();
-  for (uint64_t at = range.begin; at < range.end;) {
-    const auto count = static_cast<size_t>(std::min(most, range.end - at));
-    char* const place = destination + (at - range.begin);
-    source_.read(at, place, count);
-    if (tap_) tap_->take(at, place, count);
-    at += count;
-  }
-}
-
 void RangeReader::tell(ByteRange range, const char* bytes, const Look& look) const {
   if (!tap_) return;
   for (uint64_t at = range.begin; at < range.end;) {
     look();
-    const auto count = static_cast<size_t>(std::min<uint64_t>(ByteTap::kPiece, range.end - at));
+    const auto count = static_cast<size_t>(std::min<uint64_t>(tap_->piece(), range.end - at));
     tap_->take(at, bytes + (at - range.begin), count);
     at += count;
   }
+}
+
+// When there is enough of it, or at the end.
+void RangeReader::tell_later(Attempt& attempt, ByteRange range, const char* bytes) const {
+  if (!tap_) return;
+  if (attempt.untold.end != range.begin || attempt.untold_bytes + attempt.untold.size() != bytes) tell_rest(attempt);
+  if (attempt.untold.empty()) {
+    attempt.untold = range;
+    attempt.untold_bytes = bytes;
+  } else {
+    attempt.untold.end = range.end;
+  }
+  if (attempt.untold.size() >= tap_->piece()) tell_rest(attempt);
+}
+
+void RangeReader::tell_rest(Attempt& attempt) const {
+  const ByteRange range = std::exchange(attempt.untold, ByteRange{});
+  tell(range, attempt.untold_bytes, attempt.look);
 }
 
 // Not what a tap is to see, which past the caches would find it in memory.
@@ -173,12 +186,16 @@ bool RangeReader::copy_pieces(Attempt& attempt, ByteRange first, uint64_t stride
   return true;
 }
 
-void RangeReader::end(const Attempt& attempt) {
+void RangeReader::end(Attempt& attempt) {
+  record(attempt);
+  tell_rest(attempt);
+}
+
+void RangeReader::record(const Attempt& attempt) {
   if (!attempt.timed && !attempt.into_cache) return;
   const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - attempt.begin;
   if (attempt.into_cache) filler_.prices().record(*attempt.into_cache, elapsed, attempt.range.size());
-  if (!attempt.timed) return;
-  rates_->record(attempt.direct, attempt.range.size(), static_cast<uint64_t>(elapsed.count()));
+  if (attempt.timed) rates_->record(attempt.direct, attempt.range.size(), static_cast<uint64_t>(elapsed.count()));
 }
 
 }  // namespace weightload

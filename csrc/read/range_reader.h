@@ -47,6 +47,8 @@ class RangeReader {
     bool cached = false;                // should be in the page cache
     std::optional<Pages> into_cache{};  // what the page cache gets, to be recorded
     std::optional<MappedCopy> copy{};   // of what is in the page cache, where the file allows it
+    ByteRange untold{};                 // has been read, and the tap is not told of it yet
+    const char* untold_bytes = nullptr;
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
   };
 
@@ -69,8 +71,8 @@ class RangeReader {
   // The same of all of it, as DirectFile::read_within.
   bool direct_within(Attempt& attempt, char* destination);
 
-  // Reads a part of the range, or all of it, to `destination`, at any alignment. `past_caches`: it is memory that has
-  // its pages, and nobody needs the bytes at once.
+  // Reads a part of the range, or all of it, to `destination`, at any alignment, where the bytes stay as they are until
+  // end(). `past_caches`: it is memory that has its pages, and nobody needs the bytes at once.
   void buffered(Attempt& attempt, ByteRange part, char* destination, bool past_caches = false);
 
   // Copies pieces of the range that should be in the page cache, as MappedCopy::read_pieces, to memory that has its
@@ -80,7 +82,7 @@ class RangeReader {
   bool asks_server() const { return source_.is_remote(); }
 
   // All bytes are there.
-  void end(const Attempt& attempt);
+  void end(Attempt& attempt);
 
  private:
   bool can_be_direct();
@@ -88,8 +90,10 @@ class RangeReader {
   bool is_in_memory() const;
   bool may_fill() const;
   bool may_copy(Attempt& attempt);
-  void read_and_tell(ByteRange range, char* destination) const;
   void tell(ByteRange range, const char* bytes, const Look& look) const;
+  void tell_later(Attempt& attempt, ByteRange range, const char* bytes) const;
+  void tell_rest(Attempt& attempt) const;
+  void record(const Attempt& attempt);
 
   const ByteSource& source_;
   const File* file_;

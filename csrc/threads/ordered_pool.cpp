@@ -1,5 +1,7 @@
 #include "threads/ordered_pool.h"
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -135,6 +137,8 @@ void OrderedPool::run() {
     std::exception_ptr failure;
     try {
       work_(task, [this, task] { look(task); });
+    } catch (const abi::__forced_unwind&) {
+      throw;  // the interpreter has ended while the work waited for the GIL, and ends the thread
     } catch (...) {
       failure = std::current_exception();
     }

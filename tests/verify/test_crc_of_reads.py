@@ -191,7 +191,7 @@ def test_the_same_file_twice(files: list[Path], verify: dict[str, str]) -> None:
 
 def test_ranges_that_overlap_and_differ() -> None:
     """Each is held against the digest."""
-    tap = FileTap("crc32c", lambda tap: None)
+    tap = FileTap("crc32c", lambda: None)
     for begin, data in ((10, b"abcdef"), (10, b"abcdef"), (12, b"cdef"), (10, b"abcdeX"), (0, b"0123456789")):
         tap.take(begin, memoryview(data))
     readings = [[(begin, end) for begin, end, crc in reading.in_order(16) if crc] for reading in tap.readings]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,17 +56,16 @@ class Parts:
         self._file, self._expected, self._require_wanted = file, expected, require_wanted
         self._lock = threading.Lock()
         self._hashed: dict[int, hashes.Crc] = {}
-        self._left: list[int] = []  # begins
-        self.jobs: list[Callable[[], None]] = []  # the last of which has the verdict
+        self._left: dict[int, int] = {}  # the end of each, by its begin
         for begin, end, crc in known:
             if crc is not None:
                 self._hashed[begin] = crc
-                continue
-            for at in range(begin, end, PART):
-                self._left.append(at)
-                self.jobs.append(functools.partial(self._hash, at, min(at + PART, end)))
-        if not self.jobs:
-            self.jobs.append(self._conclude)
+            else:
+                self._left.update((at, min(at + PART, end)) for at in range(begin, end, PART))
+
+    def jobs(self) -> list[Callable[[], None]]:
+        """What is to be done, the last of which has the verdict. Not kept here: each has this object."""
+        return [functools.partial(self._hash, *part) for part in self._left.items()] or [self._conclude]
 
     def _hash(self, begin: int, end: int) -> None:
         crc = hashes.Crc(kind_of(self._expected))
@@ -77,7 +77,7 @@ class Parts:
             crc.update(piece)
         with self._lock:
             self._hashed[begin] = crc
-            self._left.remove(begin)
+            del self._left[begin]
             if self._left:
                 return
         self._conclude()
@@ -100,27 +100,11 @@ class Checker:
     Args:
         files, expected, mine: each with its digest, and as ``Work.mine``.
         alone: the load is no other rank's, too.
-
-    Attributes:
-        files: what is to be loaded in place of ``files``.
     """
 
     def __init__(
         self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool], alone: bool
     ) -> None:
-        budget = Budget()
-        self._all: list[Work] = []
-        self.files: list[_C.CheckpointFile] = []
-        instead: dict[int, _C.CheckpointFile] = {}
-        for file, right, whose in zip(files, expected, mine, strict=True):
-            if id(file) not in instead:
-                tap = self._tap(file, right, budget, alone)
-                self._all.append(Work(file, right, tap, whose))
-                if file.is_remote:
-                    instead[id(file)] = file
-                else:
-                    instead[id(file)] = file.with_tap(tap) if tap is not None else file.also_read_by_others()
-            self.files.append(instead[id(file)])
         # No lock of Python's here, nor an Event, which has one: a signal's handler may close the load while the thread
         # that it stops is in any of these lines.
         self._work: list[Callable[[], None]] = []  # from the last on
@@ -132,30 +116,53 @@ class Checker:
         self._turn = threading.RLock()  # whose turn it is to finish: threads may share an iterator
         self._stopped = self._over = False
         self._failures: list[BaseException] = []
+        self._all: list[Work] = []
+        self._files: list[_C.CheckpointFile] = []
         try:
+            self._tap_all(files, expected, mine, alone)
             self._start([job for work in self._all if work.mine for job in self._first_jobs(work)])
         except BaseException:
             self.close()
             raise
+
+    def _tap_all(
+        self, files: Sequence[_C.CheckpointFile], expected: Sequence[str], mine: Sequence[bool], alone: bool
+    ) -> None:
+        budget = Budget()
+        instead: dict[int, _C.CheckpointFile] = {}
+        for file, right, whose in zip(files, expected, mine, strict=True):
+            if id(file) not in instead:
+                tap = self._tap(file, right, budget, alone)
+                self._all.append(Work(file, right, tap, whose))
+                if file.is_remote:
+                    instead[id(file)] = file
+                else:
+                    instead[id(file)] = file.with_tap(tap) if tap is not None else file.also_read_by_others()
+            self._files.append(instead[id(file)])
+
+    def take_files(self) -> list[_C.CheckpointFile]:
+        """What is to be loaded in place of the files; to be taken once."""
+        files, self._files = self._files, []
+        return files
 
     def _tap(
         self, file: _C.CheckpointFile, expected: str, budget: Budget, alone: bool
     ) -> Tap | CrcTap | FileTap | None:
         kind = kind_of(expected)
         if not file.is_remote:
-            return FileTap(kind, self._left) if kind != SHA256 and alone else None
+            return FileTap(kind, weakref.ref(self)) if kind != SHA256 and alone else None
         if kind == SHA256:
             return Tap(file.remote, file.data_begin, budget)
         return CrcTap(file.remote, file.data_begin, kind)
 
-    def _left(self, tap: FileTap) -> None:
-        """Read what the load does not."""
+    def read_what_was_left(self, tap: FileTap) -> None:
+        """Begin to read a file that the load does not read."""
         self._start([job for work in self._all if work.tap is tap for job in self._parts(work)])
 
     def _parts(self, work: Work, reading: CrcReading | None = None) -> list[Callable[[], None]]:
         size = work.file.size
         known = reading.in_order(size) if reading is not None else [(0, size, None)]
-        return Parts(work.file, work.expected, known, self._require_wanted).jobs
+        return Parts(work.file, work.expected, known, self._require_wanted).jobs()
 
     def _first_jobs(self, work: Work) -> list[Callable[[], None]]:
         """The jobs of a file that begin with the load."""
@@ -217,9 +224,9 @@ class Checker:
         self._over = True
         with self._turn:
             self._wait(look)
-            rest = [] if self._stopped else [job for work in self._all for job in self._last_jobs(work)]
-            if rest:
-                self._start(rest)
+            if not self._stopped:
+                # Not by a name here: an exception's traceback would keep it, and their files.
+                self._start([job for work in self._all for job in self._last_jobs(work)])
                 self._wait(look)
             self._let_go()
         if self._failures:
@@ -228,8 +235,9 @@ class Checker:
             raise WeightLoadError("the load was left before its files were checked")
 
     def close(self) -> None:
-        """Stop, and wait for the threads; in a forked child, which has none of them, nothing."""
+        """Stop, and wait for the threads; a forked child, which has none of them, only lets go of the files."""
         if self._process.is_parent():
+            self._all, self._work, self._files = [], [], []
             return
         self._stopped = True
         self._wait()
@@ -247,7 +255,7 @@ class Checker:
         for work in self._all:
             if work.tap is not None:
                 work.tap.close()
-        self._all, self._work = [], []  # the files
+        self._all, self._work, self._files = [], [], []  # the files
 
     def _run(self) -> None:
         try:

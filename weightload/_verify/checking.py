@@ -81,7 +81,7 @@ class Checking:
                     stamps = before or [] if one_disk else []
                     self._same[DISK] = digest([str(self._ranks.size), *headers, *stamps])
                 self._checker = Checker(files, expected, mine, self._ranks is None)
-                return list(self._checker.files)
+                return self._checker.take_files()
             finally:
                 files.clear()  # an exception's traceback would keep them open
 

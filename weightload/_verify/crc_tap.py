@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 from weightload._verify.hashes import Crc
 from weightload._verify.tap import behind_start
@@ -59,6 +60,13 @@ class CrcReading:
             yield at, size, None
 
 
+class Reader(Protocol):
+    """Reads files of which a tap is not told."""
+
+    def read_what_was_left(self, tap: FileTap) -> None:
+        """Read the file of this tap."""
+
+
 class FileTap:
     """What a load reads of a local file: the core's threads tell it, see ``_C.CheckpointFile.with_tap``.
 
@@ -66,11 +74,12 @@ class FileTap:
 
     Args:
         kind: of the CRC.
-        left: called where the load does not read the file's tensors: somebody else should, at once.
+        reader: whoever reads the file at once where the load does not. Weak, as the core's references are none that the
+            garbage collector can follow.
     """
 
-    def __init__(self, kind: str, left: Callable[[FileTap], None]) -> None:
-        self._kind, self._left = kind, left
+    def __init__(self, kind: str, reader: weakref.ref[Reader]) -> None:
+        self._kind, self._reader = kind, reader
         self._pieces: list[tuple[int, Piece]] = []
         self.is_left = False
 
@@ -81,7 +90,9 @@ class FileTap:
     def leave(self) -> None:
         """It will not be told."""
         self.is_left = True
-        self._left(self)
+        reader = self._reader()
+        if reader is not None:
+            reader.read_what_was_left(self)
 
     @property
     def readings(self) -> list[CrcReading]:
@@ -94,9 +105,8 @@ class FileTap:
         return found
 
     def close(self) -> None:
-        """Let go of what it knows, and of who waits for it."""
+        """Let go of what it knows."""
         self._pieces = []
-        self._left = lambda tap: None
 
 
 class CrcTap:

@@ -1,0 +1,204 @@
+"""Threads of the core that run Python code: the garbage collector's finalisers in it, and the interpreter's end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import save_file
+
+checksums = pytest.importorskip("awscrt.checksums")
+
+
+@pytest.fixture
+def checked(tmp_path: Path) -> list[str]:
+    """Two files of 8 MB and, behind each path, what verify= says of it."""
+    said = []
+    for number in range(2):
+        path = tmp_path / f"{number}.safetensors"
+        tensors = {f"{number}.{i}": torch.randint(0, 256, (1_000_001,), dtype=torch.uint8) for i in range(8)}
+        save_file(tensors, path)
+        said += [str(path), f"crc32c:{checksums.crc32c(path.read_bytes()):08x}"]
+    return said
+
+
+LOAD = """
+import os, sys, threading, gc
+import weightload
+from weightload import _C, settings
+paths = sys.argv[1::2]
+digests = {os.path.basename(path): value for path, value in zip(paths, sys.argv[2::2])}
+def checked(**options):
+    return weightload.safetensors_weights_iterator(paths, to_cpu=True, backend="pread", verify=digests, **options)
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+def core_threads():
+    tasks = os.listdir("/proc/self/task")
+    return sum(open(f"/proc/self/task/{task}/comm").read().strip() == "weightload" for task in tasks)
+"""
+
+
+def test_a_load_that_its_own_thread_collects(checked: list[str]) -> None:
+    """The thread cannot wait for itself. Somebody else closes the load, and nothing of it stays."""
+    done = run_script(
+        LOAD
+        + """
+from weightload._verify.crc_tap import FileTap
+take, collects, collected = FileTap.take, threading.Event(), threading.Event()
+main = threading.get_ident()
+def taking(tap, begin, data):
+    take(tap, begin, data)
+    if collects.is_set() and threading.get_ident() != main:
+        gc.collect()
+        collected.set()
+FileTap.take = taking
+gc.disable()
+dict(checked())
+before = descriptors()
+class Cycle:
+    pass
+ended = 0
+for number in range(20):
+    collected.clear()
+    with settings.override(task_bytes=65536, window_bytes=1 << 20, threads=2):
+        cycle = Cycle()
+        cycle.weights, cycle.itself = checked(), cycle
+    next(cycle.weights)
+    del cycle
+    collects.set()
+    ended += collected.wait(0.2)  # perhaps the threads were done
+    collects.clear()
+gc.collect()
+dict(checked())
+print(descriptors() - before, core_threads(), ended > 0)
+""",
+        *checked,
+    )
+    assert (done.returncode, done.stdout) == (0, "0 0 True\n"), done.stderr
+
+
+def test_exits_with_checked_loads_in_daemon_threads(checked: list[str]) -> None:
+    script = (
+        LOAD
+        + """
+begun = threading.Event()
+def load_for_ever():
+    while True:
+        for name, tensor in checked():
+            begun.set()
+for _ in range(3):
+    threading.Thread(target=load_for_ever, daemon=True).start()
+begun.wait()
+"""
+    )
+    for _ in range(8):
+        done = run_script(script, *checked, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_exit_while_the_kernel_holds_a_thread_that_will_want_the_gil(checked: list[str]) -> None:
+    """It comes when nobody waits for it any more, and must not end the process by that."""
+    done = run_script(
+        LOAD
+        + """
+import atexit, time
+_C.arm_fault("delay", first=3, count=10**6, delay_ms=10_500)
+before = _C.reads_since_armed()
+threading.Thread(target=lambda: dict(checked()), daemon=True).start()
+while _C.reads_since_armed() < 4:
+    time.sleep(0.01)
+@atexit.register  # runs before the core's, as what is registered last does first
+def note():
+    print("exiting", flush=True)
+""",
+        *checked,
+    )
+    assert (done.returncode, done.stdout) == (0, "exiting\n"), done.stderr
+    assert "FATAL" not in done.stderr
+
+
+def test_nothing_is_left_to_the_garbage_collector(checked: list[str]) -> None:
+    """Descriptors are closed with the load: when it ends, is left, or fails, and while its exception lives."""
+    done = run_script(
+        LOAD
+        + """
+import torch
+gc.disable()
+dict(checked())
+before = descriptors()
+found = []
+for backend in ("pread", "mmap"):
+    for _ in range(3):
+        dict(weightload.safetensors_weights_iterator(paths, to_cpu=True, backend=backend, verify=digests))
+    found.append(descriptors() - before)
+for _ in range(3):
+    weightload.load_file(paths[0], verify=digests, backend="pread")
+found.append(descriptors() - before)
+left = checked()
+next(left)
+left.close()
+found.append(descriptors() - before)
+right = dict(digests)
+digests[os.path.basename(paths[1])] = "crc32c:00000000"
+kept = []
+for load in (lambda: dict(checked()), lambda: weightload.load_file(paths[1], verify=digests)):
+    try:
+        load()
+    except weightload.errors.ChecksumError as error:
+        kept.append(error)
+    found.append(descriptors() - before)
+print(found, len(kept))
+""",
+        *checked,
+    )
+    assert (done.returncode, done.stdout) == (0, "[0, 0, 0, 0, 0, 0] 2\n"), done.stdout + done.stderr
+
+
+def test_nothing_is_kept_by_an_exception_at_any_line(checked: list[str]) -> None:
+    """As a signal's handler raises it while a checked load is made."""
+    done = run_script(
+        LOAD
+        + """
+import weightload._verify as room
+gc.disable()
+dict(checked())
+gc.collect()
+before = descriptors()
+folder = os.path.dirname(room.__file__)
+class Stop(Exception):
+    pass
+number = 0
+while True:
+    count = 0
+    def trace(frame, event, argument):
+        global count
+        if not frame.f_code.co_filename.startswith(folder) or "digests" in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            if count == number:
+                raise Stop
+        return trace
+    sys.settrace(trace)
+    try:
+        weights = checked()
+    except Stop:
+        pass
+    else:
+        sys.settrace(None)
+        weights.close()
+        del weights
+        if count < number:
+            break
+    finally:
+        sys.settrace(None)
+    gc.collect()
+    assert descriptors() == before, number
+    number += 1
+print(number > 50)
+""",
+        *checked,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stdout + done.stderr
