@@ -77,6 +77,7 @@ def test_an_undisturbed_load_succeeds(clock: str, flags: str, backing: Path, tmp
             assert loaded.keys() == expected.keys(), way
             for name, tensor in loaded.items():
                 assert torch.equal(tensor.view(torch.int32), expected[name].view(torch.int32)), (way, name)
+            del loaded, tensor  # views of the served file, whose server would wait for them
 
 
 def _truncate(path: Path) -> None:
