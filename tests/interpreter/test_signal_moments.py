@@ -236,7 +236,9 @@ def raise_stop_here() -> None:
 
 
 @pytest.mark.parametrize(
-    "handler", [raise_timeout, Handler(), Handler().method, functools.partial(raise_timeout, 1)], ids=str
+    "handler",
+    [raise_timeout, Handler(), Handler().method, functools.partial(raise_timeout, 1)],
+    ids=["function", "object", "method", "partial"],
 )
 def test_what_is_forgiven_is_not_a_handlers(handler: Any) -> None:
     """An alarm's TimeoutError is an OSError, and much is done in statements that forgive those."""
