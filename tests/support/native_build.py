@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def build(
     name = f"{next(iter(programs)).stem}.ninja"
     (folder / name).write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "ninja", "-C", str(folder), "-f", name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:  # ninja's log of the folder is one process's at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout[-4000:])
