@@ -19,6 +19,7 @@ RUN = $(VENV)/bin/python
 OUT = bench-results
 BIG_GB ?= 2.5
 SEEDS ?= 2000
+WORKERS ?= 2
 FUZZ_SECONDS ?= 1800
 CUDA_SEEDS ?= 20
 
@@ -53,8 +54,12 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 	$(RUN) -m pip install -q --no-build-isolation -e '.[test]'
 	touch $@
 
+# First what may run side by side, WORKERS files at a time; then, whatever came of that, what must be alone on the machine.
 test: setup
-	$(RUN) -m pytest -q
+	status=0; \
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
+	$(RUN) -m pytest -q -m alone || status=$$?; \
+	exit $$status
 
 wheel: setup
 	WEIGHTLOAD_WHEEL=1 $(RUN) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .

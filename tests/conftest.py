@@ -195,6 +195,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 SEED = int(os.environ.get("WEIGHTLOAD_SIMULATED_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
+os.environ["WEIGHTLOAD_SIMULATED_SEED"] = str(SEED)  # pytest-xdist's workers have the one that the header says
 
 
 def pytest_report_header() -> str:

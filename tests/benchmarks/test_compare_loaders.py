@@ -363,6 +363,7 @@ def test_tables_and_pictures_are_made_of_the_results(measured: tuple[dict[str, A
     assert "| safetensors clone 0." in table
 
 
+@pytest.mark.alone
 def test_tensors_in_memory_files_are_compared_too(checkpoint: Path, tmp_path: Path) -> None:
     from harness.proc import file_system
 

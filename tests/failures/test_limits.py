@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import TESTS, run_script, write_tensors
 
+pytestmark = pytest.mark.alone
+
 SIMULATED = """
 import simulated_accelerator
 native = simulated_accelerator.load()

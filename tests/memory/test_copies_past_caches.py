@@ -21,6 +21,8 @@ import weightload
 from weightload import settings
 from weightload._group.ranks import ranks_of_this_node, readers_of
 
+pytestmark = pytest.mark.alone
+
 SHAPES = {"odd": [3, 1000, 1001], "rows": [2048, 4096], "wide": [300, 65536], "small": [77]}
 NOT_HERE = platform.machine() != "x86_64"
 

@@ -12,6 +12,8 @@ import torch
 from conftest import evict
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 
 START = """

@@ -14,6 +14,8 @@ from conftest import run_script, write_tensors
 
 import weightload
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 COUNT, EACH = 8, 16 * MIB
 SIZE = COUNT * EACH

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from conftest import TESTS, on_a_local_disk, run_script, write_tensors
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 TASK = MIB
 SIZES = {"large": 8 * MIB + 4096, "middle": MIB, "last": 100_000}  # bytes

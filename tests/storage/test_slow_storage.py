@@ -12,7 +12,10 @@ import pytest
 from conftest import TESTS, run_script, write_tensors
 from support import fuse_server
 
-pytestmark = pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not()))
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(fuse_server.why_not() is not None, reason=str(fuse_server.why_not())),
+]
 
 MIB = 1 << 20
 
