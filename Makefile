@@ -57,7 +57,7 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 # First what may run side by side, WORKERS files at a time; then, whatever came of that, what must be alone on the machine.
 test: setup
 	status=0; \
-	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" || status=$$?; \
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not alone" || status=$$?; \
 	$(RUN) -m pytest -q -m alone || status=$$?; \
 	exit $$status
 
