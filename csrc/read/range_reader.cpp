@@ -108,7 +108,7 @@ bool RangeReader::was_direct(Attempt& attempt, ByteRange part, const char* desti
   if (got) {
     counts_.direct_bytes += part.size();
     counts_.rounded_bytes += *got - part.size();
-    tell(part, destination, attempt.look);
+    tell(attempt, part, destination);
   } else {
     direct_works_ = false;
     attempt.timed = false;  // what follows has lost time, and finds the page cache empty
@@ -144,14 +144,17 @@ void RangeReader::buffered(Attempt& attempt, ByteRange part, char* destination, 
   counts_.buffered_bytes += part.size();
 }
 
-void RangeReader::tell(ByteRange range, const char* bytes, const Look& look) const {
+// What it takes is no time of the reading's.
+void RangeReader::tell(Attempt& attempt, ByteRange range, const char* bytes) const {
   if (!tap_) return;
+  const auto begin = std::chrono::steady_clock::now();
   for (uint64_t at = range.begin; at < range.end;) {
-    look();
+    attempt.look();
     const auto count = static_cast<size_t>(std::min<uint64_t>(tap_->piece(), range.end - at));
     tap_->take(at, bytes + (at - range.begin), count);
     at += count;
   }
+  attempt.begin += std::chrono::steady_clock::now() - begin;
 }
 
 // When there is enough of it, or at the end.
@@ -169,7 +172,7 @@ void RangeReader::tell_later(Attempt& attempt, ByteRange range, const char* byte
 
 void RangeReader::tell_rest(Attempt& attempt) const {
   const ByteRange range = std::exchange(attempt.untold, ByteRange{});
-  tell(range, attempt.untold_bytes, attempt.look);
+  tell(attempt, range, attempt.untold_bytes);
 }
 
 // Not what a tap is to see, which past the caches would find it in memory.

@@ -90,7 +90,7 @@ class RangeReader {
   bool is_in_memory() const;
   bool may_fill() const;
   bool may_copy(Attempt& attempt);
-  void tell(ByteRange range, const char* bytes, const Look& look) const;
+  void tell(Attempt& attempt, ByteRange range, const char* bytes) const;
   void tell_later(Attempt& attempt, ByteRange range, const char* bytes) const;
   void tell_rest(Attempt& attempt) const;
   void record(const Attempt& attempt);
