@@ -103,7 +103,6 @@ def test_each_byte_is_hashed_once(
     size = sum(path.stat().st_size for path in files)
     assert taken + other == size
     assert other <= headers(files) + (4096 if load is into else 0)  # and tensors too small to be read by threads
-    assert max(end - begin for begin, end in seen.taken) <= 1 << 20
 
 
 @pytest.mark.parametrize("load", [private, into])
