@@ -22,7 +22,8 @@ ROOMS = (
 # Nothing else outside of bindings includes torch, nor Python: the rest builds with g++ alone.
 NEED_TORCH = ("device/accelerator.cpp", "device/plain_torch.cpp", "group/process_group.cpp")
 
-# Of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import everything.
+# The rooms of the package, likewise. "" is its own modules but for ``__init__`` and ``__main__``, which may import
+# everything.
 PACKAGE_ROOMS = (
     "_base", "", "_remote", "_cache", "_parts", "_checkpoint", "_group", "_verify", "_load", "_into", "_api",
     "_install", "integrations", "cli",
@@ -50,7 +51,7 @@ def wrong_includes(csrc: Path) -> Iterator[str]:
 
 
 def imports(package: Path) -> dict[str, dict[str, str]]:
-    """Of each module the modules of the package that it imports, and where; in functions and for types alone, too."""
+    """Map each module to the package's modules that it imports, and where. Imports in functions and for types count."""
     names = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -127,7 +128,7 @@ def cycles(graph: dict[str, dict[str, str]]) -> list[list[str]]:
 
 
 def problems(root: Path) -> list[str]:
-    """What is wrong in a source tree, a line each."""
+    """Return the problems of a source tree, a line each."""
     graph = imports(root / "weightload")
     said = [*wrong_includes(root / "csrc"), *wrong_imports(graph), *full_folders(root)]
     for cycle in cycles(graph):

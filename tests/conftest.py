@@ -120,14 +120,14 @@ def nothing_left_behind() -> Iterator[None]:
 # Where the simulated CUDA writes down what must not be, if the tests run on it (simulated_cuda/runtime/report.h).
 REPORTS = Path(path) if (path := os.environ.get("WEIGHTLOAD_SIMULATED_CUDA_REPORTS")) else None
 
-# Of the kernel, in /proc/PID/task/TID/stat: the thread runs no code of the process any more.
+# The kernel's flag in /proc/PID/task/TID/stat: the thread runs no code of the process any more.
 PF_EXITING = 4
 
 
 def running_threads() -> list[str]:
     """The names of this process's threads.
 
-    A thread that was joined may still be listed: the kernel lets go of who waits for it first, and of the thread
+    A thread that was joined may still be listed: the kernel first lets go of whoever waits for it, and of the thread
     later. By then it is marked as exiting.
     """
     names = []
@@ -208,7 +208,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What modules hold stays; looking through it takes every gc.collect() a tenth of a second."""
+    """Keep the garbage collector off what modules hold, which takes every gc.collect() a tenth of a second."""
     gc.collect()
     gc.freeze()
 

@@ -197,7 +197,7 @@ def test_from_a_server(gpu: torch.device, mixed: list[Path], monkeypatch: pytest
 
 
 def test_ahead_of_slices(gpu: torch.device, mixed: list[Path]) -> None:
-    """As transformers asks for them: first all slices, then one after the other from several threads."""
+    """Load slices like transformers: first ask for all of them, then take one after the other from several threads."""
     from concurrent.futures import ThreadPoolExecutor
 
     from weightload._install.read_ahead import SafeOpen

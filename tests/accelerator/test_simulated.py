@@ -68,7 +68,7 @@ def test_every_way_of_reading(simulated: Any, mixed: list[Path], read: str, cold
 def test_direct_reads_into_memory_that_is_not_page_aligned(
     simulated: Any, mixed: list[Path], behind: int, slot_bytes: int
 ) -> None:
-    """As torch locks malloc's memory with pinned_use_cuda_host_register. No more is locked for it."""
+    """torch locks malloc's memory with pinned_use_cuda_host_register. Direct reads work there, and lock no more."""
     simulated.shift_pinned(behind)
     with settings.override(**{**SMALL, "read": "direct", "slot_bytes": slot_bytes}):
         weights = load(*mixed)

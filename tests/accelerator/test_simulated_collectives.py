@@ -105,7 +105,7 @@ def test_a_collective_is_seen_by_streams_that_wait_for_it(ranks: Ranks) -> None:
 
 
 def an_event_is_needed(rank: Rank, with_event: bool) -> None:
-    """What another stream writes is sent only if the stream that the collective is issued on waits for it."""
+    """A collective sends what another stream writes only if the stream that it is issued on waits for that."""
     with rank.group("device") as group:
         tensor, new = filled(10 + rank.number), filled(99)
         rank.native.synchronize(0)

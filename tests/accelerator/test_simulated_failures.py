@@ -1,4 +1,4 @@
-"""What goes wrong on the way to an accelerator: memory, page-locking, I/O errors, leaving, fork, exit."""
+"""Failures on the way to an accelerator: memory, page-locking, I/O errors, leaving, fork, exit."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_ctrl_c_is_felt_while_the_device_is_stuck(shards: list[Path]) -> None:
 
 
 def test_the_host_cannot_touch_the_memory_of_the_device(real_checkpoint: Path) -> None:
-    """What the simulation promises: a host that reads device memory is caught."""
+    """The simulation catches a host that reads device memory."""
     script = """
     import ctypes
     tensor = torch.arange(100).to(simulated.DEVICE)

@@ -107,7 +107,7 @@ def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def into_parameters(group: Any, strategy: str, paths: list[Path]) -> None:
-    """What was queued before reads the old bytes, what is queued after reads the new ones."""
+    """Work that was queued before the load reads the old bytes. Work that is queued after it reads the new ones."""
     target = {name: zeros_like(tensor).to(DEVICE) for name, tensor in reference_of(*paths).items()}
     before = {name: tensor.clone() for name, tensor in target.items()}
     weightload.load_into(target, paths, group=group, strategy=strategy)
@@ -251,7 +251,7 @@ def test_the_host_never_waits_for_the_device(ranks: Ranks, shards: list[Path], s
 
 
 def leave_together(rank: Rank, kind: str, strategy: str, paths: list[Path], taken: int) -> None:
-    """What takes the memory of blocks that nobody took must stay whole, though collectives still write to those."""
+    """Tensors that get the memory of untaken blocks must stay whole, though collectives still write to those blocks."""
     with rank.group(kind) as group, settings.override(**{**TUNED, "pinned_bytes": 64 << 20}):
         for seed in range(2):
             rank.seed(SEED + seed)

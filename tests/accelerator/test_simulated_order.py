@@ -1,4 +1,4 @@
-"""What must happen before what on an accelerator, whose streams here are late and out of step (device/device.h)."""
+"""Operations keep their order on an accelerator whose streams are late and out of step (device/device.h)."""
 
 from __future__ import annotations
 

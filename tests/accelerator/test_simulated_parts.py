@@ -114,7 +114,7 @@ def test_shards_in_device_memory_are_read_into(placement: Any, simulated: Any, p
         assert report.bytes == sum(tensor.nbytes for tensor in expected.values())
         for name, tensor in target.items():
             assert torch.equal(raw(tensor.to_local()), raw(expected[name].contiguous())), name
-        # What is only counted here must be gone before the simulation looks.
+        # These tensors must be gone before the simulation looks for what is in use.
         del target, local, tensor
     finally:
         dist.destroy_process_group()

@@ -84,7 +84,7 @@ class Switching:
 
 
 def test_the_stream_that_is_current_may_change_between_pieces(simulated: Any, tmp_path: Path) -> None:
-    """What others have copied before is waited for, and the memory is not given away while they may write to it."""
+    """A stream waits for what others have copied before. Memory is not given away while they may write to it."""
     chance = random.Random(SEED)
     streams = [torch.Stream(DEVICE) for _ in range(3)]
     cut = cut_of(chance, 20)
@@ -121,7 +121,7 @@ def test_shards_of_pieces(placement: Any, simulated: Any, tmp_path: Path) -> Non
         assert report.bytes == sum(tensor.nbytes for tensor in expected.values())
         for name, tensor in target.items():
             assert torch.equal(raw(tensor.to_local()), raw(expected[name])), name
-        # What is only counted here must be gone before the simulation looks.
+        # These tensors must be gone before the simulation looks for what is in use.
         del target, local, tensor
     finally:
         dist.destroy_process_group()

@@ -357,7 +357,7 @@ def test_importing_weightload_does_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# What stands in
+# Stand-ins
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 def outcome(call: Any) -> Any:
-    """What it returns, or its exception in words."""
+    """Make the call; return its result, or its exception in words."""
     try:
         return call()
     except Exception as error:
@@ -496,7 +496,7 @@ def test_slices(framework: Any, large: Path, backend: str, order: str, cold: boo
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What comes ahead: a list of names each time."""
+    """Record each reading ahead as a list of names."""
     from weightload._install import read_ahead
 
     begun: list[list[str]] = []

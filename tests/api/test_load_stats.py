@@ -1,4 +1,4 @@
-"""What a load says of itself: every byte counted where it passed, and the bottleneck in words."""
+"""The statistics of a load count every byte where it passed, and name the bottleneck in words."""
 
 from __future__ import annotations
 

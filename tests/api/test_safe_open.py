@@ -85,7 +85,7 @@ def test_what_the_header_says(tmp_path: Path) -> None:
 
 
 def test_the_words_that_callers_match_on(all_dtypes: Path, tmp_path: Path) -> None:
-    """The same from both."""
+    """Errors of safetensors and of weightload have the same words."""
     for call in (
         lambda opener: opener(tmp_path / "none", "pt"),
         lambda opener: opener(all_dtypes, "pt").get_tensor("none"),
@@ -122,7 +122,7 @@ def test_a_closed_handle(all_dtypes: Path, method: str) -> None:
 
 
 def test_a_handle_is_true(tmp_path: Path) -> None:
-    """As any object without a length is: `if file:` asks whether there is one."""
+    """A handle is true even if it has no tensors or is closed: `if file:` asks whether there is a handle."""
     path = write_tensors(tmp_path / "none.safetensors", [])
     handle = safe_open(path)
     assert len(handle) == 0

@@ -53,7 +53,7 @@ def test_indexing_is_torchs(sliced: Path, backend: Any) -> None:
 
 
 def assert_like(pick: Callable[[Any], torch.Tensor], tensor: torch.Tensor, index: Any) -> None:
-    """The same tensor, or an error of the same type."""
+    """Require that ``pick`` gives the tensor that torch's indexing gives, or an error of the same type."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -162,7 +162,7 @@ def test_slices_outlive_their_handle(sliced: Path) -> None:
 
 
 def test_slices_that_lie_apart_are_views_of_one_mapping(tmp_path: Path) -> None:
-    """As those of a fused query, key and value; one that overlaps what was given has memory of its own."""
+    """Slices such as fused query, key and value share a mapping. One that overlaps another has memory of its own."""
     path = write_tensors(tmp_path / "aligned.safetensors", [("large", "F32", LARGE)])
     with weightload.safe_open(path) as file:
         part = file.get_slice("large")

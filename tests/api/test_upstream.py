@@ -93,7 +93,7 @@ def test_safetensors_own_tests_pass(upstream: Path, tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    # As many as with safetensors itself; what is skipped needs an accelerator.
+    # As many tests pass with safetensors itself; those that are skipped need an accelerator.
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
     assert int(passed[1]) >= 63

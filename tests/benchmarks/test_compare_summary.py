@@ -1,4 +1,4 @@
-"""What compare_loaders.py says of seconds: who is first, how sure that is, what the picture shows. They are made up."""
+"""compare_loaders.py sums up seconds, here made-up ones: who is first, how sure that is, what the picture shows."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_setting_that_the_heats_dropped_is_never_first() -> None:
 
 
 def test_how_far_chance_goes() -> None:
-    """As scipy.stats.mannwhitneyu(method="exact") says where no times are equal."""
+    """``by_chance`` says what scipy.stats.mannwhitneyu(method="exact") says where no times are equal."""
     from report.compare_summary import by_chance, doubt
 
     assert by_chance([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
@@ -100,12 +100,12 @@ def test_how_far_chance_goes() -> None:
 
 
 def test_the_order_of_each_round_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who comes after whom is not always the same, and a seed gives the same order again."""
+    """Loads follow one another in an order that varies, and a seed gives the same order again."""
     import random
 
     from harness.compare_run import Rounds, State
 
-    # Of no files; what it does for memory takes a fifth of a second each of 240 times.
+    # There are no files to prepare. What it does for memory takes a fifth of a second each of 240 times.
     monkeypatch.setattr(State, "prepare", lambda state, last: None)
 
     def order(seed: int) -> list[str]:

@@ -15,7 +15,7 @@ from weightload._checkpoint.file_names import family, shard_of, split_variant, w
 INDEX = "model.safetensors.index.json"
 PAIR = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
-# What lies in a directory (an index takes the names behind a colon), the variant, what is loaded, and what is told.
+# Files of a directory (an index takes the names behind a colon), the variant, what is loaded, and what is told.
 # A name without ending is a safetensors file.
 WHOLE: dict[str, tuple[list[str], str | None, list[str], list[str]]] = {
     "letters within a word: lora": (["exploration"], None, ["exploration"], []),

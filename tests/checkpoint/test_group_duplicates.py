@@ -57,7 +57,7 @@ def test_one_rank_refuses(tmp_path: Path, strategy: str, given: str) -> None:
 
 
 def test_ranks_that_would_choose_differently(tmp_path: Path, strategy: str) -> None:
-    """The same numbers of tensors of equal files, in other files: what is compared is where each comes from."""
+    """Ranks that take equally many tensors from other files disagree: they compare where each tensor comes from."""
     both = [pair(tmp_path / str(rank)) for rank in range(2)]
     write_index(tmp_path / "0", a="1", b="1", x="2", c="2")
     write_index(tmp_path / "1", a="1", b="2", x="1", c="2")

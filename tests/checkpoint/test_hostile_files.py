@@ -48,7 +48,7 @@ def test_every_rule_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def special_files(folder: Path) -> list[Path]:
-    """Of every kind that is no regular file."""
+    """Make a file of every kind that is not regular."""
     fifo, listener, loop = folder / "fifo.safetensors", folder / "socket.safetensors", folder / "link.safetensors"
     os.mkfifo(fifo)
     with socket.socket(socket.AF_UNIX) as one:
@@ -106,7 +106,7 @@ def test_a_zero_in_a_path_is_refused(way: Way, tmp_path: Path) -> None:
 
 
 def test_unreadable_files_keep_their_errno(tmp_path: Path) -> None:
-    """As a user without privileges, where the test is run as root."""
+    """Unreadable files raise errors with their errno. A test run by root becomes a user without privileges."""
     write_tensors(tmp_path / "a.safetensors", [("a", "U8", [1])]).chmod(0)
     write_tensors(tmp_path / "b.safetensors", [("b", "U8", [1])])
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"b": "b.safetensors"}}')
@@ -150,7 +150,7 @@ def test_files_of_the_kernel_that_are_shorter_than_they_say(way: Way) -> None:
 
 @pytest.mark.parametrize("name", [b"\xff.safetensors", b"a\nb\x1b[31m.safetensors"])
 def test_strange_names(way: Way, name: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not UTF-8, or with what steers a terminal: loaded as any other, and shown harmless."""
+    """A file loads even if its name is not UTF-8, or steers a terminal. The name is shown harmless."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
     write_tensors(path, [("a", "U8", [1])])
     assert list(way([path])) == ["a"]

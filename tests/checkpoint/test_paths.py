@@ -1,4 +1,4 @@
-"""What may stand for a file: the same in every call."""
+"""Every call takes the same kinds of values for a file."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_order_of_several() -> None:
 
 @pytest.mark.parametrize("call", ["iterator", "resolve"])
 def test_no_files(call: str) -> None:
-    """As engines' iterators: nothing to load is nothing loaded."""
+    """A load of no files gives nothing, as it does with engines' iterators."""
     assert list(SEVERAL[call]([])) == []
     assert weightload.load_into({}, []).loaded == []
     with pytest.raises(weightload.WeightLoadError, match="missing"):

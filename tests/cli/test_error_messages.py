@@ -78,7 +78,7 @@ def test_a_dtype_without_torch_and_a_hostile_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, kind in vars(errors).items() if inspect.isclass(kind)])
 def test_an_error_made_anew_of_its_text_can_be_shown(name: str) -> None:
-    """As torch's DataLoader does with what a worker raised."""
+    """An error that is made anew of another's text can be shown. torch's DataLoader does that with a worker's error."""
     kind = getattr(errors, name)
     if issubclass(kind, Exception):
         assert "what the worker said" in str(kind("what the worker said"))

@@ -33,7 +33,7 @@ class Failing(io.StringIO):
 
 
 class OnlyWrites:
-    """What Ray, notebooks and log redirections put there."""
+    """A stream that can only write, like those of Ray, notebooks and log redirections."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -62,7 +62,7 @@ class Nothing:
 
 
 class Strange:
-    """Whose every attribute raises."""
+    """A stream of which every attribute raises."""
 
     def __getattribute__(self, name: str) -> Any:
         raise ReferenceError(name)

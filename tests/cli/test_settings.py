@@ -37,7 +37,7 @@ def test_defaults_environment_and_override(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_overrides_end_in_any_order() -> None:
-    """As those of generators do, which are let go of in the block of another."""
+    """Overrides may end in any order: a generator's override may end within the block of another."""
 
     def reading(threads: int) -> Iterator[int | None]:
         with settings.override(threads=threads, task_bytes=4096 * threads):

@@ -1,4 +1,4 @@
-"""What the tests of the engines share: when they run, checkpoints, and runs of an engine in processes of its own."""
+"""Shared by the tests of the engines: when they run, checkpoints, and runs of an engine in processes of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def needs(engine: str) -> pytest.MarkDecorator:
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> list[Path]:
-    """The tensors in so many files, with an index, named as the engines expect them."""
+    """Save the tensors in ``count`` files with an index, named as the engines expect them."""
     folder.mkdir(parents=True, exist_ok=True)
     files, places = [], {}
     for number in range(count):
@@ -67,7 +67,7 @@ def free_port() -> int:
 
 
 def run_ranks(script: str, ranks: int, *arguments: object, **variables: str) -> list[dict[str, Any]]:
-    """Run a script beside this one in so many processes, and give what each writes: JSON, the last line of its output.
+    """Run a script beside this one in ``ranks`` processes. Return what each writes: JSON, the last line of its output.
 
     Its arguments are the rank, the number of ranks, a port, and the given ones.
     """

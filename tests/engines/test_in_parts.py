@@ -28,7 +28,7 @@ HALF = ROWS * COLUMNS * 4 // 2
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
-    """Of each layer two matrices and a small one; before and after them what is there once."""
+    """Two matrices and a small tensor for each layer, and two tensors that a model has once."""
     generator = torch.Generator().manual_seed(0)
     found = {"embed": torch.randn(ROWS, COLUMNS, generator=generator), "norm": torch.randn(9, generator=generator)}
     for layer in range(LAYERS):
@@ -60,7 +60,7 @@ def columns(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """What a rank wants of a tensor: rows of some, columns of others, all of the small ones."""
+    """Take the part of a tensor that a rank wants: rows of some, columns of others, all of the small ones."""
     if name.endswith((".a", "embed")):
         return rows(tensor)
     return columns(tensor) if name.endswith(".b") else tensor.clone()
@@ -106,7 +106,7 @@ def test_what_nobody_looks_at_is_not_read(files: list[str]) -> None:
 
 
 def test_a_part_without_elements(tensors: dict[str, torch.Tensor], files: list[str]) -> None:
-    """As of the last of ranks that what they share does not suffice for."""
+    """A rank may want no elements of a tensor: the last rank does where there is not enough for all."""
     load = InParts(files, CPU, "pread")
     for _, tensor in load:
         assert tensor[:0].clone().shape[0] == 0
@@ -130,8 +130,8 @@ def test_a_layer_that_wants_something_else(tensors: dict[str, torch.Tensor], fil
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_several_parts_of_a_tensor(tensors: dict[str, torch.Tensor], files: list[str], backend: Any) -> None:
-    """As of two weights that a checkpoint has as one, of each of which a rank wants a half. Of a mapped file also what
-    lies between is read, so that it is a view."""
+    """A rank wants half of each of two weights that a checkpoint has as one. In a mapped file, what lies between is
+    read as well, so that the tensor is a view."""
     load = InParts(files, CPU, backend)
     for name, tensor in load:
         if not name.endswith(".a"):
@@ -245,13 +245,13 @@ def test_a_read_that_fails(files: list[str]) -> None:
                 done += 1
         _C.disarm_fault()
         assert failed.value.errno == 5
-        # Of an error, and of a tensor, which keep a file open.
+        # Drop the error and the tensor, which keep a file open.
         name = tensor = failed = weights = None  # type: ignore[assignment]
         gc.collect()
 
 
 def test_leaving_early(files: list[str]) -> None:
-    """What is left then needs no thread and no file."""
+    """A load that was left early needs no thread and no file."""
     load = InParts(files, CPU)
     weights = iter(load)
     next(weights)

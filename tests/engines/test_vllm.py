@@ -24,7 +24,7 @@ MIXTRAL = {
     **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
     "num_experts_per_tok": 2, "sliding_window": None,
 }  # fmt: skip
-# Of these, tensors are large enough to be read in parts.
+# With these sizes, tensors are large enough to be read in parts.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4, "vocab_size": 1024}
 # Weights of 8 bits with a scale for each row, which vLLM cannot run on the CPU without kernels of its wheel, but loads.
 INT8 = {
@@ -78,7 +78,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, ranks: int, extra: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
-    """What each rank says of two loads: by vLLM, and by weightload, with the same parameters after both."""
+    """Load by vLLM and by weightload, and return each rank's report. The parameters must be the same after both."""
     said = run_ranks("vllm_ranks.py", ranks, folder, json.dumps(extra or {}), json.dumps(options))
     for rank in said:
         assert rank["before"] == 0  # the format was not chosen yet

@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the plugin logs, at every level; vLLM's logger keeps it to itself."""
+    """Catch the plugin's log messages of every level; vLLM's logger keeps them to itself."""
     level = plugin._log.level
     plugin._log.setLevel(logging.INFO)
     plugin._log.addHandler(caplog.handler)

@@ -22,7 +22,7 @@ SECONDS = 300
 
 
 def answer(port: int, path: str) -> str | None:
-    """What the server says; None while it does not listen."""
+    """Return the text of the server's answer; None while it does not listen."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answered:
             return str(answered.read().decode())

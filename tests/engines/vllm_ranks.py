@@ -85,7 +85,7 @@ folder, extra, options = sys.argv[4], json.loads(sys.argv[5]), json.loads(sys.ar
 if "quantization_config" in json.loads(Path(folder, "config.json").read_text()):
     # Kernels of the wheel lay the weights out in another way. Before that they are compared.
     base_loader.process_weights_after_loading = lambda *arguments: None
-# As under a launcher, which vLLM is not: the loads have to go by vLLM's ranks.
+# Set what a launcher would set, which vLLM is not: the loads have to go by vLLM's ranks.
 os.environ["LOCAL_RANK"] = str(rank)
 own = parameters(folder, "safetensors", {}, options)
 before = len(calls)

@@ -40,7 +40,7 @@ class Rule:
 MADVISE, O_DIRECT, MAP_ANONYMOUS = 28, 0o40000, 0x20
 ADVICE = {"POPULATE_READ": 22, "POPULATE_WRITE": 23, "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTNEED": 4, "FREE": 8}
 
-# What a load can do without.
+# Calls that a load can do without.
 CALLS: dict[str, list[Rule]] = {
     **{f"MADV_{name}": [Rule(MADVISE, 2, value)] for name, value in ADVICE.items()},
     "madvise": [Rule(MADVISE)],
@@ -140,7 +140,7 @@ class Server:
         )
 
     def faults(self, call: str, error: str, what: str) -> list[str]:
-        """What went wrong: nothing, it is hoped. ``what``: ``"cold"``, ``"warm"``, ``"ranks"`` or ``"bad"``."""
+        """Return what went wrong: nothing, it is hoped. ``what``: ``"cold"``, ``"warm"``, ``"ranks"`` or ``"bad"``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([call, error, what]) + "\n")
@@ -155,7 +155,7 @@ class Server:
 
 
 def forked(work: Callable[[], list[str]]) -> list[str]:
-    """What a child returns, or what became of it."""
+    """Run ``work`` in a forked child. Return what it returns, or what became of the child."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -39,7 +39,7 @@ def overwrite_one_byte(path: Path) -> None:
 
 
 def overwrite_with_another_checkpoint(path: Path) -> None:
-    """As a training run that saves over the old file: the same header and size, other bytes."""
+    """Overwrite the file like a training run that saves over the old one: the same header and size, other bytes."""
     other = checkpoint(path.with_name("other"), seed=1)
     with path.open("r+b") as file:
         file.write(other.read_bytes())
@@ -72,7 +72,7 @@ def unlink(path: Path) -> None:
 
 
 def touch_the_status(path: Path) -> None:
-    """What changes the file's status, and none of its bytes."""
+    """Change the file's status, and none of its bytes."""
     os.link(path, path.with_name("hard link"))
     path.chmod(0o600)
     os.chown(path, os.getuid(), os.getgid())
@@ -110,7 +110,7 @@ def private_way(request: pytest.FixtureRequest) -> Way:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_between_two_tensors(path: Path, change: Change) -> None:
-    """What was yielded before is right, what follows is right or an error; and one there is."""
+    """Tensors yielded before the change are right. Those that follow are right or an error, and an error there is."""
     reference = content(path)
     with settings.override(**{**TINY, "window_bytes": 4096, "threads": 1}):
         weights = start([path], "pread")
@@ -215,7 +215,7 @@ def test_before_any_read(path: Path, private_way: Way, change: Change) -> None:
 
 @pytest.mark.parametrize("change", [overwrite, overwrite_with_another_checkpoint, grow])
 def test_before_the_header_is_read(path: Path, change: Change) -> None:
-    """Not taken for a bad header, nor for a good one of other bytes."""
+    """A header that changes before it is read is not taken for a bad one, nor for a good one of other bytes."""
 
     def read_the_header(paths: list[Path]) -> dict[str, bytes]:
         open_files(paths)
@@ -244,7 +244,7 @@ def test_mapped_files_never_crash_on_the_way(path: Path, change: Change) -> None
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("elements", [1000, 500_000, 4_000_000])
 def test_no_view_is_made_of_a_file_that_has_changed(path: Path, change: Change, elements: int) -> None:
-    """Not of small files in the page cache either, which no thread brings in: touching what is gone is the end."""
+    """A small cached file, which no thread brings in, gives no view either: touching what is gone ends the process."""
     path.unlink()
     write_tensors(path, [(name, "F32", [elements]) for name in "abc"])
     os.utime(path, (LONG_AGO, LONG_AGO))
@@ -280,7 +280,7 @@ def test_what_was_handed_out_in_private_memory_stays(path: Path, private_way: Wa
 
 
 def test_views_of_a_mapped_file_show_what_it_holds(path: Path) -> None:
-    """As the guide says: pages that were written are one's own, the others show what others write to the file."""
+    """Pages that were written are one's own. The others show what others write to the file, as the guide says."""
     path.unlink()
     write_tensors(path, [("a", "U8", [1 << 20])])
     tensor = weightload.load_file(path)["a"]

@@ -1,4 +1,4 @@
-"""What goes wrong during a load: I/O errors, files that shrink, fork, exit and signals."""
+"""Failures during a load: I/O errors, files that shrink, fork, exit and signals."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import simulated_accelerator
 native = simulated_accelerator.load()
 native.set_available(True)
 """
-# What the scripts share: ways to load, named by the first argument, and limits by what the process has already.
+# Shared by the scripts: ways to load, named by the first argument, and limits by what the process has already.
 PROLOGUE = """
 import gc, os, resource, sys
 import torch, weightload
@@ -148,7 +148,7 @@ def test_too_little_address_space(ways: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ways", WAYS)
 def test_no_threads(ways: str, tmp_path: Path) -> None:
-    """Of as many threads as may be started: none, and the caller does the work; one is enough."""
+    """Loads work with few threads. If none may be started, the caller does the work; one is enough."""
     if os.geteuid() != 0:
         pytest.skip("the threads of all of a user's processes count, and only root can become a user who has no other")
     write_tensors(tmp_path / "a.safetensors", [(f"{i}", "U8", [1 << 20]) for i in range(8)])
@@ -238,7 +238,7 @@ def test_a_checkpoint_larger_than_the_control_groups_memory(options: dict[str, A
             assert every(paths[:1], **options) == 400 << 20
     """
     with control_group(160 << 20) as group:
-        # What the process has at this point is its parent group's.
+        # Memory that the process has at this point is its parent group's.
         way = "simulated" if "device" in options else "iterator-mmap"
         run_ways(way, script, path, repr(options), group, size=size, names=names)
 

@@ -1,4 +1,4 @@
-"""What a kernel, a sandbox or a file system refuses of what is only advice costs speed, and no load."""
+"""Calls that only give advice may be refused by a kernel, a sandbox or a file system. That costs speed, and no load."""
 
 from __future__ import annotations
 

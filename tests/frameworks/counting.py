@@ -1,4 +1,4 @@
-"""What tests of frameworks share: `counted`, and that nothing is looked for on a network."""
+"""Shared by the tests of frameworks: `counted`, and that nothing is looked for on a network."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_to_an_accelerator(
 
 @pytest.mark.simulated
 def test_an_accelerator_that_is_full(sharded: Path, counted: Counted, simulated: Any) -> None:
-    """What diffusers raises without weightload, and not that the file cannot be read."""
+    """A full accelerator raises what diffusers raises without weightload, and not that the file cannot be read."""
     counted("diffusers")
     simulated.limit_device_memory(4 << 20)
     with pytest.raises(torch.OutOfMemoryError):

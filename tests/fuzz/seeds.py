@@ -72,7 +72,7 @@ def own_seeds() -> dict[str, bytes]:
         "plan-every-dtype-device": seed(every, flags=DEVICE),
         "plan-mixed-sizes-in-small-blocks": seed(mixed, block=16, task=7),
         "plan-mixed-sizes-mapped-three-files": seed(mixed, flags=MAP, files=3, block=64),
-        # Of two tensors the first in one file, the second in the other: neighbours by offset only.
+        # The first of two tensors in one file, the second in the other: neighbours by offset only.
         "plan-half-of-one-file-half-of-another": seed([("U8", [40]), ("U8", [50])], files=2, selection=22),
         "plan-half-of-one-file-half-of-another-device": seed(
             [("U8", [40]), ("U8", [50])], flags=DEVICE, files=2, selection=22

@@ -1,4 +1,4 @@
-"""What weightload and safetensors make of the same bytes, to be compared."""
+"""Compare what weightload and safetensors make of the same bytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def disagreement(content: bytes) -> str | None:
 
 
 def is_stricter(content: bytes, error: errors.WeightLoadError) -> bool:
-    """What is refused here on purpose: names that occur twice, and two notations that no writer uses.
+    """Whether weightload refuses this on purpose: names that occur twice, and two notations that no writer uses.
 
     safetensors' parser also takes an entry's fields as a list, ``["U8", [1], [0, 1]]``, and a dtype as a map,
     ``{"U8": null}``: accidents of how its types are derived, not of the format.

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank of a shared load is raised on all of them at once, and the group works afterwards."""
+"""A failure on one rank of a shared load is raised on all of them at once, and the group works afterwards."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_another_block_size(three: World, checkpoint: list[Path], strategy: str)
 def test_one_rank_leaves(
     three: World, checkpoint: list[Path], names: list[str], strategy: str, rank: int, how: str
 ) -> None:
-    """By ``break``, ``close()``, an exception of its consumer, or garbage collection: the others are told who left."""
+    """The others are told who left by ``break``, ``close()``, an exception of its consumer, or garbage collection."""
     outcomes = three.run(
         scenarios.load, files=checkpoint, strategy=strategy, tuned=TUNED, per_rank={rank: {"leave": (how, 30)}}
     )

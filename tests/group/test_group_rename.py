@@ -77,7 +77,7 @@ def expected(files: list[Path]) -> dict[str, torch.Tensor]:
 
 
 def load(here: scenarios.Rank, files: list[Path], strategy: str, kind: str, way: str) -> dict[str, Any]:
-    """What came, and whether it is right."""
+    """Load on one rank. Report whether the tensors are right, how it failed, and whether the target was touched."""
     whole = expected(files)
     target = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
     group, failure = here.group((0, 1)), None

@@ -51,7 +51,7 @@ if rank < 4:
     check(error, errors.ReadError)
     assert error.errno == 5 and error.filename == path and error.offset is not None
 
-    # Of ranks that were told to load together it is the same, without DTensors.
+    # Ranks that were told to load together behave in the same way, without DTensors.
     if rank == 1:
         _C.arm_fault("error", first=1, count=1 << 30, error_number=5)
     error = load({name: torch.zeros(16, 8) for name in "abcd"}, group=four)
@@ -82,7 +82,7 @@ if rank < 4:
     into = {"a": target()["a"], "bc"[rank % 2]: expert}
     assert load(into, strict=False) is None and is_right(into)
 
-    # What is not ours, and an interrupt, in the code of one rank's module.
+    # The code of one rank's module raises an error that is not ours, and an interrupt.
     class OwnError(Exception):
         pass
 

@@ -92,7 +92,7 @@ with settings.override(**SMALL):
     else:
         assert isinstance(drain(weights), errors.RankLeftError)
 
-# What one rank's shard= says, and a read of its own that fails.
+# One rank's shard= gives a wrong answer, and a read of its own fails.
 def refuse(name, shape, dtype):
     return (slice(None, None, 2),) if rank == 1 else None
 

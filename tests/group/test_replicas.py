@@ -58,7 +58,7 @@ for strategy in ("auto", "independent"):
     report = load(rows, strategy=strategy)
     assert sum_over_ranks(bytes_read(report)) == 2 * size and list(report.stats) == ["cpu"]
 
-# Of any placements.
+# Tensors of any placements.
 chance = random.Random(SEED)
 ways = [
     (Replicate(), Shard(1)), (Replicate(), Replicate()), (Shard(0), Replicate()), (Shard(0), Shard(1)),
@@ -87,7 +87,7 @@ for shards, first in ((rows, 0), (mixed, 0), (mixed, 1), (mixed, 2)):
         else:
             raise AssertionError("no error")
         _C.disarm_fault()
-# What fails while a tensor is put into place is the cause; that the rank has left is not.
+# The cause is the error while a tensor is put into place, not that the rank has left.
 put = filling._put
 def failing(*arguments):
     if rank == 3:
@@ -104,7 +104,7 @@ else:
 filling._put = put
 load(rows, strategy="striped")
 
-# What fails on one alone after the ranks have agreed, and before they begin to share, is raised on all.
+# An error on one rank alone, after the ranks have agreed and before they begin to share, is raised on all.
 where = filling.reads_apart
 def failing_there(*arguments):
     if rank == 1:

@@ -27,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("load", LOADS)
 def test_a_daemon_thread_that_loads_again_and_again(load: str, path: Path) -> None:
-    """Several exits, each at another moment: after so many loads, in the middle of the next."""
+    """The process exits at another moment each time: after one, two or three loads, in the middle of the next."""
     for loads in range(1, 4):
         done = run_script(
             f"""
@@ -158,7 +158,7 @@ def test_a_forked_child_exits_while_a_thread_of_its_parent_is_in_the_core(path: 
 
 
 def test_a_forked_child_exits_while_a_thread_of_its_parent_waits_in_an_iterator(path: Path) -> None:
-    """That thread has the load to itself, which in the child would be for ever."""
+    """The child exits although the parent's thread has the load to itself, which in the child would be for ever."""
     done = run_script(
         """
         import os, signal, sys, threading, weightload

@@ -56,7 +56,7 @@ PROBE = """
         for call in (next, len, lambda made: made.close()):
             require_error(kind.__name__, lambda: call(kind.__new__(kind)))
 
-    # As arguments of others.
+    # Such objects as arguments of others.
     file = _C.CheckpointFile.__new__(_C.CheckpointFile)
     require_error("reader of a file", lambda: _C.TensorReader(file))
     options = dict.fromkeys(("map", "must_map", "read_ahead"), True) | dict.fromkeys(

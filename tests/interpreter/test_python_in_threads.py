@@ -157,7 +157,7 @@ print(found, len(kept))
 
 
 def test_nothing_is_kept_by_an_exception_at_any_line(checked: list[str]) -> None:
-    """As a signal's handler raises it while a checked load is made."""
+    """Nothing is kept by an exception that a signal's handler raises at any line while a checked load is made."""
     done = run_script(
         LOAD
         + """

@@ -182,7 +182,7 @@ def test_at_any_moment(name: str, folder: Path, lost: list[Any]) -> None:
 
 
 def test_a_prefetch_goes_on_or_says_why(folder: Path, lost: list[Any]) -> None:
-    """What is taken after an interrupt comes, or an error does; nobody waits for ever."""
+    """A tensor that is taken after an interrupt comes, or an error does. Nobody waits for ever."""
     moments = random.Random(SEED)
     for _ in range(TRIALS):
         with settings.override(threads=1), weightload.safe_open(shards(folder)[0], backend="pread") as file:
@@ -255,7 +255,7 @@ def test_what_is_forgiven_is_not_a_handlers(handler: Any) -> None:
 
 
 def test_a_handler_in_a_finaliser(lost: list[Any]) -> None:
-    """What a bar's own close() raises is forgotten, what a handler raises meanwhile is not."""
+    """An error of a bar's own close() is forgotten. An error that a handler raises meanwhile is not."""
 
     class Bar:
         __del__ = _C.finish

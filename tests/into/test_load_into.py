@@ -267,7 +267,7 @@ def test_a_target_on_several_devices(simulated: Any, checkpoint: Any) -> None:
 
 @pytest.mark.simulated
 def test_work_before_and_after_keeps_its_order(simulated: Any, checkpoint: Any) -> None:
-    """What was queued before reads the old bytes, what is queued after reads the new ones; nobody waits."""
+    """Work that was queued before the load reads the old bytes, work after it reads the new ones. Nobody waits."""
     paths, state = checkpoint
     for seed in range(5):
         simulated.seed_delays(seed, longest_us=2000)
@@ -339,7 +339,7 @@ def test_wrapped_tensors_are_not_taken_for_tied(tmp_path: Path) -> None:
 
 
 def test_freed_memory_is_refused(tmp_path: Path) -> None:
-    """As sharding libraries leave parameters behind."""
+    """A parameter without memory is refused. Sharding libraries leave such parameters behind."""
     safetensors.torch.save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
     freed = torch.zeros(4)
     freed.untyped_storage().resize_(0)
@@ -348,7 +348,7 @@ def test_freed_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_dict_that_is_made_on_the_fly_is_refused(tmp_path: Path) -> None:
-    """What is read into its tensors would be lost."""
+    """A state_dict that a hook makes anew is refused: what is read into its tensors would be lost."""
     model = torch.nn.Linear(3, 3)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "x.safetensors")
     model.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(weight=state["weight"].clone()))

@@ -54,7 +54,7 @@ def values(model: nn.Module) -> dict[str, Any]:
 
 
 def checkpoint_for(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """Of the model's names, as torch knows them before any hook."""
+    """Make a checkpoint with the model's names, as torch knows them before any hook."""
     generator = torch.Generator().manual_seed(1)
     state = {}
     with warnings.catch_warnings():
@@ -96,7 +96,7 @@ def by_torch(model: nn.Module, state: dict[str, torch.Tensor], strict: bool) -> 
 
 
 def in_state_dict(names: list[str]) -> list[str]:
-    """As the state_dict calls what load_state_dict calls by these names."""
+    """Return the state_dict's names for the tensors that load_state_dict calls by these names."""
     return sorted(name.replace("_checkpoint_wrapped_module.", "") for name in names)
 
 
@@ -215,7 +215,7 @@ def test_torch_has_no_other_modules_that_load_themselves() -> None:
 
 
 def test_a_module_class_that_was_patched_loads_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As accelerators' libraries patch torch's, for all modules at once."""
+    """A class that was patched loads in its own way. Accelerators' libraries patch torch's, for all modules at once."""
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(nn.Linear(2, 2).state_dict(), path)
     torchs = nn.Module._load_from_state_dict

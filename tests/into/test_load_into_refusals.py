@@ -1,4 +1,4 @@
-"""What load_into cannot fill it refuses by name before the first byte; what only looks like that, it fills."""
+"""Before the first byte, load_into refuses by name targets that it cannot fill. It fills those that only look so."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[[Path], torch.Tensor]
 
 
 class Stubborn(torch.Tensor):
-    """Takes no copy, as weights that were quantised by a library."""
+    """Takes no copy, like weights that were quantised by a library."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +31,7 @@ class Stubborn(torch.Tensor):
 
 
 class StubbornWrapper(torch.Tensor):
-    """The same around another tensor; of it no second one can be made."""
+    """Wraps another tensor and takes no copy. No second one of its kind can be made."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> StubbornWrapper:

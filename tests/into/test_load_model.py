@@ -145,7 +145,7 @@ def test_what_an_instance_overrides_counts(tmp_path: Path) -> None:
 
 
 def test_the_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked is what is loaded, should another file get the name meanwhile."""
+    """The file that is checked is the one that is loaded, even if another file gets the name meanwhile."""
     path = saved(Untied(), tmp_path / "m.safetensors")
     opened = []
     opener = weightload.load_model.__globals__["open_files"]

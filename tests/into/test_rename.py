@@ -165,7 +165,7 @@ def test_the_iterator_yields_whole_tensors_once(backend: Any, files: int, tmp_pa
 @pytest.mark.parametrize("dtype", ["F4", "F8_E4M3", "BOOL", "U64", "I16", "C64"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_columns_and_stacks_of_every_kind(dtype: str, backend: Any, tmp_path: Path) -> None:
-    """As torch counts: of packed elements, pairs."""
+    """Boxes count elements as torch does: packed ones in pairs."""
     shapes = {"a": [3, 8], "b": [3, 8], "c": [3, 8]}
     path = write_tensors(tmp_path / "m.safetensors", [(name, dtype, shape) for name, shape in shapes.items()])
     whole = weightload.load_file(path)
@@ -256,7 +256,7 @@ def checkpoint_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def expected_of(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What load_state_dict makes of tensors that were put together before."""
+    """Return what load_state_dict makes of tensors that were put together before."""
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         answer = fuse(name)
@@ -513,7 +513,7 @@ def test_an_index_and_duplicates_speak_of_the_checkpoints_names(tmp_path: Path) 
         result = load(duplicates="last")
         found = target if isinstance(result, weightload.LoadReport) else result
         assert found["qk"].tolist() == [2, 2, 4, 4]
-    # What nothing is loaded of, nothing must decide.
+    # A tensor that is not loaded must decide nothing.
     safetensors.torch.save_file({"x": torch.zeros(1)}, paths[1])
     assert weightload.load_into(target, paths, rename=rename).loaded == ["qk"]
     got = dict(weightload.safetensors_weights_iterator(paths, to_cpu=True, rename=rename))
@@ -546,7 +546,7 @@ def test_progress_has_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(seen) == 0
 
 
-# What is refused.
+# Answers that are refused.
 
 WORDS = "must be None, a name, or .name, box."
 ANSWERS: list[tuple[Any, type[Exception], str]] = [
@@ -627,7 +627,7 @@ def rows(*ends: int) -> tuple[slice]:
     return (slice(*ends),)
 
 
-# Of q and k, (2, 3) and float32, s, a scalar, and h, (2, 3) and float16, into x, (4, 3): the answers, what load_into
+# From q and k, (2, 3) and float32, s, a scalar, and h, (2, 3) and float16, into x, (4, 3): answers, what load_into
 # says, and what the iterator says; None: nothing.
 WRONG: dict[str, tuple[dict[str, Any], str | None, str | None]] = {
     "overlap": ({"q": ("x", rows(0, 2)), "k": ("x", rows(1, 3))}, "boxes of x overlap", "boxes of x overlap"),

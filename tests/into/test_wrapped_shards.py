@@ -120,7 +120,7 @@ for kind in (layers_inside, layers_outside, root, below_one_another, by_torch, r
             model(x).sum().backward()
 assert called.count("Layer") + called.count("FSDPLayer") > 0, called
 
-# What differs is said before any byte, by the names of the state_dict.
+# Differences are raised before any byte is read, by the names of the state_dict.
 model = by_torch(Net(), checkpoint_wrapper)
 with torch.no_grad():
     for tensor in model.parameters():
@@ -168,7 +168,7 @@ def test_wrapped_modules_of_fsdp_load_in_place(tmp_path: Path) -> None:
 
 
 def loads_in_place(model: nn.Module, path: Path) -> None:
-    """Of what the state_dict has, every tensor in place."""
+    """Require that a load fills the state_dict's contiguous tensors in place, and all of them rightly."""
     whole = {name: torch.rand(tensor.shape) for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(whole, path)
     report = weightload.load_into(model, path)

@@ -1,4 +1,4 @@
-"""What is in the page cache is copied into memory that has its pages without read calls, or read where it cannot be."""
+"""Cached bytes are copied, without read calls, into memory that has its pages. Where that cannot be, they are read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def touched() -> dict[str, torch.Tensor]:
 
 
 def copied(file: Path) -> dict[str, torch.Tensor]:
-    """What is in it, by safetensors, and not mapped."""
+    """Return the file's tensors as safetensors reads them, in memory of their own."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 

@@ -27,7 +27,7 @@ LARGE = 9 << 20
 
 @pytest.fixture(scope="module", autouse=True)
 def only_what_is_new_is_looked_through() -> None:
-    """What the tests before have left, in each of a thousand collections: a fifth of a second."""
+    """Freeze what earlier tests left: it takes each of a thousand garbage collections a fifth of a second."""
     gc.collect()
     gc.freeze()
 
@@ -57,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def iterated(path: Path, **options: Any) -> Tensors:
-    """What the iterator yields; between two tensors the modes are the user's."""
+    """Return what the iterator yields. Between two tensors the modes must be the user's."""
     options = {"to_cpu": True, "show_progress": False, **options}
     here, got = look_around(), {}
     for name, tensor in weightload.safetensors_weights_iterator([path], **options):

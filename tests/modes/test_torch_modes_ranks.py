@@ -65,7 +65,7 @@ def facts(result: Any) -> Any:
 
 
 def in_every_mode(path: Path, device: str, group: Any, strategy: str) -> list[str]:
-    """What is not as without a mode, in words."""
+    """Make every call in every mode, and describe each outcome that differs from that without a mode."""
     wrong = []
     for name, make in CALLS.items():
         plain = facts(make(path, device)(path, device, group, strategy))

@@ -40,7 +40,7 @@ def make_environment(folder: Path, with_torch: bool) -> Path:
 
 
 def plain_environment() -> dict[str, str]:
-    """That of these tests without what would lead to what is built here."""
+    """Return this process's environment without variables that lead to the package that is built here."""
     return {
         key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("WEIGHTLOAD_")
     }

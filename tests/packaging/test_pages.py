@@ -35,7 +35,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may have behind its #: headings as GitHub writes them."""
+    """Return what a link to the page may have behind its #: the page's headings as GitHub writes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -88,7 +88,7 @@ def test_the_commands_run(folder: Path) -> None:
 
 
 def links(page: Path) -> list[str]:
-    """What the page links to."""
+    """Return the targets of the page's links."""
     return re.findall(r"\]\(([^)]+)\)", page.read_text())
 
 

@@ -79,7 +79,7 @@ class Nginx:
             return int(answer.read())
 
     def requests(self) -> list[Request]:
-        """What has been asked for so far. For a server that has had one worker all the time."""
+        """Return the requests so far, of a server that has had one worker all the time."""
         self.worker()  # which answers when the lines of all answers before are written
         lines = map(json.loads, (self._folder / "access.log").read_text().splitlines())
         return [Request(address, asked, *map(int, numbers)) for address, asked, *numbers in lines]
@@ -158,8 +158,8 @@ def nginx(folder: Path, root: Path, server: str = "", http: str = "", tls: bool 
         if os.geteuid() == 0:  # else its worker would be somebody who may not look into the folder
             text = "user root;\n" + text
         (folder / "nginx.conf").write_text(text)
-        # This variable names sockets that nginx takes over. So nobody else can have the port meanwhile, and who asks
-        # before nginx is ready waits.
+        # This variable names sockets that nginx takes over. So nobody else can have the port meanwhile, and a client
+        # that asks before nginx is ready waits.
         environment = {**os.environ, "NGINX": f"{listening.fileno()};"}
         options = ["-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
         process = subprocess.Popen(

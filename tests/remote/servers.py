@@ -62,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def serve(self) -> None:
-        """As a server should."""
+        """Answer a request for a file as a server should."""
         path = self.server.folder / unquote(urlsplit(self.path).path).lstrip("/")
         if not path.is_file():
             return self.reply(404)

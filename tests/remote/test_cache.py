@@ -305,7 +305,7 @@ def test_an_index_on_the_server_speaks_of_copies_too(web: Web, folder: Path, cac
     assert copies_of(folder, cache)
 
 
-# What cannot be kept, or used.
+# Copies that cannot be kept, or used.
 
 
 def test_a_disk_that_is_full(web: Web, folder: Path, cache: Path) -> None:
@@ -749,7 +749,7 @@ RANKS = """
 
 
 def ranks(script: str, cache: Path, out: Path, files: list[str], count: int = 2) -> list[dict[str, Any]]:
-    """What each rank has told."""
+    """Run a script on several ranks, and return what each has told."""
     path = out / "ranks.py"
     end = 'json.dump(told, open(f"{out}/{rank}.json", "w"))\ndist.destroy_process_group()\n'
     path.write_text(textwrap.dedent(RANKS) + textwrap.dedent(script) + end)

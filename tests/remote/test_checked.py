@@ -53,7 +53,7 @@ CALLS: dict[str, Callable[..., object]] = {
 
 
 class Model(torch.nn.Module):
-    """Of the first file's tensors."""
+    """A model that has the first file's tensors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ def is_direct(handler: Handler) -> bool:
 
 
 def agents(web: Web) -> list[bool]:
-    """Of all requests but the one that opens: whether it was a direct one."""
+    """Tell of each request but the one that opens whether it was a direct one."""
     return [headers.get("User-Agent") == AGENT for headers in web.headers[1:]]
 
 
@@ -94,7 +94,7 @@ def tell(handler: Handler, headers: dict[str, str] | None = None, status: int = 
 
 
 def begin_answer(handler: Handler, count: int) -> None:
-    """The right head, and so many bytes of the body."""
+    """Send the right head, and ``count`` bytes of the body."""
     data = (handler.server.folder / NAME).read_bytes()
     begin, end = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
     handler.send_response(206)
@@ -315,7 +315,7 @@ def test_a_forked_child_is_told(model: Path) -> None:
 
 
 def test_one_kept_connection_that_stands_still_ends_the_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies between has forgotten them all, perhaps: each would be waited for in its turn."""
+    """If one kept connection stands still, all end. The network may have lost all, and each would be waited for."""
     monkeypatch.setitem(stores.CLIENT, "read_timeout", "1s")
     known: set[object] = set()
     dead: list[object] = []

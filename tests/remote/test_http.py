@@ -183,7 +183,7 @@ def test_other_credentials_are_wanted(web: Web, folder: Path, status: int) -> No
 
 
 def strikes(fault: str, times: int) -> object:
-    """A fault of so many of the first answers that have tensors' bytes."""
+    """Make a handler that spoils the first ``times`` answers that have tensors' bytes."""
     struck: list[str] = []
 
     def before(handler: Handler) -> bool:

@@ -79,7 +79,7 @@ def test_from_the_hub_and_from_its_cache(tmp_path: Path) -> None:
         assert told[1:] == ["a 35.0", "b 12.0", "torch.Size([5, 7])"]
         assert any(headers.get("authorization") == "Bearer hf_SECRET" for headers in web.headers)
 
-        # The same, where the cache has it: nobody is asked.
+        # The hub's cache has the model as well now: nobody is asked.
         snapshot = tmp_path / "home" / "hub" / "models--org--model" / "snapshots" / SHA
         make(snapshot / "transformer")
         (snapshot.parent.parent / "refs").mkdir()

@@ -33,7 +33,7 @@ SMALL = {"task_bytes": MIB, "block_bytes": MIB, "window_bytes": 4 * MIB, "reques
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 24 MiB, in tensors of one."""
+    """Make a model of 24 MiB, in tensors of one MiB."""
     path = tmp_path_factory.mktemp("model") / NAME
     write(path, 23)
     return path
@@ -164,7 +164,7 @@ def test_another_server_is_sent_to(model: Path, tmp_path: Path) -> None:
         assert sent_with(other)[206] >= model.stat().st_size
 
 
-# What is asked for behind the beginning.
+# Requests for bytes behind the beginning.
 LATER = 'map $http_range $later { default 1; ~^bytes=0- 0; "" 0; }'
 LATER_RANGE = "map $http_range $its_range {{ default {}; ~^bytes=0- $http_range; }}"
 PAGE = "default_type text/html; return 200 '<!DOCTYPE html><html>Sorry</html>';"
@@ -252,7 +252,7 @@ def test_a_certificate_that_nobody_knows(model: Path, tmp_path: Path, few_tries:
 
 
 def test_a_folder(model: Path, tmp_path: Path) -> None:
-    """Of all names that could be there, nginx is asked for each."""
+    """nginx is asked for each name that could be in the folder."""
     with nginx(tmp_path, model.parent) as server:
         assert weightload.resolve_safetensors_files(server.url) == [server.address(NAME)]
 
@@ -420,7 +420,7 @@ SLICES = """
 
 
 def test_a_cache_of_slices(served: Path, model: Path, tmp_path: Path, few_tries: None) -> None:
-    """As networks of caches have them: those of an old file must not be mixed with those of a new one."""
+    """Networks of caches keep slices of files. Slices of an old file must not be mixed with those of a new one."""
     want = load_file(model)
     cache = "proxy_cache_path <folder>/slices keys_zone=slices:1m;"
     with (

@@ -57,7 +57,7 @@ def register_process_group() -> None:
 
 
 def _device_module(native: Any) -> types.ModuleType:
-    """What torch looks for under ``torch.simulated``."""
+    """Make the module that torch looks for under ``torch.simulated``."""
     module = types.ModuleType("torch.simulated")
     members = {
         "is_available": native.available,

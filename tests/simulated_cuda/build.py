@@ -96,7 +96,7 @@ def build(site: Path, out: Path) -> None:
 
 
 def ninja(libraries: Libraries, parts: dict[str, list[Path]]) -> str:
-    """What to compile and link, and how."""
+    """Return the text of ninja's build file: what to compile and link, and how."""
     launcher = "ccache " if shutil.which("ccache") else ""
     cuda = f"-isystem {libraries.cuda}/include -isystem {libraries.nccl}/include {NO_NUMBERS}"
     torch = f"-isystem {libraries.torch}/include -isystem {libraries.torch}/include/torch/csrc/api/include"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import environment
 
-# Not as the package that it is in: that needs torch, and this does not.
+# Import it by itself, not from its package: that needs torch, and this does not.
 sys.path.insert(0, str(Path(__file__).parent.parent / "simulated_accelerator"))
 
 from defects import DEFECTS, Defect
@@ -25,7 +25,7 @@ from defects import DEFECTS, Defect
 TREE = environment.BUILD / "defects"
 LEAST = 20
 LIMIT_S = 600
-# Of the loads that ranks share, these consumers are enough.
+# These consumers are enough for the loads that ranks share.
 FEWER = "keep_all or use_and_drop or into_parameters or not every_rank_gets_every_byte"
 
 
@@ -62,7 +62,7 @@ def run_tests(tests: tuple[str, ...]) -> tuple[bool, str]:
 
 
 def verdict(output: str) -> str:
-    """What caught it: the checker, a check of the test's own (wrong bytes among them), a hang."""
+    """Name what caught a defect: the checker, a check of the test's own (wrong bytes among them), a hang."""
     by = []
     if "race: " in output:
         by.append("race")

@@ -38,7 +38,7 @@ BUILT_FOR_TORCH = ("torch", "functorch", "nvidia", "triton")
 COPIED = ("csrc", "weightload", "tests", "benchmarks")
 COPIED_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "MANIFEST.in")
 LEFT_OUT = ("*.so", "__pycache__", "_build_info.py")
-# What all of it takes on disk, and some more for what tests write.
+# The bytes that all of it takes on disk, and some more for what tests write.
 LEAST_FREE = 12 << 30
 
 

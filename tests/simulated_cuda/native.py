@@ -71,7 +71,7 @@ class Native(TorchCuda):
         torch._C._host_emptyCache()
 
     def limit_device_memory(self, limit: int) -> None:
-        """What the devices have from now on, beside what is in use and not cached."""
+        """Limit the memory that the devices have from now on, beside what is in use and not cached."""
         self.empty_cache()
         for device in range(DEVICES):
             self._library.simulated_cuda_limit(device, ctypes.c_size_t(min(limit, 8 << 30)))

@@ -90,7 +90,7 @@ def run_step(name: str, seed: int, seeds: int, options: list[str]) -> tuple[bool
                 passed = int(found.group(1))
         code = process.wait()
         watch.cancel()
-    # Of a process that ended after its test had looked.
+    # Show the reports of a process that ended after its test had looked.
     late = reports.read_text() if reports.exists() else ""
     if late:
         print(f"reports after the last test:\n{late}")

@@ -158,7 +158,7 @@ def test_a_context_on_the_loads_own_device_only(mixed: list[Path], device: str) 
 
 @pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
 def test_a_capture_under_way_is_a_clear_error(mixed: list[Path], mode: str) -> None:
-    """Of this thread. It is not spoilt, and a load afterwards works."""
+    """A load fails while its thread captures a graph. The capture is not spoilt, and a load afterwards works."""
     script = f"""
     def file(): return weightload.load_file(paths[0], "cuda:0")
     def into(): return weightload.load_into({{name: tensor for name, tensor in got.items()}}, paths)
@@ -186,7 +186,7 @@ def test_a_capture_under_way_is_a_clear_error(mixed: list[Path], mode: str) -> N
 
 
 def test_out_of_memory_near_the_limit(mixed: list[Path]) -> None:
-    """What cudaMemGetInfo calls free is what a load may take; with less, an error that names a tensor, and no harm."""
+    """A load may take what cudaMemGetInfo calls free. With less, an error names a tensor, and no harm is done."""
     script = """
     import gc
     path = paths[0].parent / "large.for.memory"

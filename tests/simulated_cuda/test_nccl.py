@@ -147,7 +147,7 @@ def test_a_rank_that_stops_for_a_while(tmp_path: Path, mixed: list[Path], kind: 
         assert said.rstrip().endswith("whole")
 
 
-# Of a rank whose group is aborted while it waits for the others' records. The last rank stops, before its load or
+# A rank's group is aborted while the rank waits for the others' records. The last rank stops, before its load or
 # between two tensors; the others come to have issued a collective more, which is a gather of records, since nothing
 # travels without one. A handler that has run twice since then says that they wait for it.
 WHILE_IT_GATHERS = """

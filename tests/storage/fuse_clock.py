@@ -64,7 +64,7 @@ class Server:
             try:
                 os.write(self.device, struct.pack("<IiQ", 16 + len(body), -number, unique) + body)
             except OSError as error:
-                if error.errno != errno.ENOENT:  # who asked has gone
+                if error.errno != errno.ENOENT:  # the process that asked has gone
                     raise
 
     def answer(self, code: int, node: int, body: bytes) -> bytes | int:

@@ -79,7 +79,7 @@ once = {
     "get_tensor": lambda backend: each(lambda handle, name: handle.get_tensor(name), backend),
     "get_slice": lambda backend: each(lambda handle, name: handle.get_slice(name)[:], backend),
 }
-# Of three: the system may take a page back, and have it read again, at any time.
+# The least of three: the system may take a page back, and have it read again, at any time.
 def least(count):
     return min(count() for _ in range(3))
 
@@ -134,7 +134,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module", params=["disk", "memory", "overlay"])
 def found(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What the user ``nobody`` sees of a file of root's on such a file system."""
+    """Return what the user ``nobody`` sees of root's file on a disk, in memory or on an overlay."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if request.param == "memory" else None) as name:

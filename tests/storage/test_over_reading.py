@@ -53,7 +53,7 @@ def to(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def stats_of(paths: Any, **options: Any) -> tuple[LoadStats, int]:
-    """Of a load, and the bytes that it yielded."""
+    """Load, and return the load's statistics and the bytes that it yielded."""
     weights = weightload.safetensors_weights_iterator(paths, **options)
     got = sum(tensor.nbytes for _, tensor in weights)
     return weights.stats(), got

@@ -142,7 +142,7 @@ def test_an_interrupt_and_close_end_a_load_soon(speed: str, folder: Path, tmp_pa
 
 @pytest.mark.parametrize("backend", ["mmap", "pread"])
 def test_an_error_ends_a_load_soon(backend: str, folder: Path, tmp_path: Path) -> None:
-    """Of the first task, while other threads are at later ones."""
+    """An error in the first task ends the load soon, while other threads are at later tasks."""
     faults = {"bytes_per_s": 600e3, "delay_from": 8 * MIB, "error_from": 4 * MIB, "error_to": 5 * MIB}
     script = """
         import sys, time, weightload
@@ -161,7 +161,7 @@ def test_an_error_ends_a_load_soon(backend: str, folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("speed", ["600 kB/s", "0.4 s an answer, eight at once"])
 def test_slow_storage_is_read_at_its_speed(speed: str, folder: Path, tmp_path: Path) -> None:
-    """What is done so as to stop soon must not take the speed that there is."""
+    """A load that can stop soon must still read at the speed of the storage."""
     script = """
         import sys, time, weightload
         begin = time.monotonic()

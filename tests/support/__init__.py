@@ -1,1 +1,1 @@
-"""What tests of several folders share, found from tests/ as `support`. What one folder needs is in that folder."""
+"""Shared by tests of several folders, found from tests/ as `support`. What one folder needs is in that folder."""

@@ -47,7 +47,7 @@ SERVED = ".served"  # a file, not listed, with the number of bytes that were rea
 
 @dataclasses.dataclass
 class Faults:
-    """What is wrong with the file system."""
+    """Faults of the file system."""
 
     direct_io: bool = False
     short: bool = False
@@ -56,7 +56,7 @@ class Faults:
     """Before each answer to a read at ``delay_from`` bytes or more of a file."""
     delay_from: int = 0
     bytes_per_s: float = 0.0
-    """Of all reads from there on together; 0: without limit."""
+    """The speed of all reads from ``delay_from`` on together; 0: without limit."""
     error_from: int = -1
     """Reads that touch these bytes of a file fail with EIO; -1: none."""
     error_to: int = -1
@@ -139,7 +139,7 @@ class Server:
     def hold(self, node: int) -> None:
         if node == ROOT or not self.faults.holds or not os.path.exists(self.faults.holds):
             return
-        until = time.monotonic() + 10  # who waits cannot be killed
+        until = time.monotonic() + 10  # a process that waits cannot be killed
         met, late = (self.faults.holds + end for end in (".met", ".late"))
         open(met, "wb").close()
         while os.path.exists(met):

@@ -1,4 +1,4 @@
-"""What the tests of parts of tensors share."""
+"""Shared by the tests of parts of tensors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def random_placements(chance: random.Random, dimensions: int, mesh: tuple[int, .
 
 
 def cut(tensor: torch.Tensor, box: Any) -> torch.Tensor:
-    """What torch makes of a box as ``shard=`` answers it: None, or a slice or a list of ranges for each dimension."""
+    """Cut a box that ``shard=`` answered out of a tensor: None, or a slice or a list of ranges for each dimension."""
     for dimension, item in enumerate(box or ()):
         pieces = [item] if isinstance(item, slice) else [slice(*ends) for ends in item]
         tensor = torch.cat([tensor[(slice(None),) * dimension + (piece,)] for piece in pieces], dimension)

@@ -50,7 +50,7 @@ class Native(TorchCuda):
         return release
 
     def limit_device_memory(self, limit: int) -> None:
-        """What torch may take from now on, beside what is in use and not cached."""
+        """Limit the memory that torch may take from now on, beside what is in use and not cached."""
         self.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved(0) + limit) / total))

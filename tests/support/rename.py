@@ -1,4 +1,4 @@
-"""What the tests of ``rename=`` share: tensors cut into pieces, and the answers that put them together."""
+"""Shared by the tests of ``rename=``: tensors cut into pieces, and the answers that put them together."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def as_box(chance: random.Random, bounds: Bounds, shape: Sequence[int]) -> tuple
 
 
 def index_of(box: tuple[Any, ...], bounds: Bounds) -> tuple[Any, ...]:
-    """The same for torch, whose slices may end where they begin."""
+    """Return the index with which torch takes a box. Its slices may end where they begin."""
     return tuple(
         begin if n < len(box) and isinstance(box[n], int) else slice(begin, end)
         for n, (begin, end) in enumerate(bounds)
@@ -87,7 +87,7 @@ class Cut:
     answers: dict[str, Any]
 
     def save(self, folder: Path, files: int = 1) -> list[Path]:
-        """In so many files."""
+        """Save the pieces in ``files`` files."""
         paths = []
         for number in range(files):
             path = folder / f"{number}.safetensors"

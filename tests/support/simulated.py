@@ -1,4 +1,4 @@
-"""What the tests on a simulated accelerator share."""
+"""Shared by the tests on a simulated accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CUDA's torch itself tells of devices, real or simulated: the knobs that both have."""
+"""Ask CUDA's torch itself about devices, real or simulated: the knobs that both have."""
 
 from __future__ import annotations
 

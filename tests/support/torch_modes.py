@@ -1,4 +1,4 @@
-"""What a caller of torch may have set while it loads, and how to tell that a load neither met nor moved it."""
+"""State that a caller of torch may have set while it loads, and how to tell that a load neither met nor moved it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def constructors_on_meta() -> Iterator[None]:
-    """As accelerate's init_empty_weights, DeepSpeed's zero.Init and transformers' no_init_weights replace functions."""
+    """Patch torch like accelerate's init_empty_weights, DeepSpeed's zero.Init and transformers' no_init_weights."""
     register = torch.nn.Module.register_parameter
     makers = {name: getattr(torch, name) for name in ("empty", "zeros", "ones", "full", "arange", "tensor", "randn")}
     starters = {name: getattr(torch.nn.init, name) for name in ("kaiming_uniform_", "normal_", "uniform_", "zeros_")}
@@ -202,7 +202,7 @@ LEAF = torch.ones(3, requires_grad=True)
 
 
 def look_around() -> list[Any]:
-    """What the user's own calls of torch do here."""
+    """Return what the user's own calls of torch do here."""
 
     def outcome(call: Call) -> Any:
         try:

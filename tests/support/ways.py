@@ -1,4 +1,4 @@
-"""What the tests of bad input, changing files, faults and limits share: every way into the library that reads files."""
+"""Every way into the library that reads files, for the tests of bad input, changing files, faults and limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from weightload._base.dtypes import TORCH_DTYPES, torch_shape
 Bytes = dict[str, bytes]
 Way = Callable[[list[Path]], Bytes]
 
-# What a tensor may be loaded into where the file cannot be asked.
+# A target to load into where the file cannot be asked for its tensors.
 ANY_TARGET = {"a": torch.zeros(1, dtype=torch.uint8)}
 # Small enough for several tasks, slots and blocks in a file of 200 kB.
 TINY: dict[str, Any] = {
@@ -45,7 +45,7 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> Bytes:
 
 
 def content(*paths: Path) -> Bytes:
-    """What the files hold, as safetensors reads it."""
+    """Return what the files hold, as safetensors reads it."""
     return bytes_of({name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()})
 
 

@@ -113,7 +113,7 @@ def test_a_bit_is_noticed(files: list[Path], parts: None, kind: str, at: int) ->
 
 
 def test_parts_in_another_order(files: list[Path], parts: None) -> None:
-    """The same bytes, two parts of the same size exchanged: no sum of theirs would tell."""
+    """A file with two equally large parts exchanged is refused. It has the same bytes: no sum of theirs would tell."""
     data = files[0].read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     first, second = 80_002, 120_003

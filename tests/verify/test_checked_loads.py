@@ -85,7 +85,7 @@ def test_a_bit_is_noticed(files: list[Path], number: int) -> None:
 
 @pytest.mark.parametrize("there", [0, 1])
 def test_without_threads(files: list[Path], there: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for the verdict hashes what no thread does."""
+    """The caller that waits for the verdict hashes what no thread does."""
     started, left = threading.Thread.start, [there]
 
     def start(thread: threading.Thread) -> None:

@@ -42,7 +42,7 @@ def verify(files: list[Path]) -> dict[str, str]:
 
 
 class Seen:
-    """What taps were told, and what the threads that hash have read themselves."""
+    """Records what taps were told, and what the threads that hash have read themselves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken: list[Range] = []
@@ -128,7 +128,7 @@ def test_a_bit_is_noticed(
 
 
 def test_reading_past_the_page_cache_stays_so(files: list[Path], verify: dict[str, str]) -> None:
-    """Nobody reads a second time, who would want it in the page cache."""
+    """Nobody reads the file a second time, which would want it in the page cache."""
     with settings.override(read="direct"):
         weights = weightload.safetensors_weights_iterator(files, to_cpu=True, backend="pread", verify=verify)
         dict(weights)
@@ -200,7 +200,7 @@ def test_ranges_that_overlap_and_differ() -> None:
 def test_wrong_bytes_in_one_reading_are_noticed(
     files: list[Path], verify: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where storage gives something else to the load than to who reads again."""
+    """A load raises if storage gives it other bytes than the reader that reads again."""
     take = FileTap.take
 
     def other(tap: FileTap, begin: int, data: memoryview) -> None:
@@ -224,7 +224,7 @@ def test_a_tap_that_fails(files: list[Path], verify: dict[str, str], monkeypatch
 def test_the_signal_of_a_leave_that_fails(
     files: list[Path], verify: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a signal's handler makes it, where the load is made."""
+    """An interrupt while a tap is left, such as a signal's handler raises, comes out where the load is made."""
 
     def failing(tap: FileTap) -> None:
         raise KeyboardInterrupt

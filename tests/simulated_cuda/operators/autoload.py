@@ -27,7 +27,7 @@ class _LoaderOfTorch(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
-            module.__spec__.loader = self._under  # for who asks it for files
+            module.__spec__.loader = self._under  # for code that asks it for files
         self._under.exec_module(module)
         if OPERATORS.exists():
             ctypes.CDLL(str(OPERATORS), mode=ctypes.RTLD_GLOBAL)

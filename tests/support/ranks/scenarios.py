@@ -1,4 +1,4 @@
-"""What the ranks of a group do in the tests of shared loads: runs in the processes that groups.py starts."""
+"""Scenarios that the ranks of a group run in the tests of shared loads, in the processes that groups.py starts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclasses.dataclass
 class Drained:
-    """What a consumer got out of one load."""
+    """The result of one load for its consumer."""
 
     names: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -314,7 +314,7 @@ def count_reads(here: Rank, files: Sequence[Path], tuned: dict[str, int], strate
 
 
 def stats_of(here: Rank, files: Sequence[Path], strategy: str) -> dict[str, Any]:
-    """What the load of one rank says of itself."""
+    """Load on one rank, and return the load's statistics."""
     weights = weightload.safetensors_weights_iterator(files, device="cpu", group=here.group(None), strategy=strategy)
     list(weights)
     return weights.stats().as_dict()
@@ -444,7 +444,7 @@ def second_on_the_same_group(here: Rank, files: Sequence[Path], strategy: str, t
 
 
 def repeat(here: Rank, files: Sequence[Path], times: int, tuned: dict[str, int]) -> list[dict[str, int]]:
-    """What the process has open before and after many loads: whole ones, left ones and failing ones."""
+    """Load many times: whole, left and failing loads. Return what the process has open before and after them."""
 
     def some(count: int) -> None:
         for number in range(count):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 GROUP_TIMEOUT_S = 60
-"""Of collectives: what a rank that waits for another that has left goes through. On a busy machine ranks are late."""
+"""The timeout of collectives: a rank waits this long for one that has left. On a busy machine ranks are late."""
 
 # With a backend for the CPU and without, as "cpu:gloo,cuda:nccl" and "nccl" are.
 NCCL = "nccl" if KIND == "cuda" else "simulated_ccl"  # or what stands in for it
@@ -38,7 +38,7 @@ KINDS = list(BACKENDS)
 
 
 class RanksFailed(AssertionError):
-    """What the ranks said that failed."""
+    """Ranks failed; the text has what they said."""
 
 
 class Rank:
@@ -73,7 +73,7 @@ class Rank:
         self.native.seed_delays(seed * self.size + self.number, longest_us)
 
     def leftovers(self) -> dict[str, Any]:
-        """What is in use though nothing should be."""
+        """Return what is in use though nothing should be."""
         from conftest import open_checkpoints, thread_count
 
         gc.collect()
