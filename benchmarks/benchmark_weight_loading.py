@@ -64,7 +64,7 @@ def per_tensor(files: list[str]) -> Weights:
 
 
 def per_tensor_cloned(files: list[str]) -> Weights:
-    """The same, into memory of one's own."""
+    """Yield the tensors of ``per_tensor`` in memory of their own."""
     for name, tensor in per_tensor(files):
         yield name, tensor.clone()
 
@@ -141,7 +141,7 @@ def prepare_scenario(files: list[str], cache: str, ranks: Ranks, can_evict: bool
 
 
 def prepare(files: list[str], cold: bool, ranks: Ranks) -> None:
-    """The same state before every run: garbage collected, cache cold or warm and verified, memory backed."""
+    """Make the state the same before every run: garbage collected, cache cold or warm and verified, memory backed."""
     gc.collect()
     ranks.barrier()
     if cold:

@@ -46,7 +46,7 @@ def load_broadcast(files: list[str], device: torch.device | str, node_group: Any
     """For programs that import it: one rank reads every tensor with safetensors, and broadcasts it to the others.
 
     Args:
-        files: the same on all ranks, who all read the headers.
+        files: the same on all ranks, which all read the headers.
         device: of this rank.
         node_group: a ``ProcessGroup``, an object with one as its ``device_group`` (FastVideo's, vLLM's), or None for
             all ranks; where torch.distributed is not initialised this process loads alone.

@@ -82,7 +82,7 @@ for name, tensor in WAYS[way]():
 print(time.perf_counter() - begin)
 """
 
-# Who competes in each kind of memory, the one to beat first.
+# Competitors in each kind of memory, the one to beat first.
 KINDS = {"mapped": ("safetensors", "weightload"), "private": ("safetensors clone", "weightload pread")}
 CACHES = ("warm", "cold")
 MEMORIES = ("as it comes", "touched before")

@@ -50,7 +50,7 @@ def llama_config(layers: int) -> Any:
 
 
 def make_model(framework: str, folder: Path, gigabytes: float, device: str) -> None:
-    """Save a model of about so many bytes, of random ones, made on the device."""
+    """Save a model of about ``gigabytes`` GB, with random weights, made on the device."""
     import torch
 
     torch.manual_seed(0)
@@ -246,7 +246,7 @@ def measure(framework: str, folder: Path, options: argparse.Namespace) -> list[d
 
 
 def share(loads: list[dict[str, Any]]) -> str:
-    """Of a whole start, what the load takes."""
+    """The seconds of a whole start, and the share of them that the load takes."""
     whole, loading = (
         statistics.median(sum(load[part] for part in parts) for load in loads)
         for parts in (("import", "touched", "step"), ("touched",))

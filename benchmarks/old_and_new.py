@@ -28,7 +28,7 @@ from report.compare_summary import by_chance
 
 HERE = Path(__file__).resolve().parent.parent
 
-# What is timed: until every page of every tensor has been touched, and all are held.
+# A load is timed until every page of every tensor has been touched, and all are held.
 CHILD = """
 import json, sys, time
 import torch, weightload

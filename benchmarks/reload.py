@@ -35,7 +35,7 @@ OURS = "weightload load_into"
 
 
 def get_slices(files: list[str], module: torch.nn.Module) -> None:
-    """Parameter by parameter, as those do who reload weights into a running model by hand."""
+    """Copy parameter by parameter, like people who reload weights into a running model by hand."""
     from safetensors import safe_open
 
     targets = parameters(module)

@@ -84,7 +84,7 @@ def is_expert(name: str) -> bool:
 
 
 def placements(plan: str, name: str, shape: Iterable[int], rank: int) -> list[Any] | None:
-    """Of a tensor on the plan's mesh; None: it is not this rank's. A rank's experts are its alone: plain tensors."""
+    """A tensor's placements on the plan's mesh; None: another rank's. A rank's experts are its alone: plain tensors."""
     dimensions = len(list(shape))
     if plan.startswith("fsdp"):
         return [Shard(0) if dimensions else Replicate()]
@@ -212,7 +212,7 @@ WAYS: dict[str, Callable[[Target, list[str]], None]] = {
 
 
 def prepare(ranks: GroupedRanks, cold: bool, touched: bool, files: list[str]) -> None:
-    """The same state before every load: memory backed or as it comes, files in the page cache or out of it."""
+    """Make the state the same before every load: memory backed or as it comes, files in the page cache or out of it."""
     gc.collect()
     ranks.barrier()
     if ranks.first:
@@ -246,7 +246,7 @@ def synchronize(target: Target) -> None:
 
 
 def bytes_so_far() -> tuple[int, int]:
-    """That this process has got from read calls, and that storage has brought in for it."""
+    """Bytes that this process has got from read calls, and bytes that storage has brought in for it."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"]), int(fields["read_bytes"])
 
@@ -309,7 +309,7 @@ def first_load(plan: str, options: argparse.Namespace, ranks: GroupedRanks, file
 
 
 def ways_of(plan: str, options: argparse.Namespace) -> list[str]:
-    """Of ranks that have different names, nobody's state is everybody's."""
+    """Choose the ways for a plan. Where ranks have different names, no rank's state can be sent to all."""
     ways = list(dict.fromkeys([OURS, *options.ways]))
     return [way for way in ways if not (plan == "ep4" and way == SHARED)]
 

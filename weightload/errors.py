@@ -142,7 +142,7 @@ class GroupValueError(GroupError, ValueError):
 
 
 class GroupTypeError(GroupError, TypeError):
-    """The same of the wrong type."""
+    """A rank of the group was given an argument of the wrong type, or what picks its tensors said so."""
 
 
 class HeaderTooSmall(HeaderError):

@@ -117,7 +117,7 @@ class Settings:
         return self.threads or min(max(usable_cpus(), least), MOST_DEFAULT_THREADS)
 
     def threads_of(self, files: Iterable[_C.CheckpointFile], cold: bool = False) -> int:
-        """The same of a load: as many as requests at once, where a server has any of it."""
+        """Threads to start for a load of these files: as many as requests at once, where a server has any of them."""
         return self.requests or MOST_REQUESTS if any(file.is_remote for file in files) else self.thread_count(cold)
 
     def threads_at_first(self, files: Iterable[_C.CheckpointFile]) -> int:
@@ -126,7 +126,7 @@ class Settings:
 
 
 Readers = Literal["one", "same", "apart"]
-"""Who reads files on this node by themselves: this process alone, several that want the same, or each other parts."""
+"""Processes of this node that read by themselves: this one alone, several the same files, or each other parts."""
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 

@@ -10,7 +10,7 @@ SAMPLE = 50
 PIECE = 64 << 20
 END = 64 << 10
 
-# What compare_loaders.py compares with the files as safetensors maps them, in the words of its results.
+# The loads that compare_loaders.py compares with safetensors' mapped files, in the words of its results.
 UNTIMED = (
     "one untimed load of each loader: names, and of every tensor dtype, shape, device and every byte, once all are "
     f"held; of at most {SAMPLE} tensors every byte also as they are yielded"

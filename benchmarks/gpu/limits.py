@@ -104,7 +104,7 @@ class Copy:
 
 
 def direct_read(files: Sequence[str], threads: int = THREADS, piece: int = PIECE) -> int:
-    """Read all bytes past the page cache (O_DIRECT), so many at a time; returns how many.
+    """Read all bytes past the page cache (O_DIRECT), ``piece`` at a time; returns how many.
 
     Raises:
         OSError: the file system does not do that.

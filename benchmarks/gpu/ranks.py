@@ -39,7 +39,7 @@ from gpu.report import print_ranks
 COMPARISON = Path(__file__).parent.parent / "benchmark_weight_loading_comparison.py"
 KIT_NCCL = Path(".kit/libnccl.so.2.xz")
 LEAST_NCCL = 23000
-# What is asked where the backend is the whole of the question, and where it is not; "auto" is one of the others.
+# Ways to ask for where the backend is the whole question, and where it is not; "auto" is one of the others.
 FEW = "python broadcast,weightload broadcast,weightload striped"
 MOST = f"python independent,python async broadcast,weightload independent,{FEW}"
 LEAST_S, LONG_S = 20, 70  # a run that has less is not begun; one that has this should end in time
@@ -191,7 +191,7 @@ class Runs:
         ]  # fmt: skip
 
     def status(self) -> int:
-        """Of this process."""
+        """The exit status of this process."""
         if any(run["failed"] for run in self.result["runs"]):
             return 1
         return SKIPPED if any(run["reason"] for run in self.result["runs"]) else 0

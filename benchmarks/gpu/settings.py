@@ -42,7 +42,7 @@ COLD_TRIALS: list[dict[str, Any]] = [{}, {"read": "direct"}, {"read": "buffered"
 
 
 def words(trial: dict[str, Any]) -> str:
-    """As one would write it."""
+    """Name a trial's settings as one would write them."""
     shown = {k: f"{v // MIB}M" if isinstance(v, int) and v >= MIB else v for k, v in trial.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items()) or "defaults"
 

@@ -15,7 +15,7 @@ from loaders.group_ways import PEER_WAYS, WAYS
 from loaders.peers import BASELINE, MAPPED, OURS, PEERS, PRIVATE, environment, missing
 
 SCRIPT = Path(__file__).parent.parent / "benchmark_weight_loading_comparison.py"
-# What is compared with its like: on the CPU these map the files, all others have memory of their own.
+# Ways are compared with their like: on the CPU these map the files, all others have memory of their own.
 MAPPING = ("python mapped", "weightload independent", "weightload auto")
 OWNERS = {"python": BASELINE, "weightload": OURS, "fastsafetensors": "fastsafetensors", "run:ai": "run:ai streamer"}
 PYTHON_BASELINES = {MAPPED: "python mapped", PRIVATE: "python broadcast"}
@@ -65,7 +65,7 @@ def run(loaded: tuple[int, int, int], ranks: int, options: argparse.Namespace, l
 
 
 def scenarios(result: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """That result as scenarios: ways that map files apart from those with memory of their own."""
+    """Split the result of some ranks into scenarios: ways that map files apart from those with memory of their own."""
     ranks = result["ranks"]
     common = {"place": "disk", "cache": "warm", "ranks": ranks, "note": "; ".join(result.get("cache_remarks", ()))}
     if "rows" not in result:

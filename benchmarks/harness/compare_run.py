@@ -116,7 +116,7 @@ class State:
         self._backed = (total if cache == "cold" else 0) + (2 * total if kind not in (MAPPED, "device") else 0)
 
     def prepare(self, last: Arm | None) -> None:
-        """As asked for, and verified.
+        """Bring cache and memory into the state that was asked for, and verify it.
 
         Raises:
             NotEvictedError: something holds the files in the page cache, and it is not the loader that ran last.
@@ -172,7 +172,7 @@ class Rounds:
         self.last: Arm | None = None  # the one that loaded last
 
     def run(self, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-        """As many rounds as are asked for and fit into the budget."""
+        """Run as many rounds as are asked for and fit into the budget."""
         kind, cache = self.found["kind"], self.found["cache"]
         self.limits, held_against = limits_for(kind, cache, device)
         names = [*self.limits, *self.arms]
@@ -257,7 +257,7 @@ class Rounds:
         for _ in range(rounds):
             begin = time.monotonic()
             order = self.order.sample(arms, len(arms))
-            # As many at once as there are processors for their imports; they load one after the other.
+            # Start as many at once as there are processors for their imports; they load one after the other.
             for at in range(0, len(order), usable_cpus()):
                 started = [(arm, arm.start_another()) for arm in order[at : at + usable_cpus()]]
                 try:

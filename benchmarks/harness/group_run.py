@@ -65,7 +65,7 @@ def raw_read(place: Place, ranks: GroupedRanks) -> Timing:
 
 
 def raw_collective(place: Place, total: int, block: torch.Tensor) -> Timing:
-    """As many bytes through the group, in large pieces out of and into one block."""
+    """Send ``total`` bytes through the group, in large pieces out of and into one block."""
     begin = time.perf_counter()
     for at in range(0, total, BLOCK):
         dist.broadcast(block[: min(BLOCK, total - at)], group=place.group, group_src=0)
@@ -163,7 +163,7 @@ class Comparison:
                 advance(1)
 
     def _prepare(self, memory: bool) -> None:
-        """The same state before every run: garbage collected, cache warm and verified, memory backed if it is used."""
+        """Make every run begin alike: garbage collected, cache warm and verified, memory backed if it is used."""
         gc.collect()
         self.ranks.barrier()
         if self.ranks.first_of_node:
@@ -181,7 +181,7 @@ class Comparison:
         self.ranks.barrier()
 
     def cache_remarks(self) -> list[str]:
-        """Of all nodes."""
+        """Return the remarks of all nodes."""
         return sorted({remark for remarks in self.ranks.gather(self.remarks) for remark in remarks})
 
 

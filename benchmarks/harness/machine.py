@@ -163,7 +163,7 @@ def back_memory(size: int) -> None:
 
 
 def back_memory_elsewhere(size: int) -> None:
-    """The same by another process, so that none of it stays with this one."""
+    """Have another process back memory, so that none of it stays with this one."""
     script = f"from harness import machine; machine.back_memory({size})"
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=True)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-# What a process holds beyond the page cache: anonymous memory, and shared memory.
+# Memory that a process holds beyond the page cache: anonymous memory, and shared memory.
 MEMORY_FIELDS = ("RssAnon", "RssShmem")
 
 

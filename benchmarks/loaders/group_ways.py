@@ -24,7 +24,7 @@ BASELINE = "python broadcast"
 
 # safetensors knows its devices by name; to others a tensor goes by way of the CPU.
 KNOWN_DEVICES = ("cpu", "cuda", "xpu", "npu", "hpu", "mps")
-# What gloo and NCCL both can move. Other dtypes travel as bytes, which costs the same.
+# Dtypes that gloo and NCCL both can move. Others travel as bytes, which costs the same.
 MOVABLE = (torch.float32, torch.float64, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64)
 
 

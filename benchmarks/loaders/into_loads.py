@@ -52,7 +52,7 @@ def safetensors_load_state_dict(files: list[str], module: torch.nn.Module) -> No
 
 
 def weightload_load_state_dict(files: list[str], module: torch.nn.Module) -> None:
-    """The same, with no more than the import changed."""
+    """Do what ``safetensors_load_state_dict`` does, with no more than the import changed."""
     from weightload import load_file
 
     _load_state_dict(load_file, files, module)

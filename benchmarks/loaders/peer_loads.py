@@ -26,7 +26,7 @@ class NotAvailableError(Exception):
 
 
 def safetensors(files: list[str], device: torch.device, backend: str = "mmap") -> Weights:
-    """As people write it, tensors made on the device. FastVideo's iterator does the same when it does not broadcast."""
+    """Load as people do, tensors made on the device. FastVideo's iterator does the same when it does not broadcast."""
     from safetensors import safe_open
 
     # safetensors before 0.8 has no backend.

@@ -23,7 +23,7 @@ FOLDERS = "WEIGHTLOAD_PEERS"
 BASELINE = "safetensors"
 OURS = "weightload"
 
-# What a load gives, which is compared only with its like.
+# Kinds of memory that a load gives. It is compared only with its like.
 MAPPED = "mapped"  # views of the page cache; done when every page has been touched
 PRIVATE = "private"  # memory of their own
 INTO = "into"  # parameters that were there before

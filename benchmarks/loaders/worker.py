@@ -143,7 +143,7 @@ class Runner:
         return answer
 
     def watched(self) -> dict[str, Any]:
-        """One load for those who watch memory: nothing is timed, touched or compared, and all else is there before.
+        """Load once for those that watch memory: nothing is timed, touched or compared, and all else is there before.
 
         When it began and ended is told by the clock that all processes share.
         """

@@ -88,7 +88,7 @@ def by_chance(ours: Sequence[float], theirs: Sequence[float]) -> float:
     every = sorted([*ours, *theirs])
     # Twice the mean rank of equal times, which is a whole number.
     ranks = {seconds: bisect_left(every, seconds) + bisect_right(every, seconds) + 1 for seconds in every}
-    # In how many ways so many of all times have this sum of ranks.
+    # In how many ways a number of all times have a sum of ranks.
     ways: list[Counter[int]] = [Counter({0: 1}), *(Counter[int]() for _ in ours)]
     for seconds in every:
         for taken in range(len(ours), 0, -1):
@@ -101,7 +101,7 @@ def by_chance(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def verdict(scenario: Scenario) -> str:
-    """Who is first, by how much, and where weightload stands."""
+    """Say who is first, by how much, and where weightload stands."""
     if scenario["reason"]:
         return f"not measured: {scenario['reason']}"
     ranked = best_of_each(scenario["rows"])

@@ -167,7 +167,7 @@ def measure(files: list[str]) -> dict[str, Any]:
             dist.all_gather_into_tensor(words, word)
 
     def all_stripes() -> None:
-        """As the loader gathers on the CPU: a broadcast from every rank, at once."""
+        """Gather as the loader does on the CPU: a broadcast from every rank, at once."""
         for work in [dist.broadcast(stripe, root, async_op=True) for root, stripe in enumerate(stripes)]:
             work.wait()
 

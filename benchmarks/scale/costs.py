@@ -38,7 +38,7 @@ class Assumptions:
     """One step of NCCL's ring over NVLink (its tuning table, hwLat, ring, LL128; 3.4 for protocol Simple)."""
 
     net_hop: float = 4.0e-6
-    """The same over the network (ring, LL128; 14 for Simple)."""
+    """One step of NCCL's ring over the network (ring, LL128; 14 for Simple)."""
 
     launch: float = 20e-6
     """Start of one NCCL collective: launch and kernel, as small all-reduces in one node show (12 to 16 us)."""
@@ -59,7 +59,7 @@ class Assumptions:
     whole messages: ceil(log2 ranks) times the bytes pass, one after another (gloo/broadcast.cc)."""
 
     host_gather: float = 4.5e9
-    """The same for stripes, which the loader sends as one broadcast from every rank at once: gloo's own all-gather
+    """gloo gathering stripes, which the loader sends as a broadcast from every rank at once: gloo's own all-gather
     copies everything twice more and gives 0.6 GB/s where these give 2.4 (2 ranks on 2 CPUs)."""
 
     host_memory: float = 40e9
@@ -92,7 +92,7 @@ class Assumptions:
     sqrt(2 ln m) deviations slower than the mean (the maximum of m normal values)."""
 
     spread_block: float = 0.15
-    """The same of one block's reads: one group over m nodes waits for the slowest node at every block. Assumed."""
+    """Standard deviation of one block's reads. One group over m nodes waits for the slowest at every block. Assumed."""
 
     overlap: bool = True
     """Stages overlap. False: they share the same few CPUs, and add up."""
@@ -129,7 +129,7 @@ STORAGES = (
 
 @dataclass(frozen=True)
 class Load:
-    """Who loads what: a strategy, within nodes or in one group over all."""
+    """A load of a size from a storage by a strategy, within nodes or in one group over all."""
 
     strategy: str
     group: str

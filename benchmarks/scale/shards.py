@@ -25,7 +25,7 @@ PIECE_S = 1e-6
 """One read of a piece that is in the page cache: a call costs about as much as copying 8 KiB."""
 
 PEER_S = 2e-6
-"""Of an all-to-all, for each other rank. Assumed: half a step of NCCL's ring over the network, with many under way."""
+"""An all-to-all, for each other rank. Assumed: half a step of NCCL's ring over the network, with many under way."""
 
 
 @dataclass(frozen=True)

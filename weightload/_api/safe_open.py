@@ -24,7 +24,7 @@ from weightload._parts.rows import about_last_dimension, box_of, is_basic, plan_
 from weightload._parts.shards import shape_of
 from weightload.errors import WeightLoadError
 
-# What safetensors calls torch. Other frameworks are its own business.
+# safetensors' names for torch. Other frameworks are its own business.
 TORCH_NAMES = ("pt", "torch", "pytorch")
 
 

@@ -26,9 +26,9 @@ class Stage:
     """One stage of a load."""
 
     seconds: float
-    """Of all its threads together."""
+    """Seconds of all its threads together."""
     bytes: int = 0
-    """That passed through; 0 where none do."""
+    """Bytes that passed through; 0 where none do."""
     threads: int = 1
     elapsed: float | None = None
     """Seconds from the beginning of the first to the end of the last, of stages that threads share."""
@@ -52,9 +52,9 @@ class FileStats:
     direct_bytes: int
     """Read past the page cache, by ``O_DIRECT``."""
     seconds: float
-    """Of all reading threads together."""
+    """Seconds of all reading threads together."""
     wanted_bytes: int = 0
-    """Of tensors, or of the parts of them that were asked for, for which all this was read."""
+    """Bytes of the tensors, or of the parts of them that were asked for, for which all this was read."""
     rounded_bytes: int = 0
     """Read beyond ``direct_bytes``, as ``O_DIRECT`` reads whole blocks of 4 KiB."""
 
@@ -92,7 +92,7 @@ class DeviceStats:
     slots: int
     """Slots of page-locked memory that were made."""
     pageable_slots: int
-    """Of these, slots that could not be page-locked."""
+    """Slots among these that could not be page-locked."""
     slots_filled: int
     """Slots' worth of reads that the plan has."""
     copies: int
@@ -112,7 +112,7 @@ class LoadStats:
     accelerator the device may still be copying then."""
     ended: bool
     bytes: int
-    """Of the tensors that the consumer has got."""
+    """Bytes of the tensors that the consumer has got."""
     tensors: int
     """Their number."""
     threads: int
@@ -131,7 +131,7 @@ class LoadStats:
     What is left out of ``open`` was open before the load began."""
     files: list[FileStats]
     device: DeviceStats | None
-    """Of loads to an accelerator."""
+    """Counts of a load to an accelerator; None for other loads."""
 
     @property
     def buffered_bytes(self) -> int:

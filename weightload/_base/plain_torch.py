@@ -39,6 +39,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 @plainly
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The same for ``torch.zeros``, of packed dtypes, too."""
+    """``torch.zeros``, which contexts of other libraries replace, too; also of packed dtypes."""
     held = torch.uint8 if dtype.itemsize == 1 else dtype
     return torch.as_tensor(0, device="cpu").new_zeros(tuple(shape), dtype=held, device=device).view(dtype)

@@ -40,7 +40,7 @@ class Load(Protocol):
 
     @property
     def total_bytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
 
     def __next__(self) -> tuple[str, torch.Tensor]: ...
 

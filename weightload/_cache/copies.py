@@ -26,7 +26,7 @@ from weightload.errors import CacheError, ReadError, WeightLoadError, located
 
 # Bytes that wait to be written. With more, answers are held back until the disk has caught up.
 MOST_WAITING = 256 << 20
-# What a load does not ask for is asked for at its end, if it is no more than this part of a file.
+# Bytes that a load does not ask for are asked for at its end, if they are no more than this part of a file.
 MOST_LEFT_OUT = 1 / 8
 PIECE = 8 << 20  # bytes of such a request
 BEHIND_A_READER = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -41,7 +41,7 @@ class Ranges:
             self.add(begin, end)
 
     def add(self, begin: int, end: int) -> None:
-        """Of a range that may touch others, or overlap them."""
+        """Add a range, which may touch others or overlap them."""
         apart = [one for one in self.all if one[1] < begin or end < one[0]]
         near = [one for one in self.all if one[1] >= begin and end >= one[0]]
         self.all = sorted([*apart, (min([begin, *(low for low, _ in near)]), max([end, *(high for _, high in near)]))])
@@ -258,7 +258,7 @@ class Worker:
         self.failure: BaseException | None = None
 
     def submit(self, work: Callable[[], None], size: int = 0) -> concurrent.futures.Future[None] | None:
-        """Have it done. What is to be waited for before more is given: so many bytes wait already.
+        """Queue work. Return a future to wait for before more is given if too many bytes wait already; else None.
 
         Raises:
             What has failed before.
@@ -299,7 +299,7 @@ class Worker:
             self._changed.notify_all()
         if self._thread is None or self._thread is threading.current_thread():
             return
-        # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
+        # Do not use Thread.join: when a signal's exception breaks it off, it takes the thread for ended.
         while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
             pass
 

@@ -35,9 +35,9 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 OTHER_NAME = "weights.safetensors"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PINNED = "pinned"
-# What says which store an address of a bucket is in.
+# Variables that say which store an address of a bucket is in.
 ACCOUNTS = (*ENDPOINTS, "AZURE_STORAGE_ACCOUNT_NAME", "GOOGLE_SERVICE_ENDPOINT", "GOOGLE_BASE_URL")
-# Of a query: a signature, which is another one each time that somebody signs. Azure's has names of two letters.
+# Names of a query's signature, which is another one each time that somebody signs. Azure's has names of two letters.
 SIGNATURES = ("x-amz-", "x-goog-")
 AZURES = {"sv", "ss", "srt", "sr", "sp", "st", "se", "sip", "spr", "sig", "skoid", "sktid", "skt", "ske", "sks", "skv"}
 
@@ -48,7 +48,7 @@ SETTLED = 10  # seconds: times are whole ones, so what has just changed may chan
 
 
 def digest(value: object, count: int) -> str:
-    """Of so many bytes, in hexadecimal digits."""
+    """Hash a value to ``count`` bytes, in hexadecimal digits."""
     return hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=count).hexdigest()
 
 
@@ -67,7 +67,7 @@ def key_of(address: str) -> str:
 
 
 def _unsigned(query: str) -> str:
-    """As it is written: to a server a plus may be another thing than a space."""
+    """Drop the signature from a query. The rest stays as it is written: a server may tell a plus from a space."""
     names = {piece.partition("=")[0] for piece in query.split("&")}
     signature = AZURES if {"sv", "sig"} <= names else set()
     kept = [
@@ -108,7 +108,7 @@ class Cache:
         folder: need not be there.
         fill: whether what the folder lacks is written to it.
         at_end: whether only in the end.
-        agree: of the ranks that share the load, who write its copies together; ``rank`` is this one's number, ``node``
+        agree: for the ranks that share the load and write its copies together; ``rank`` is this one's number, ``node``
             where it runs.
     """
 

@@ -85,7 +85,7 @@ class Directory:
         return self._found(listed.shards, listed.promised, f"not in {printable(index)}")
 
     def _wanted(self, names: list[str]) -> dict[str, str]:
-        """Of names, those of files that may be the model, and their stems."""
+        """Keep the names of files that may be the model, and give the stem of each."""
         return {
             name: self._stems[name][0]
             for name in names

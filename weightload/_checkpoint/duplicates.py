@@ -191,7 +191,7 @@ class Owners:
 
 
 def _read(folder: str, theirs: bool) -> Iterator[tuple[dict[str, str], set[str]]]:
-    """Of every index in the folder the path of each tensor's shard, and all these paths."""
+    """Read every index in the folder. Yields the path of each tensor's shard by name, and all these paths."""
     if is_address(f"{folder}/"):
         owners = _remembered.get(folder)
         if owners is not None:

@@ -32,7 +32,7 @@ __all__ = [
 
 Names = Collection[str] | Callable[[str], bool]
 Opening = Callable[[], list[_C.CheckpointFile]]
-"""Opens the files of a load. An exception's traceback keeps what its frames have: who fails clears the list."""
+"""Opens the files of a load. An exception's traceback keeps what its frames have: code that fails clears the list."""
 
 
 def open_files(paths: Sequence[Path], cache: Cache | None = None) -> list[_C.CheckpointFile]:

@@ -295,7 +295,7 @@ def _raise_failure(records: list[bytes], failure: BaseException | None) -> None:
     """Raise the error of a rank that has failed, if one has."""
     failed = [({"rank": rank} | json.loads(record[1:])) for rank, record in enumerate(records) if record[:1] == FAILED]
     if failed:
-        # That a rank has left is for a reason.
+        # A rank leaves for a reason: raise that.
         causes = [one for one in failed if one["type"] != errors.RankLeftError.__name__] or failed
         raise errors.from_rank(**causes[0]) from failure
 

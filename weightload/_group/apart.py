@@ -15,7 +15,7 @@ from weightload._group.ranks import RECORD_BYTES
 from weightload._parts.shards import Parts, bytes_of_part
 
 LEAST_SHARED = 0.1
-"""Of what the rank that wants most reads: where less is common to all, each reads everything for itself."""
+"""A part of what the rank that wants most reads. Where less is common to all, each reads everything for itself."""
 
 
 class OneLoad(Load, Protocol):
@@ -69,7 +69,7 @@ class SharedAndOwn(StandsForALoad):
 
 
 def split(selection: Sequence[Sequence[int]], common: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[bool]]:
-    """Of a selection the tensors that are not ``common`` to all ranks; and of each, in order, whether it is."""
+    """Return the selected tensors that are not ``common`` to all ranks; and for each in order, whether it is."""
     rest: list[list[int]] = []
     is_common: list[bool] = []
     for numbers, shared in zip(selection, map(set, common), strict=True):

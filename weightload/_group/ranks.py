@@ -35,7 +35,7 @@ LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANK
 
 # The node groups of the default group they were made in; made again when torch.distributed was.
 _node_groups: dict[str, Any] = {}
-# What every rank gives before a load begins has this size, so that ranks at different calls are found out. Enough for
+# Every rank's record before a load begins has this size, so that ranks at different calls are found out. Enough for
 # an error's sentence and for what the ranks compare.
 RECORD_BYTES = 2048
 NODE = b"\2"  # begins the record that names a rank's node, or what else they tell before they agree
@@ -58,7 +58,7 @@ def global_rank() -> int:
 
 
 def auto_strategy(device_type: str, ranks: int, nodes: int = 1, remote: bool = False) -> str:
-    """Choose for ``strategy="auto"`` in a group of so many ranks on so many nodes; see benchmarks/scale/model.py.
+    """Choose for ``strategy="auto"``, given a group's number of ranks and of nodes; see benchmarks/scale/model.py.
 
     On the CPU, the ranks of one node share the page cache: every rank maps the files, and nothing needs to travel. On
     accelerators each byte should cross the bus to the devices of a node once. A group over several nodes exists to
@@ -105,7 +105,7 @@ def ranks_of_this_node() -> int:
 
 
 def readers_of(shared: bool, apart: bool) -> Readers:
-    """Who reads the files of a load on this node.
+    """Say which processes of this node read the files of a load.
 
     Args:
         shared: whether ranks share the reading.
@@ -196,7 +196,7 @@ def tell_all(group: Any, stage: str, mine: str) -> list[str]:
 
 
 def _nodes_of(group: ProcessGroup, load: str) -> int:
-    """How many nodes a group's ranks are on: the same answer on all of them, who ask one another the first time."""
+    """How many nodes a group's ranks are on. All ranks get the same answer; they ask one another the first time."""
     for known, nodes in _nodes:
         if known() is group:
             return nodes

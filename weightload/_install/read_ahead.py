@@ -15,7 +15,7 @@ from weightload._load.devices import CPU
 from weightload._load.fetch import LEAST_FOR_PIPELINE, fetch, find
 from weightload.errors import OutOfMemoryError, TensorError, WeightLoadError
 
-PILE = 256 << 20  # bytes of a device's memory; a load of so many takes several times as long as to begin one
+PILE = 256 << 20  # bytes of a device's memory; to load this many takes several times as long as to begin a load
 
 
 class SafeOpen(safe_open):
@@ -163,7 +163,7 @@ class ReadAhead:
             return
         try:
             loader = start_prefetch(self._reader, plan, self._device, "mmap", in_window=True)
-        except TensorError as error:  # of a dtype that torch lacks: who wants that one hears of it
+        except TensorError as error:  # of a dtype that torch lacks: a caller that wants that one hears of it
             pass_on(error)
             return
         self._coming.update(dict.fromkeys(plan, loader))

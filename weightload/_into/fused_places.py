@@ -23,7 +23,7 @@ class FusedPlaces:
     tensors: dict[str, torch.Tensor]
     """The target's tensors by name, in its order, with the pieces of each in its place."""
     places: dict[str, Place]
-    """Of each piece; of memory that nobody has, where the box is not in this process."""
+    """The place of each piece. It is of memory that nobody has where the box is not in this process."""
     bounds: dict[str, boxes.Bounds]
     """The boxes of those that have no problem."""
     owners: dict[str, str]

@@ -120,7 +120,7 @@ def _load(
 
 @plainly
 def _duplicates(state: dict[str, torch.Tensor], names: list[str]) -> dict[str, list[str]]:
-    """As safetensors sees them: of names that share memory the one that counts, and the others."""
+    """Find names that share memory, as safetensors does: the one that counts, and the others."""
     plain = [
         tensor
         for tensor in state.values()
@@ -155,7 +155,7 @@ def _is_plain(model: torch.nn.Module) -> bool:
 
 
 def _in_words(model: torch.nn.Module, missing: Collection[str], unexpected: Collection[str]) -> str:
-    """As load_state_dict and safetensors say it."""
+    """Put missing and unexpected names in the words of load_state_dict and safetensors."""
     lines = [f"Error(s) in loading state_dict for {type(model).__name__}:"]
     for what, names in (("Missing", missing), ("Unexpected", unexpected)):
         if names:

@@ -189,7 +189,7 @@ class Walk:
         return found
 
     def home_of(self, name: str) -> tuple[str, bool] | None:
-        """Who makes something of a name that is none of ``tensors``: a prefix, and whether it is that of a part.
+        """Find the module that uses a name that is none of ``tensors``: a prefix, and whether it is that of a part.
 
         Otherwise it is that of the module that does not expect the name. None: nobody looks at it.
         """

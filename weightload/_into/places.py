@@ -69,7 +69,7 @@ def _key_of_empty_shard(local: torch.Tensor, whole: torch.Tensor) -> object:
 
 def keys(places: Mapping[str, Place]) -> dict[str, object]:
     """A key for every name, equal for tied tensors."""
-    # As few objects as can be: there may be tens of thousands of tensors, and the garbage collector looks at all.
+    # Make few objects: there may be tens of thousands of tensors, and the garbage collector looks at all.
     first: dict[int, str] = {}
     several = {0}
     for name, place in places.items():
@@ -285,7 +285,7 @@ def copies_plainly(kind: type[torch.Tensor]) -> bool:
 
 @functools.cache
 def _cast_problem(to: torch.dtype, dtype: torch.dtype, device: str) -> str | None:
-    """The same for plain tensors, whatever their strides."""
+    """Why ``copy_`` cannot fill plain tensors from this dtype, whatever their strides; None if it can."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         place, source = (empty((2, 2), of, torch.device(device)) for of in (to, dtype))

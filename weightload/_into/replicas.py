@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LEAST_SAVED = 0.1
-"""Of the bytes that a rank would read: where sharing saves less, collectives are not worth their time."""
+"""A part of the bytes that a rank would read. Where sharing saves less, collectives are not worth their time."""
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from weightload.errors import StateDictError, TensorError, located
 LEAST_REQUEST = 2 << 20
 
 Target = torch.nn.Module | Mapping[str, torch.Tensor]
-# Of each tensor of the files, by name: name, dtype, shape, and where its bytes begin and end.
+# The files' tensors by name: each one's name, dtype, shape, and where its bytes begin and end.
 Here = Mapping[str, tuple[str, str, tuple[int, ...], int, int]]
 # A tensor and what is wrong with it.
 Problems = list[tuple[str, str]]
@@ -58,7 +58,7 @@ class Match:
     tied: dict[str, object]
     """A key for every name of the target, equal for tied ones."""
     pieces: dict[str, list[str]]
-    """Of each tensor of the target that others fill together, the names of those that are read. ``places``, ``parts``,
+    """For each tensor of the target that others fill together, names of those that are read. ``places``, ``parts``,
     ``direct``, ``overlapping`` and ``sizes`` have theirs; ``loaded`` and the other lists have the target's."""
 
     def given(self) -> set[str]:
@@ -129,7 +129,7 @@ def _match(
     tied = keys(places | theirs if theirs else places)
     if fused:
         tied.update(fused.keys(tied, places))
-    # Of tied names the last in the target's order wins, as with load_state_dict; the others are not read.
+    # The last of tied names in the target's order wins, as with load_state_dict; the others are not read.
     last = {tied[name]: name for name in tensors if name in here}
     wanted = (name for name in here if name in tensors and last[tied[name]] == name)
     read = {name: places[name] for name in wanted if places[name].part is not NOTHING}
@@ -159,7 +159,7 @@ def _match(
     surplus = [name for names in unexpected.values() for name in names]
     untried: list[str] = []
     problems = [(name, f"{name!r} {place.problem}") for name, place in places.items() if place.problem]
-    # Of other problems, the module that takes part may know a way out.
+    # The module that takes part may know a way out of other problems.
     problems += [(name, f"{name!r} {place.problem}") for name, place in theirs.items() if place.hopeless()]
     whole = "cannot be loaded into: it is a DTensor in a module that takes part in its own loading"
     problems += [(name, f"{name!r} {whole}") for name, place in theirs.items() if place.whole is not None]
@@ -279,7 +279,7 @@ def _differing_shapes(here: Here, tensors: Mapping[str, torch.Tensor], sources: 
         if name not in tensors or torch.nn.parameter.is_lazy(tensor := tensors[name]) or tensor.is_nested:
             continue
         theirs, ours = torch_shape(dtype, shape), tensor.shape
-        # As load_state_dict: checkpoints of before torch 0.4 have vectors of one element for scalars.
+        # Take what load_state_dict takes: checkpoints of before torch 0.4 have vectors of one element for scalars.
         if theirs != ours and not (ours == () and theirs == (1,)):
             words = f"the checkpoint has {theirs}, the target {tuple(ours)}"
             source = f" (from {printable(sources[name])})" if name in sources else ""

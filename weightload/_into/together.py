@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 1.0
 """How often a rank that is loading looks whether another has failed: it asks the store of torch.distributed."""
 
-# Of each set of ranks that have loaded together, in how many rounds they met. The same number on all of them.
+# In how many rounds each set of ranks that have loaded together met. The number is the same on all of them.
 _rounds: collections.Counter[str] = collections.Counter()
 
 
@@ -168,7 +168,7 @@ class Together:
             return
         mine = None if isinstance(failure, OthersFailed) else failure
         heard: BaseException | None = None
-        # Of a mesh, a group's rank is not what the caller knows a rank by.
+        # In a mesh, the caller does not know a rank by its number in a group.
         own_rank = torch.distributed.get_rank() if self._is_mesh else self._groups[0].rank()
         rank = own_rank
         if isinstance(mine, (WeightLoadError, OSError)):  # of replicas, one that has failed is known already
@@ -188,7 +188,7 @@ class Together:
                         record = failed_record(error, self.load, getattr(error, "rank", None), when)
             if heard is None:
                 return
-            # Of a rank that is interrupted while it waits the others think that all is well: the next round tells them.
+            # When a rank is interrupted while it waits, the others think that all is well: the next round tells them.
             self._is_over = isinstance(heard, Exception) or heard is failure
             if (
                 mine is not None
@@ -287,7 +287,7 @@ def of_dtensors(
     for name, dealt in tensors.items():
         if id(dealt) not in known:
             spec = _spec(dealt.example)
-            # Not its ranks: of a part of a mesh (``mesh["dp"]``) those are others on other ranks.
+            # Do not compare its ranks: in a part of a mesh (``mesh["dp"]``) they differ from rank to rank.
             mesh = repr((tuple(spec.mesh.shape), spec.mesh.mesh_dim_names))
             said = repr(tuple(dealt.example.shape)), mesh + repr(spec.placements)
             known[id(dealt)] = said if spec.mesh.size() == ranks else None

@@ -126,7 +126,7 @@ def load_all(file: _C.CheckpointFile, device: torch.device, backend: str) -> dic
     if most and file.size > most and _private_bytes(file, backend) > most:
         what = f"{file.path}: {file.size} bytes do not fit into the machine's {most}"
         raise located(OutOfMemoryError(what), file.path)
-    # What does not fit into the page cache (MemAvailable: without swapping) is read as it is touched. That is the one
+    # A file that does not fit into the page cache (MemAvailable: no swapping) is read as it is touched. That is the one
     # case in which bytes that cannot be read end the process: all of them cannot be in memory before anyone looks.
     read_ahead = "MemAvailable" not in memory or file.size <= memory["MemAvailable"]
     return dict(start(Source.of([file]), device, reading=Reading(backend, read_ahead)))

@@ -93,7 +93,7 @@ class WeightsWithBar(StandsForALoad):
             raise
         try:
             self._bar.update(_bytes_of(tensor))
-        except BaseException:  # as Ctrl-C: who goes on would not have this tensor
+        except BaseException:  # such as Ctrl-C: a caller that goes on would not have this tensor
             self.close()
             raise
         return name, tensor

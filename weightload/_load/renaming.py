@@ -15,7 +15,7 @@ from weightload.errors import DuplicateTensor, located
 
 Answer = str | tuple[str, tuple[slice | int, ...]] | None
 Rename = Callable[[str], Answer] | Mapping[str, Answer]
-"""Of a tensor's name in the checkpoint: its new one, or that and the box of the tensor of this name that it fills;
+"""Maps a tensor's name in the checkpoint to its new name, or to a name and the box of that tensor which it fills.
 None: nothing is loaded of it. Names that a mapping lacks stay."""
 
 
@@ -36,7 +36,7 @@ class Renamed:
     """The names in the checkpoint of those that have another one now."""
 
     def by_target(self) -> dict[str, list[str]]:
-        """Of the target's tensors those of the checkpoint that they are made of, and their boxes, in words."""
+        """Map each tensor of the target to those of the checkpoint that it is made of, with their boxes, in words."""
         found: dict[str, list[str]] = {}
         for name, source in self.sources.items():
             if name not in self.pieces:

@@ -54,7 +54,7 @@ def _slots(slot_bytes: int, enough_bytes: int, pinned_bytes: int, most_bytes: in
         slot_bytes = locked = 1 << (pinned_bytes.bit_length() - 1)
     needed = most_bytes // slot_bytes + pieces
     enough = max(1, min(enough_bytes // locked, needed))
-    # What a slot has no room for begins the next: any two in a row are more than one full slot.
+    # Bytes that a slot has no room for begin the next: any two in a row are more than one full slot.
     return max(1, min(pinned_bytes // locked, 2 * needed)), slot_bytes, enough
 
 

@@ -65,7 +65,7 @@ class WeightIterator(_Weights, _C.HostLoader):
 
 
 class DeviceWeightIterator(_Weights, _C.DeviceLoader):
-    """The same over an accelerator's memory."""
+    """Iterator of ``(name, tensor)`` over an accelerator's memory, otherwise like ``WeightIterator``."""
 
     def stats(self) -> LoadStats:
         """Bytes, seconds and rates of the load so far, and of the ring; after its end, too."""
@@ -82,7 +82,7 @@ class Source(NamedTuple):
     """Their names between ranks, and in errors before they are open."""
     open: Opening
     most_bytes: int | None = None
-    """Of their tensors; None: as many as the files at ``paths`` have."""
+    """Bytes of their tensors; None: as many as the files at ``paths`` have."""
 
     @classmethod
     def of(

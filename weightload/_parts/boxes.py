@@ -14,7 +14,7 @@ from weightload._parts.shards import NOTHING, Part, Ranges
 Span = tuple[int, int | None]
 """Where a slice begins and ends; None: with the dimension."""
 Box = tuple[int | Span, ...]
-"""Of each dimension, from the first: the index that is taken, which drops the dimension, or a span of them."""
+"""For each dimension, from the first: the index that is taken, which drops the dimension, or a span of them."""
 Bounds = tuple[tuple[int, int], ...]
 """Begin and end in every dimension of a tensor."""
 
@@ -122,7 +122,7 @@ def index_of(box: Box, bounds: Bounds) -> tuple[int | slice, ...]:
 
 @same_layers
 def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | slice, ...], Part | None]:
-    """Of a tensor's part, which lies in memory of its own: where the box lies there, and which part of the box it is.
+    """Find a box in a tensor's part that has its own memory: where it lies there, and which part of the box that is.
 
     The indices of the part rise in every dimension, so what of them is in the box follows each other in memory.
 
@@ -159,7 +159,7 @@ def index_in_part(box: Box, bounds: Bounds, part: Part) -> tuple[tuple[int | sli
 
 
 def in_words(bounds: Bounds) -> str:
-    """As it is written in Python."""
+    """Bounds as they are written in Python."""
     return f"[{', '.join(f'{begin}:{end}' for begin, end in bounds)}]"
 
 

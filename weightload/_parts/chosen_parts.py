@@ -15,7 +15,7 @@ from weightload._parts.shards import Part, Parts, Ranges
 
 Box = tuple[slice | Sequence[tuple[int, int]], ...]
 Shard = Callable[[str, tuple[int, ...], torch.dtype], Box | bool | None]
-"""Of a tensor's name, shape and dtype: what is wanted of each dimension; None: all of it; False: none."""
+"""Says, given a tensor's name, shape and dtype, what is wanted of each dimension; None: all of it; False: none."""
 
 
 def choose_parts(

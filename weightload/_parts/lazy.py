@@ -18,9 +18,9 @@ from weightload._parts.boxes import Bounds, index_in_part
 from weightload._parts.shards import Part
 
 Read = Callable[[tuple[slice, ...]], torch.Tensor]
-"""Of a tensor of a file: a box of it, in memory of its own or that of a mapping."""
+"""Reads a box of a tensor of a file, into memory of its own or that of a mapping."""
 
-# Of functions and attributes of torch, by their names. What the dispatcher answers without looking at memory,
+# Functions and attributes of torch, by their names: what the dispatcher answers without looking at memory,
 QUESTIONS = frozenset({
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "dtype", "itemsize", "element_size",
     "nbytes", "is_floating_point", "is_complex", "is_signed", "device", "get_device", "is_cpu", "is_cuda", "is_meta",
@@ -131,7 +131,7 @@ class LazyTensor(torch.Tensor):
             return memory[tuple(None if at == NEW else slice(None) for at in self._order)]
 
     def read_whole(self) -> torch.Tensor:
-        """The same, as a view of the whole tensor, which others see what is written to."""
+        """Return the tensor that this stands for as a view of the whole one. Other views see what is written to it."""
         self._unread.make_whole()
         return self.read()
 
@@ -192,7 +192,7 @@ NEW = -1
 
 
 def _strides(shape: Sequence[int], order: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Of a view of a contiguous tensor, as torch counts them."""
+    """Strides of a view of a contiguous tensor, as torch counts them."""
     found: list[int] = []
     for number in reversed(range(len(order))):
         if order[number] != NEW:

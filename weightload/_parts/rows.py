@@ -92,7 +92,7 @@ def try_index(index: Any, shape: Sequence[int]) -> None:
 
 
 def first_dimension(items: Sequence[Any], dimensions: int) -> int | None:
-    """Which item is about the first of so many dimensions; None if none restricts it."""
+    """Which item is about the first of a tensor's ``dimensions``; None if none restricts it."""
     if dimensions == 0:
         return None
     for at, item in enumerate(items):
@@ -108,7 +108,7 @@ def first_dimension(items: Sequence[Any], dimensions: int) -> int | None:
 
 
 def about_last_dimension(index: Any, dimensions: int) -> bool:
-    """Whether an index picks from the last of so many dimensions, and does not take all of it."""
+    """Whether an index picks from the last of a tensor's ``dimensions``, and does not take all of it."""
     items = list(index) if isinstance(index, tuple) else [index]
     at = next((at for at, item in enumerate(items) if item is Ellipsis), None)
     behind = [] if at is None else [item for item in items[at + 1 :] if _dimensions(item)]

@@ -56,7 +56,7 @@ def chunk(ranges: Sequence[tuple[int, int]], chunks: int, number: int) -> Ranges
 
 
 def _between(ranges: Sequence[tuple[int, int]], first: int, last: int) -> Ranges:
-    """Of a list of indices, those at the places [first, last)."""
+    """Return the indices at the places [first, last) of a list of them."""
     found = []
     at = 0
     for begin, end in ranges:
@@ -132,7 +132,7 @@ class Dealt(NamedTuple):
     part: Part
     is_all: bool
     shape: tuple[int, ...]
-    """Of their memory on this rank."""
+    """Shape of their memory on this rank."""
     is_elsewhere: bool
     """Whether this rank is not in their mesh."""
     example: torch.Tensor

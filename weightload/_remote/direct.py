@@ -37,7 +37,7 @@ MOST_IDLE = 64  # connections
 SECONDS_IDLE = 30.0  # what lies between may have forgotten an older connection without a word
 AGENT = f"weightload/{__version__}"
 
-# What every client writes in the same way. Of other addresses the library makes what it takes for right.
+# Paths that every client writes in the same way. The library turns others into what it takes for right.
 _SAME_FOR_ALL = re.compile(r"/[A-Za-z0-9\-._~!$&()*+,;=:@/%]*(\?[A-Za-z0-9\-._~!$&()*+,;=:@/%?]*)?", re.ASCII)
 _DOTS = re.compile(r"/(\.|%2e){1,2}(/|\?|$)", re.IGNORECASE)
 _NAME = re.compile(r"[a-z0-9\-.]+", re.ASCII)
@@ -100,11 +100,11 @@ class Connections:
         self._idle.clear()
 
     def is_usable(self) -> bool:
-        """Not before an address is known, nor in a forked child, which would write into the parent's connections."""
+        """Whether an address is known and few failed. A forked child must not write into the parent's connections."""
         return bool(self._addresses) and self.failures < MOST_FAILURES and not self._process.is_parent()
 
 
-# Not a WeakValueDictionary: its callbacks are code of Python's, and what a signal's handler raises in them is lost.
+# A WeakValueDictionary will not do: its callbacks are Python code, and what a signal's handler raises there is lost.
 _connections: dict[Server, weakref.ref[Connections]] = {}
 
 

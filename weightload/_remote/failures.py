@@ -15,15 +15,15 @@ ANOTHER_RANGE = "the server gave another range than it was asked for"
 
 _STATUS = re.compile(r"status code: (\d{3})")
 
-# What the text of a failure has that the library takes for one that may pass.
+# Words in the text of a failure that the library takes for one that may pass.
 _TRIED_AGAIN = re.compile(r"after [1-9]\d* retries")
-# What the text of any failure has, and says nothing of its cause: addresses, and the library's own limits.
+# Words in the text of any failure that say nothing of its cause: addresses, and the library's own limits.
 _BESIDE = re.compile(r"https?://\S*|retry_timeout: \w+")
 
 # Where machines of a cloud are asked for credentials, when there are no others.
 _METADATA = ("/latest/api/token", "/latest/meta-data", "/metadata/identity", "/computemetadata/")
 
-# What the sources of a failure say, and we then.
+# Words of a failure's sources, and what we say then.
 _SOURCES = (
     ("unexpectedrange", ANOTHER_RANGE),
     ("missinglastmodified", "the server does not say when the object was changed"),

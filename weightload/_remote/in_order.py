@@ -23,7 +23,7 @@ from weightload._remote.stores import Place, library
 from weightload._remote.transport import asked
 
 CHUNK = 1 << 20  # bytes that are taken from the connection at a time
-# What was passed over on the way to a later range is kept for who asks for it next: threads that read in order do not
+# Bytes passed over on the way to a later range are kept for the next one that asks: threads that read in order do not
 # ask in order.
 MOST_KEPT = 256 << 20
 
@@ -123,7 +123,7 @@ class InOrder:
         return data
 
     def _let_go(self, begin: int) -> None:
-        """Of what nobody has asked for, and of what has been given out."""
+        """Let go of chunks that nobody has asked for, and of those that have been given out."""
         self._kept = [chunk for chunk in self._kept if chunk.left > 0]
         while self._kept and self._position - self._kept[0].begin > MOST_KEPT and self._kept[0].end <= begin:
             self._kept.pop(0)

@@ -34,7 +34,7 @@ class CountingLoop(asyncio.SelectorEventLoop):
         """Run until nobody holds a future any more, so long at most. For the end, when nothing new is asked for."""
         end = time.monotonic() + seconds
         while self._futures and time.monotonic() < end:
-            # What its threads let go of without the GIL the library frees when it is called next.
+            # The library frees, when it is called next, what its threads let go of without the GIL.
             library().store.MemoryStore()
             self.call_later(SECONDS_BETWEEN_LOOKS, self.stop)
             self.run_forever()

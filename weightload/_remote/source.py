@@ -91,7 +91,7 @@ class RemoteObject:
 
 
 async def body_of(answer: Any, count: int, where: str) -> Any:
-    """Its bytes, of which there must be so many."""
+    """Return the answer's bytes, of which there must be ``count``."""
     try:
         data = await answer.bytes_async()
     except Exception as error:

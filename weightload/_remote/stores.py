@@ -112,7 +112,7 @@ def _what_is_missing(address: str) -> str:
 
 
 def _web_place(stores: Any, address: str, headers: Mapping[str, bytes] | None = None) -> Place:
-    """Of one address alone: the library would write the rest of a path in its own way, and knows no queries there."""
+    """Make a place of one address: the library would write the rest of a path its way, and knows no queries there."""
     parts = split(address)
     if not parts.hostname:
         raise AddressError(f"{shown(address)}: it names no server")
@@ -128,7 +128,7 @@ def _web_place(stores: Any, address: str, headers: Mapping[str, bytes] | None = 
 
 
 async def open_address(place: Place) -> str:
-    """Of a request that another client may make: signed, where the store wants that. Empty if there is none.
+    """The address of a request that another client may make: signed, if the store wants that. Empty if there is none.
 
     Signed by keys of the environment only, and not where the library does without: other ones it would ask a machine
     of the cloud for.

@@ -77,8 +77,8 @@ class Transport:
             self._loop.run_until_complete(_break_off())
             self._loop.run_until_no_futures(SECONDS_FOR_FUTURES)
         finally:
-            self._loop.close()  # who submits now is told
-            for answer in list(self._waiting):  # and who did a moment ago
+            self._loop.close()  # whoever submits now is told
+            for answer in list(self._waiting):  # and whoever did a moment ago
                 answer.leave()
             self._ended.set()
 

@@ -64,7 +64,7 @@ class Parts:
                 self._left.update((at, min(at + PART, end)) for at in range(begin, end, PART))
 
     def jobs(self) -> list[Callable[[], None]]:
-        """What is to be done, the last of which has the verdict. Not kept here: each has this object."""
+        """Return the jobs to be done; the last to end has the verdict. They are not kept here: each has this object."""
         return [functools.partial(self._hash, *part) for part in self._left.items()] or [self._conclude]
 
     def _hash(self, begin: int, end: int) -> None:
@@ -141,7 +141,7 @@ class Checker:
             self._files.append(instead[id(file)])
 
     def take_files(self) -> list[_C.CheckpointFile]:
-        """What is to be loaded in place of the files; to be taken once."""
+        """Return the files that are to be loaded in place of the given ones; to be called once."""
         files, self._files = self._files, []
         return files
 
@@ -188,7 +188,7 @@ class Checker:
         return [functools.partial(self._check, work, reading) for reading in work.tap.readings[1 if work.mine else 0 :]]
 
     def _start(self, work: list[Callable[[], None]]) -> None:
-        """Have this done, too. Where no thread can be started, by who waits for it."""
+        """Have these jobs done, too. Where no thread can be started, the caller that waits for them does them."""
         self._work[:0] = work[::-1]
         for _ in range(min(len(work), usable_cpus() - len(self._running))):
             token = object()
@@ -225,7 +225,7 @@ class Checker:
         with self._turn:
             self._wait(look)
             if not self._stopped:
-                # Not by a name here: an exception's traceback would keep it, and their files.
+                # Give the jobs no name here: an exception's traceback would keep them, and their files.
                 self._start([job for work in self._all for job in self._last_jobs(work)])
                 self._wait(look)
             self._let_go()
@@ -244,7 +244,7 @@ class Checker:
         self._let_go()
 
     def _wait(self, look: Callable[[], None] = lambda: None) -> None:
-        # Not by Thread.join: one that a signal's exception breaks off takes the thread for ended.
+        # Do not use Thread.join: when a signal's exception breaks it off, it takes the thread for ended.
         while self._running:
             self._woken.acquire(timeout=0.1)
             look()
@@ -290,7 +290,7 @@ class Checker:
         check(work.file, work.expected, arrived)
 
     def _combine(self, work: Work, reading: CrcReading) -> None:
-        """Of what the load was given; the rest is asked for."""
+        """Combine the CRC of what the load was given; ask for the rest."""
         kind = kind_of(work.expected)
         whole = hashes.Crc(kind)
         for begin, end, crc in reading.in_order(work.file.size):

@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
     """The ranks that load together, and deal out the files that they check."""
 
     number: int
-    """Of this one among them."""
+    """This rank's number among them."""
     size: int
     one_node: bool
     """Whether they have one page cache: what one of them hashes there, all have."""
@@ -63,7 +63,7 @@ class Checking:
         self.verdict: _C.Verdict | None = None
 
     def opening(self, open_them: Opening) -> Opening:
-        """The same, and the hashing begins."""
+        """Wrap ``open_them``: when it has opened the files, the hashing begins."""
 
         def opened() -> list[_C.CheckpointFile]:
             expected = expected_digests(self._paths, self._verify)
@@ -74,7 +74,7 @@ class Checking:
                 mine = [True] * len(files)
                 self._same = {VERIFY: f"digests {digest(expected)}", DISK: ""}
                 if self._ranks is not None:
-                    # What was at a path before it was opened, and is so after that, is what was opened.
+                    # If the stamps are the same before and after the opening, they are those of the opened files.
                     one_disk = self._ranks.one_node and before is not None and before == _stamps(self._paths)
                     mine = _dealt(files, self._ranks, one_disk)
                     headers = [hashlib.sha256(_header(file)).hexdigest() for file in files if file.is_remote]
@@ -133,9 +133,9 @@ def checked(path: str, verify: Verify | None, open_it: Opening, load: Callable[[
 
 
 def _stamps(paths: Sequence[str]) -> list[str] | None:
-    """Of the files that are not servers', what no other file has, and this one no more when it was changed.
+    """Stamp the files that are not servers'. No other file has the same stamp, and a changed file gets another one.
 
-    None where one cannot be asked: opening it will say why.
+    None where a file cannot be asked: opening it will say why.
     """
     found = []
     try:

@@ -68,9 +68,9 @@ class Reader(Protocol):
 
 
 class FileTap:
-    """What a load reads of a local file: the core's threads tell it, see ``_C.CheckpointFile.with_tap``.
+    """CRCs of what a load reads of a local file. The core's threads tell it, see ``_C.CheckpointFile.with_tap``.
 
-    Without a lock: they append, and who asks for ``readings`` does so when the load is over.
+    It needs no lock: they append, and ``readings`` are asked for when the load is over.
 
     Args:
         kind: of the CRC.
@@ -110,7 +110,7 @@ class FileTap:
 
 
 class CrcTap:
-    """As ``tap.Tap``, which keeps the bytes for a hash that wants them in order.
+    """CRCs of what comes from a server. ``tap.Tap`` instead keeps the bytes for a hash that wants them in order.
 
     Attributes:
         lock: of all below.
@@ -129,7 +129,7 @@ class CrcTap:
         source.tap = self
 
     def give(self, begin: int, data: Any) -> None:
-        """For who has the answers, from any thread. Raises as ``behind_start``."""
+        """Take bytes of a server's answer, from any thread. Raises what ``behind_start`` raises."""
         end = begin + len(data)
         begin, rest = behind_start(self._source, self._start, begin, memoryview(data))
         piece = Piece(end, crc_of(self._kind, rest))

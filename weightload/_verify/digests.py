@@ -1,4 +1,4 @@
-"""Which digest a file of a checkpoint should have: by who calls, or by what lies beside the file."""
+"""Which digest a file of a checkpoint should have: the caller says so, or what lies beside the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ A name may have folders: it is then that of the file whose path ends so.
 
 
 class Kind(NamedTuple):
-    """Of a digest."""
+    """A kind of digest: its name as it is shown, and its size."""
 
     shown: str
     bytes: int

@@ -41,7 +41,7 @@ class Crc:
 
 
 def new(kind: str) -> Hash:
-    """Of nothing yet."""
+    """Make a hash that has got no bytes yet."""
     return hashlib.sha256() if kind == SHA256 else Crc(kind)
 
 
@@ -57,7 +57,7 @@ def require(kinds: Iterable[str]) -> None:
 
 @functools.cache
 def _functions(kind: str) -> tuple[Callable[[Any, int], int], Callable[[int, int, int], int]]:
-    """Of bytes, behind those that a CRC is of; and of two CRCs and the number of bytes of the second."""
+    """Return two functions: to continue a CRC with bytes, and to combine two CRCs, given the second's byte count."""
     library = _library()
     return getattr(library, kind), getattr(library, f"combine_{kind}")
 

@@ -26,7 +26,7 @@ class Budget:
         self._held = 0
 
     def take(self, count: int) -> bool:
-        """Whether there is room for so many more. With the lock held."""
+        """Take room for ``count`` more bytes, if there is any, and say so. Call it with the lock held."""
         if self._held + count > self.MOST:
             return False
         self._held += count

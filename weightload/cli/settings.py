@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def in_force() -> dict[str, dict[str, Any]]:
-    """Of each setting: its value in this process now, where that comes from, unit, default and variable.
+    """Return each setting's value in this process now, where that comes from, its unit, default and variable.
 
     ``threads`` has the number that a load would start, too.
 

@@ -24,7 +24,7 @@ from weightload._install.framework import Framework
 from weightload._load.start import Reading, Source, start
 from weightload.errors import WeightLoadError
 
-LITTLE = 16  # of a shard's bytes one in so many may be cast on the accelerator, or dropped there
+LITTLE = 16  # one in this many of a shard's bytes may be cast on the accelerator, or dropped there
 _straight_to: contextvars.ContextVar[torch.device | None] = contextvars.ContextVar("weightload_diffusers", default=None)
 
 

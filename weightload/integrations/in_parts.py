@@ -25,7 +25,7 @@ from weightload._parts.lazy import LazyTensor, Unread
 from weightload._parts.shards import Part, Ranges
 
 LEAST_BYTES = 64 << 10
-"""Of a tensor that is handed out unread. Smaller ones, such as norms and scales, are read whole, ahead."""
+"""The fewest bytes of a tensor that is handed out unread. Smaller ones (norms, scales) are read whole, ahead."""
 
 Kind = tuple[str, str, tuple[int, ...]]
 """The common part of tensors of one kind, one in each layer: name but for its first number, dtype and shape."""
@@ -36,7 +36,7 @@ class Counts:
     """Bytes of a load."""
 
     checkpoint: int = 0
-    """Of the tensors that were handed out."""
+    """Bytes of the tensors that were handed out."""
     ahead: int = 0
     """Read before the loader asked."""
     asked: int = 0

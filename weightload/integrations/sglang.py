@@ -21,7 +21,7 @@ VARIABLE = "WEIGHTLOAD_SGLANG"
 MODULE = "sglang.srt.model_loader.weight_utils"
 ITERATORS = ("safetensors_weights_iterator", "buffered_multi_thread_safetensors_weights_iterator")
 FILES = "hf_weights_files"
-# What the iterators are told that changes nothing here: all of them read ahead, with the threads of the settings.
+# Arguments of the iterators that change nothing here: all of them read ahead, with the threads of the settings.
 WITHOUT_EFFECT = {"max_workers", "prefetch", "prefetch_num_threads"}
 SERVED = {FILES, "disable_mmap", "drop_cache_after_load", *WITHOUT_EFFECT}
 

@@ -26,13 +26,13 @@ from weightload.integrations.in_parts import InParts
 
 LOAD_FORMAT = "weightload"
 CALL_KEYS = ("device", "strategy", "backend", "parts")
-"""Of ``model_loader_extra_config``, next to the settings."""
+"""Keys of ``model_loader_extra_config``, next to the settings."""
 
 ITERATOR = "safetensors_weights_iterator"
 METHOD = "_get_weights_iterator"
-# What the engine's iterator does with its files. Reading ahead is what this one does in any case.
+# Backends by what the engine's iterator does with its files. Reading ahead is what this one does in any case.
 BACKENDS = {None: "mmap", "lazy": "mmap", "prefetch": "mmap", "eager": "pread"}
-# Of the engine's iterator, and of no use here: threads and sizes of its own reading ahead.
+# Options of the engine's iterator that are useless here: threads and sizes of its own reading ahead.
 PREFETCH_KEYS = ("safetensors_prefetch_num_threads", "safetensors_prefetch_block_size")
 
 _log = logging.getLogger("vllm.weightload")  # below vLLM's own: shown as its messages are
@@ -45,13 +45,13 @@ class Options:
     device: str = "cpu"
     """``"cpu"``, from where the engine copies what a rank wants of each tensor; or the type of the accelerator."""
     strategy: str = "independent"
-    """Who reads, among the ranks of the engine's tensor-parallel group."""
+    """How the ranks of the engine's tensor-parallel group share the reading."""
     backend: str | None = None
     """``"mmap"`` or ``"pread"``; None: what the engine's load strategy says."""
     parts: bool = False
     """Whether large tensors are read as far as the engine narrows them, rather than whole."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of ``weightload.settings``."""
+    """Values of ``weightload.settings``, by name."""
 
     def __post_init__(self) -> None:
         require_strategy(self.strategy)

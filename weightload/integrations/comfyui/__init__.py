@@ -37,7 +37,7 @@ def telling_messages() -> Iterator[None]:
 
 
 class WholeFile:
-    """A handle for one who takes every tensor of a file once, as ``load_torch_file`` does: they are read together."""
+    """A handle for callers that take every tensor of a file once, like ``load_torch_file``: they are read together."""
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
         self._path, self._open = path, options
@@ -70,7 +70,7 @@ class Safetensors:
         self._utils = comfy_utils
 
     def safe_open(self, filename: str, framework: str = "pt", device: Any = "cpu", **options: Any) -> Any:
-        """As safetensors', for a file that is read as a whole; safetensors' own where weightload does not serve."""
+        """Open a file to be read as a whole; safetensors itself opens it where weightload does not serve."""
         how = served(filename, device, options) if framework in TORCH_NAMES else None
         if how is None:
             return safetensors.safe_open(filename, framework=framework, device=device, **options)
