@@ -24,10 +24,14 @@ __all__: list[str] = [
     "TensorReader",
     "Verdict",
     "arm_fault",
+    "close_later",
     "dense_memory",
     "disarm_fault",
+    "enter_thread_of_loads",
     "finish",
     "from_bytes",
+    "in_thread_of_loads",
+    "is_exiting",
     "keep_memory",
     "leave_interpreter",
     "measure_page_costs",
@@ -415,18 +419,38 @@ def arm_fault(
     For tests: makes `count` reads from the `first`-th on (counted from 0 since this call) suffer the fault: error, interrupt, short_read, end_of_file or delay. Or `statuses`: what asks for a file's.
     """
 
+def close_later(object: typing.Any) -> None:
+    """
+    Has another thread call close() of an object.
+    """
+
 def dense_memory(tensor: torch.Tensor) -> tuple[int, int] | None:
     """
     Addresses of the begin and the end of a plain tensor's memory, (0, 0) where it has no elements; None if it is not dense and contiguous, or is a wrapper.
     """
 
 def disarm_fault() -> None: ...
+def enter_thread_of_loads() -> None:
+    """
+    This thread is one that loads wait for: what is closed in it is closed later, by another.
+    """
+
 def finish(self: typing.Any) -> None:
     """
     As the __del__ of a class: close(), whose exceptions reach the caller.
     """
 
 def from_bytes(data: bytes) -> CheckpointFile: ...
+def in_thread_of_loads() -> bool:
+    """
+    Whether this thread is one of those.
+    """
+
+def is_exiting() -> bool:
+    """
+    Whether the exit hook has begun.
+    """
+
 def keep_memory(most: int) -> None:
     """
     From now on the process keeps at most so many bytes for later loads.

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/coarse_clock.h"
@@ -44,7 +45,11 @@ struct State {
   std::thread::id hook;  // the thread that is in leave_interpreter()
   PyObject* error = nullptr;
   std::vector<std::weak_ptr<LiveLoad>> live;
-  std::vector<std::shared_ptr<LiveLoad>> to_close;  // of close_later()
+  struct Left {
+    std::shared_ptr<LiveLoad> load;
+    py::object files, object;
+  };
+  std::vector<Left> to_close;  // of close_later()
   size_t next_purge = 64;
   // By thread: when it was last in the core.
   std::unordered_map<unsigned long, std::chrono::steady_clock::time_point> visits;
@@ -189,7 +194,7 @@ ReleaseGil::~ReleaseGil() {
 
 AcquireGil::AcquireGil() {
   pause_if_abandoned();
-  if (is_thread_of_the_core()) keep_thread_state();
+  if (thread_of_the_core().is_set()) keep_thread_state();
   acquire_.emplace();
 }
 
@@ -198,26 +203,56 @@ GiveGilBack::~GiveGilBack() {
   PyEval_RestoreThread(thread_);
 }
 
-void close_later(std::shared_ptr<LiveLoad> load) {
-  load->interrupt();
-  state().to_close.push_back(std::move(load));
-  // Refused where too many calls are pending: somebody else comes.
+// Refused where too many calls are pending: somebody else comes.
+static void have_it_closed() {
   static_cast<void>(Py_AddPendingCall(
       [](void*) {
-        close_what_was_left();
+        try {
+          close_what_was_left();
+        } catch (py::error_already_set& error) {
+          error.restore();
+          return -1;
+        }
         return 0;
       },
       nullptr));
 }
 
+void close_later(std::shared_ptr<LiveLoad> load, py::object files) {
+  load->interrupt();
+  state().to_close.push_back({std::move(load), std::move(files), {}});
+  have_it_closed();
+}
+
+// Of something of Python's that has a close().
+static void close_object_later(py::object object) {
+  state().to_close.push_back({{}, {}, std::move(object)});
+  have_it_closed();
+}
+
 void close_what_was_left() {
   State& all = state();
-  if (all.to_close.empty() || is_thread_of_the_core()) return;
-  std::vector<std::shared_ptr<LiveLoad>> loads;
-  loads.swap(all.to_close);
-  const ReleaseGil release(AtExit::go_on);
-  for (const auto& load : loads) load->close();
-  loads.clear();
+  if (all.to_close.empty() || thread_of_loads().is_set()) return;
+  std::vector<State::Left> left;
+  left.swap(all.to_close);
+  {
+    const ReleaseGil release(AtExit::go_on);
+    for (State::Left& one : left) {
+      if (one.load) one.load->close();
+      one.load = {};
+    }
+  }
+  while (!left.empty()) {
+    const py::object object = std::exchange(left.back().object, {});
+    left.pop_back();
+    if (!object) continue;
+    try {
+      object.attr("close")();
+    } catch (py::error_already_set&) {
+      for (State::Left& one : left) all.to_close.push_back(std::move(one));
+      throw;
+    }
+  }
 }
 
 void close_at_exit(const std::shared_ptr<LiveLoad>& load) {
@@ -238,6 +273,7 @@ void leave_interpreter() {
   for (const auto& one : live) {
     if (const auto load = one.lock()) load->interrupt();
   }
+  std::vector<State::Left> left;  // until the GIL is there again
   PyThreadState* thread = PyEval_SaveThread();
   const auto nobody_is_inside = [&] { return all.inside.load() == 0; };
   bool all_left = false;
@@ -249,8 +285,7 @@ void leave_interpreter() {
     // What was being made is there by now. While it is closed others still let go of the GIL, which its threads want.
     PyEval_RestoreThread(thread);
     live = all.live;
-    std::vector<std::shared_ptr<LiveLoad>> left;  // which are among them
-    left.swap(all.to_close);
+    left.swap(all.to_close);  // those are among them
     thread = PyEval_SaveThread();
     close_all(live);
   }
@@ -268,6 +303,12 @@ void leave_interpreter() {
 void register_gil(py::module_& module) {
   module.def("leave_interpreter", &leave_interpreter,
              "The exit hook: from now on no load begins, and those that are under way are stopped and joined.");
+  module.def("is_exiting", &interpreter_is_ending, "Whether the exit hook has begun.");
+  module.def(
+      "enter_thread_of_loads", [] { thread_of_loads().set(); },
+      "This thread is one that loads wait for: what is closed in it is closed later, by another.");
+  module.def("in_thread_of_loads", [] { return thread_of_loads().is_set(); }, "Whether this thread is one of those.");
+  module.def("close_later", &close_object_later, py::arg("object"), "Has another thread call close() of an object.");
 }
 
 }  // namespace weightload

@@ -79,14 +79,18 @@ class GiveGilBack {
   PyThreadState* thread_;
 };
 
-// Note [Finalisers in threads of the core]
-// Where a thread of the core runs Python code, the garbage collector may run in it, too, and let go of any load: of the
-// one whose tasks the thread is at. It must not wait for itself, nor for another thread that wants the GIL. So what
-// such a thread closes is only stopped there. close_later() keeps it, and a thread of Python's closes it: the main one
-// between two bytecodes, or whichever makes a load next, or the exit hook.
-void close_later(std::shared_ptr<LiveLoad> load);
+// Note [Finalisers in threads of loads]
+// Where a thread that a load waits for runs Python code, the garbage collector may run in it, too, and let go of any
+// load: of the one whose tasks the thread is at, or while it holds a lock that others want. It must not wait for
+// itself, nor for another thread. So what such a thread closes is only stopped there. close_later() keeps it, and
+// another thread closes it: the main one between two bytecodes, or whichever makes a load next, or the exit hook.
+// Such threads are the core's, the one that speaks to servers, and those that hash (they call enter_thread_of_loads).
 
-// Closes what close_later() has kept. With the GIL held; not by a thread of the core.
+// `files`: what the load reads from. With the GIL held.
+void close_later(std::shared_ptr<LiveLoad> load, pybind11::object files);
+
+// Closes what close_later() has kept. With the GIL held; does nothing in a thread of loads. Throws what close() of an
+// object of Python's raises: what a signal's handler has raised in it.
 void close_what_was_left();
 
 // A load that the exit hook stops.

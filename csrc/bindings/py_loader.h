@@ -72,6 +72,8 @@ class PyLoader {
     std::unique_lock<std::recursive_mutex> lock(load_->mutex, std::try_to_lock);
     // In a forked child nobody may ever unlock it; there next() only throws.
     if (!lock && !loader().forked()) {
+      if (thread_of_loads().is_set())
+        throw Error(ErrorKind::usage, "next() was called by a thread that another load waits for");
       const ReleaseGil release;
       lock.lock();
     }
@@ -102,7 +104,7 @@ class PyLoader {
   }
 
   void close() {
-    if (is_thread_of_the_core()) return close_later(load_);  // Note [Finalisers in threads of the core]
+    if (thread_of_loads().is_set()) return close_later(load_, python_files_);  // Note [Finalisers in threads of loads]
     std::unique_lock<std::recursive_mutex> lock(load_->mutex, std::defer_lock);
     if (!loader().forked()) {
       const ReleaseGil release(AtExit::go_on);

@@ -80,6 +80,7 @@ class RangeReader {
   bool copy_pieces(Attempt& attempt, ByteRange first, uint64_t stride, uint64_t count, char* destination);
 
   bool asks_server() const { return source_.is_remote(); }
+  bool is_tapped() const { return tap_ != nullptr; }
 
   // All bytes are there.
   void end(Attempt& attempt);

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <memory>
 
+#include "base/error.h"
+
 namespace weightload {
 namespace {
 
@@ -69,6 +71,8 @@ void read_dense(RangeReader& reader, const StridedRun& run, char* destination, c
 }  // namespace
 
 void read_strided(RangeReader& reader, const StridedRun& run, char* destination, const Look& look, bool past_caches) {
+  // Scratch memory is used again before end(), and not every attempt has one.
+  if (reader.is_tapped()) throw Error(ErrorKind::usage, "parts of tensors are not read from a file with a tap");
   if (is_dense(reader, run)) return read_dense(reader, run, destination, look, past_caches);
   // What is not in the page cache is brought in with what lies between.
   const bool near = run.piece < kLargePiece && run.stride - run.piece < kLeastColdGap;

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import TESTS, run_script
 from safetensors.torch import save_file
 
 checksums = pytest.importorskip("awscrt.checksums")
@@ -35,8 +37,13 @@ def checked(**options):
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
 def core_threads():
-    tasks = os.listdir("/proc/self/task")
-    return sum(open(f"/proc/self/task/{task}/comm").read().strip() == "weightload" for task in tasks)
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        try:
+            names.append(open(f"/proc/self/task/{task}/comm").read().strip())
+        except OSError:  # it has ended
+            pass
+    return names.count("weightload")
 """
 
 
@@ -200,5 +207,120 @@ while True:
 print(number > 50)
 """,
         *checked,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stdout + done.stderr
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The address of a file of 24 MB, and its SHA-256."""
+    pytest.importorskip("obstore")
+    monkeypatch.syspath_prepend(TESTS / "remote")
+    from servers import serving
+
+    path = tmp_path / "served.safetensors"
+    save_file({f"{i}": torch.randint(0, 256, (3_000_000,), dtype=torch.uint8) for i in range(8)}, path)
+    with serving(tmp_path) as web:
+        yield [web.address(path.name), hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def test_an_exit_with_a_load_from_a_server_that_was_left_half_way(served: list[str]) -> None:
+    """Python ends the thread that hashes. Whatever closes the load after that does not wait for it."""
+    done = run_script(
+        """
+        import sys, weightload
+        from weightload import settings
+        address, digest = sys.argv[1:]
+        with settings.override(task_bytes=65536, window_bytes=1 << 20):
+            weights = weightload.safetensors_weights_iterator(
+                [address], to_cpu=True, verify={"served.safetensors": digest})
+        print(next(weights)[0])
+        """,
+        *served,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+COLLECT = """
+import gc, sys, threading, time, weightload
+from weightload import settings
+from weightload._remote.direct import Direct
+from weightload._verify import checker, tap
+address, digest = sys.argv[1:3]
+gc.disable()
+begun, collected = [], threading.Event()
+Direct.begin = lambda self, *_: None  # so that the library's thread has the answers
+def collect(name):
+    if begun and threading.current_thread().name == name:
+        begun.clear()
+        gc.collect()
+        collected.set()
+put, take = tap.Reading.put, tap.Reading.take
+def collecting_put(self, *rest):
+    collect("weightload-remote")
+    return put(self, *rest)
+def collecting_take(self, at):
+    collect("weightload-verify")
+    return take(self, at)
+if sys.argv[3] == "loop":
+    tap.Reading.put = collecting_put
+else:
+    tap.Reading.take = collecting_take
+class Cycle:
+    pass
+def load():
+    return weightload.safetensors_weights_iterator([address], to_cpu=True, verify={"served.safetensors": digest})
+cycle = Cycle()
+with settings.override(task_bytes=1 << 20, window_bytes=1 << 30, threads=2, requests=2):
+    cycle.weights, cycle.itself = load(), cycle
+next(cycle.weights)
+begun.append(True)
+del cycle
+print(collected.wait(30), len(dict(load())))
+gc.collect()
+print([thread.name for thread in threading.enumerate() if thread.name == "weightload-verify"])
+"""
+
+
+@pytest.mark.parametrize("thread", ["loop", "verify"])
+def test_a_load_that_is_collected_by_the_thread_it_waits_for(served: list[str], thread: str) -> None:
+    """In the middle of what it does with a lock held; other loads go on."""
+    done = run_script(COLLECT, *served, thread, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "True 8\n[]\n"), done.stdout + done.stderr
+
+
+def test_a_finaliser_that_asks_a_load_for_more(checked: list[str]) -> None:
+    """In a thread of that load, while its consumer waits for the thread."""
+    done = run_script(
+        LOAD
+        + """
+from weightload._verify.crc_tap import FileTap
+said = []
+class Finaliser:
+    def __del__(self):
+        try:
+            next(weights)
+        except weightload.WeightLoadError as error:
+            said.append("another load waits for" in str(error))
+waiting = [Finaliser()]
+main, take = threading.get_ident(), FileTap.take
+def taking(tap, begin, data):
+    take(tap, begin, data)
+    if started.is_set() and threading.get_ident() != main:
+        waiting.clear()
+FileTap.take = taking
+started = threading.Event()
+_C.arm_fault("delay", first=0, count=10**6, delay_ms=20)
+with settings.override(task_bytes=1 << 20, window_bytes=1 << 20, threads=1):
+    weights = checked()
+started.set()
+try:
+    print(len(list(weights)) == 16 and not said)
+except weightload.WeightLoadError as error:  # who meddles with a load ends it
+    print("left before" in str(error) and said == [True])
+""",
+        *checked,
+        timeout=100,
     )
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stdout + done.stderr

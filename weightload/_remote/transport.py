@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from weightload import _C
 from weightload._base.handlers import forgiven
 from weightload._base.uncopied import Process
 from weightload._remote.answers import Answer, InHand, Tap, told
@@ -72,6 +73,7 @@ class Transport:
             self._loop.stop()
 
     def _run(self) -> None:
+        _C.enter_thread_of_loads()
         try:
             self._loop.run_forever()
             self._loop.run_until_complete(_break_off())

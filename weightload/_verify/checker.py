@@ -206,6 +206,7 @@ class Checker:
                 break  # there are none left
 
     def _run_thread(self, token: object) -> None:
+        _C.enter_thread_of_loads()
         if self._claims.setdefault(token, "running") == "running":
             self._run()
             self._running.discard(token)
@@ -240,12 +241,15 @@ class Checker:
             self._all, self._work, self._files = [], [], []
             return
         self._stopped = True
+        if _C.in_thread_of_loads():  # the garbage collector's finaliser, while the thread holds a lock perhaps
+            _C.close_later(self)
+            return
         self._wait()
         self._let_go()
 
     def _wait(self, look: Callable[[], None] = lambda: None) -> None:
         # Do not use Thread.join: when a signal's exception breaks it off, it takes the thread for ended.
-        while self._running:
+        while self._running and not (self._stopped and _C.is_exiting()):  # Python ends the threads then, anywhere
             self._woken.acquire(timeout=0.1)
             look()
         if self._work and not self._stopped:
