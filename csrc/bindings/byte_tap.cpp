@@ -24,22 +24,12 @@ constexpr std::chrono::microseconds kLong{2500}, kShort{1000};
 PythonTap::PythonTap(py::object object, std::string path)
     : object_(std::move(object)), path_(std::move(path)), piece_(kLeastPiece) {}
 
-// As RemoteSource's.
-PythonTap::~PythonTap() {
-  if (interpreter_is_ending()) {
-    static_cast<void>(object_.release());
-    return;
-  }
-  const AcquireGil acquire;
-  object_ = {};
-}
-
 void PythonTap::take(uint64_t offset, const char* bytes, size_t count) const {
   const auto begin = std::chrono::steady_clock::now();
   const AcquireGil acquire;
   try {
-    object_.attr("take")(offset,
-                         py::memoryview::from_memory(static_cast<const void*>(bytes), static_cast<py::ssize_t>(count)));
+    object_.get().attr("take")(
+        offset, py::memoryview::from_memory(static_cast<const void*>(bytes), static_cast<py::ssize_t>(count)));
   } catch (py::error_already_set& error) {
     fail_read(error, path_, offset);
   }
@@ -50,7 +40,7 @@ void PythonTap::take(uint64_t offset, const char* bytes, size_t count) const {
 
 void PythonTap::leave() const {
   const AcquireGil acquire;
-  object_.attr("leave")();
+  object_.get().attr("leave")();
 }
 
 }  // namespace weightload

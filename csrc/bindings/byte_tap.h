@@ -4,6 +4,7 @@
 #include <atomic>
 #include <string>
 
+#include "bindings/gil.h"
 #include "file/byte_tap.h"
 
 namespace weightload {
@@ -15,14 +16,13 @@ class PythonTap final : public ByteTap {
  public:
   // `path`: of the file, for messages.
   PythonTap(pybind11::object object, std::string path);
-  ~PythonTap() override;
 
   size_t piece() const override { return piece_.load(std::memory_order_relaxed); }
   void take(uint64_t offset, const char* bytes, size_t count) const override;
   void leave() const override;
 
  private:
-  pybind11::object object_;
+  const ObjectOfAnyThread object_;
   const std::string path_;
   mutable std::atomic<size_t> piece_;
 };

@@ -203,6 +203,15 @@ GiveGilBack::~GiveGilBack() {
   PyEval_RestoreThread(thread_);
 }
 
+ObjectOfAnyThread::~ObjectOfAnyThread() {
+  if (interpreter_is_ending()) {
+    static_cast<void>(object_.release());
+    return;
+  }
+  const AcquireGil acquire;
+  object_ = {};
+}
+
 // Refused where too many calls are pending: somebody else comes.
 static void have_it_closed() {
   static_cast<void>(Py_AddPendingCall(

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 
 namespace weightload {
 
@@ -77,6 +78,22 @@ class GiveGilBack {
 
  private:
   PyThreadState* thread_;
+};
+
+// An object of Python's that is let go of by whatever thread does so last. After the interpreter's exit hook nothing of
+// Python's is freed any more.
+class ObjectOfAnyThread {
+ public:
+  explicit ObjectOfAnyThread(pybind11::object object) : object_(std::move(object)) {}
+  ~ObjectOfAnyThread();
+  ObjectOfAnyThread(const ObjectOfAnyThread&) = delete;
+  ObjectOfAnyThread& operator=(const ObjectOfAnyThread&) = delete;
+
+  // With the GIL held.
+  const pybind11::object& get() const { return object_; }
+
+ private:
+  pybind11::object object_;
 };
 
 // Note [Finalisers in threads of loads]

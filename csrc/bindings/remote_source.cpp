@@ -66,18 +66,8 @@ class Buffer {
 RemoteSource::RemoteSource(py::object object, std::string path, uint64_t size)
     : object_(std::move(object)), path_(std::move(path)), size_(size) {}
 
-// By whatever thread lets go of it last. After the interpreter's exit hook nothing of Python's is freed any more.
-RemoteSource::~RemoteSource() {
-  if (interpreter_is_ending()) {
-    static_cast<void>(object_.release());
-    return;
-  }
-  const AcquireGil acquire;
-  object_ = {};
-}
-
 bool RemoteSource::read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const {
-  const py::object request = object_.attr("begin_direct")(offset, count);
+  const py::object request = object_.get().attr("begin_direct")(offset, count);
   if (request.is_none()) return false;
   const py::object holder = request.attr("connection");
   Connection& connection = holder.cast<Connection&>();
@@ -111,7 +101,7 @@ void RemoteSource::read_looking(uint64_t offset, void* destination, size_t count
   const AcquireGil acquire;
   try {
     if (read_directly(offset, destination, count, look)) return;
-    Answer answer(object_.attr("ask")(offset, count));
+    Answer answer(object_.get().attr("ask")(offset, count));
     while (!answer.wait()) {
       const GiveGilBack release;
       look();

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bindings/gil.h"
 #include "file/byte_source.h"
 
 namespace weightload {
@@ -24,7 +25,6 @@ namespace weightload {
 class RemoteSource final : public ByteSource {
  public:
   RemoteSource(pybind11::object object, std::string path, uint64_t size);
-  ~RemoteSource() override;
 
   // Error{read} with the words of what the answer raised.
   void read(uint64_t offset, void* destination, size_t count) const override;
@@ -35,13 +35,13 @@ class RemoteSource final : public ByteSource {
   void require_unchanged(uint64_t) const override {}  // every answer is checked when it comes
   const std::string& path() const override { return path_; }
   uint64_t size() const override { return size_; }
-  pybind11::object object() const { return object_; }
+  pybind11::object object() const { return object_.get(); }
 
  private:
   // Whether it has been read so; whatever is in the memory if not. With the GIL held.
   bool read_directly(uint64_t offset, void* destination, size_t count, const Look& look) const;
 
-  pybind11::object object_;
+  const ObjectOfAnyThread object_;
   const std::string path_;
   const uint64_t size_;
 };

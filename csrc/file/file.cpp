@@ -24,8 +24,8 @@ void require_regular(const struct stat& status, const std::string& path) {
       {path, {}, {}, 0}, "NotARegularFile");
 }
 
-[[noreturn]] void fail_open(const std::string& path, int error) {
-  throw Error(ErrorKind::open, "cannot open the file", {path, {}, {}, error});
+[[noreturn]] void fail_open(const std::string& path, int error, const char* what = "cannot open the file") {
+  throw Error(ErrorKind::open, what, {path, {}, {}, error});
 }
 
 // 0 where the system does not say.
@@ -54,7 +54,8 @@ std::shared_ptr<const File> File::open(const std::string& path, const std::funct
   UniqueFd fd = open_files::open(path, pause);
   if (!fd) fail_open(path, errno);
 
-  if (uninterrupted([&] { return fault_hook::fstat(fd.get(), &status); }) != 0) fail_open(path, errno);
+  if (uninterrupted([&] { return fault_hook::fstat(fd.get(), &status); }) != 0)
+    fail_open(path, errno, "cannot read the file's status");
   require_regular(status, path);
   const uint64_t file_system = file_system_of(fd.get());
   return std::shared_ptr<const File>(new File(path, std::move(fd), status, file_system));

@@ -37,12 +37,14 @@ void Loader::open_reader(uint32_t file, ReadMode mode, ReadInto memory) {
 }
 
 void Loader::leave_taps() {
+  const CheckpointFiles& files = selected_.files();
+  if (std::none_of(files.begin(), files.end(), [](const auto& file) { return file->tap() != nullptr; })) return;
   std::vector<bool> has_parts(held_.size());
   for (size_t i = 0; i < selected_.size(); ++i) {
     if (selected_.runs(i)) has_parts[selected_.file_index(i)] = true;
   }
   for (size_t f = 0; f < held_.size(); ++f) {
-    const ByteTap* const tap = selected_.files()[f]->tap();
+    const ByteTap* const tap = files[f]->tap();
     if (!tap || !(shared_ || held_[f].map || has_parts[f])) continue;
     held_[f].is_left = true;
     tap->leave();

@@ -15,8 +15,6 @@
 #endif
 
 namespace weightload {
-namespace {}  // namespace
-
 HugeRegion map_huge(uint64_t size, Pages pages) {
   HugeRegion region;
   region.pages = pages;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from weightload._verify.hashes import Crc
@@ -99,9 +99,7 @@ class FileTap:
         """One, unless ranges were read twice that overlap, or that had different bytes."""
         found = [CrcReading(self._kind)]
         for begin, piece in sorted(self._pieces, key=lambda item: item[0]):
-            if not any(reading.put(begin, piece) for reading in found):
-                found.append(CrcReading(self._kind))
-                found[-1].put(begin, piece)
+            put(found, begin, piece, lambda: CrcReading(self._kind))
         return found
 
     def close(self) -> None:
@@ -135,13 +133,19 @@ class CrcTap:
         piece = Piece(end, crc_of(self._kind, rest))
         with self.lock:
             self.used = self.used or end > self._header_bytes
-            if begin < end and not any(reading.put(begin, piece) for reading in self.readings):
-                self.readings.append(CrcReading(self._kind, self._start))
-                self.readings[-1].put(begin, piece)
+            if begin < end:
+                put(self.readings, begin, piece, lambda: CrcReading(self._kind, self._start))
 
     def close(self) -> None:
         """It is told of nothing any more."""
         self._source.tap = None
+
+
+def put(readings: list[CrcReading], begin: int, piece: Piece, another: Callable[[], CrcReading]) -> None:
+    """Put a piece where it belongs: into one of the readings, or into another one behind them."""
+    if not any(reading.put(begin, piece) for reading in readings):
+        readings.append(another())
+        readings[-1].put(begin, piece)
 
 
 def crc_of(kind: str, data: memoryview) -> Crc:
